@@ -1,0 +1,16 @@
+"""The one exception for what a user did: a setting, a file or a call that cannot work."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """One line: what was found, where, and what is allowed. The command line prints it and exits 2."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """A hint for a misspelt `name`: `; did you mean 'x'?`, or nothing when no name is close."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""

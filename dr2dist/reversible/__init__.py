@@ -1,0 +1,23 @@
+"""The reversible mathematics: exact and floating arithmetic, segments, chains, certificates."""
+
+from dr2dist.reversible.certificate import ChainCertificate
+from dr2dist.reversible.chain import Chain, Recorded
+from dr2dist.reversible.exact import State
+from dr2dist.reversible.runner import FunctionRunner, PlainRunner
+from dr2dist.reversible.segment import Segment
+from dr2dist.reversible.setting import Setting, round_coefficient
+from dr2dist.reversible.tape import Sides, Tape
+
+__all__ = [
+    "Chain",
+    "ChainCertificate",
+    "FunctionRunner",
+    "PlainRunner",
+    "Recorded",
+    "Segment",
+    "Setting",
+    "Sides",
+    "State",
+    "Tape",
+    "round_coefficient",
+]

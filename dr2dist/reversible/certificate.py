@@ -1,0 +1,159 @@
+"""What a backward pass proves about its own reversal, kept on the device until it is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dr2dist.reversible.exact import State
+from dr2dist.reversible.setting import RANGE_BITS
+
+NEVER = 1 << 30
+"""Stands for 'no function' in flags that hold the first function that failed."""
+
+PROBE = 1024
+"""Elements of a chain's first state that float arithmetic keeps, to measure its drift."""
+
+_BITS_AS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bit_sum(value: Tensor) -> Tensor:
+    """The sum of a floating tensor's bits, read as integers: an int64 scalar on its device."""
+    return value.view(_BITS_AS[value.element_size()]).sum(dtype=torch.int64)
+
+
+class Flags:
+    """What went wrong in one pass of a chain, as an int64 tensor on its device; no host reads.
+
+    [0] first function after which a state left the range, [1] first function whose output is
+    not finite (NEVER: none), [2] last function whose recompute differed (-1: none), [3] 1 where
+    the chain's start is not what the forward pass began with, [4] passes reversed.
+    """
+
+    SIZE = 5
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.tensor([NEVER, NEVER, -1, 0, 0], dtype=torch.int64, device=device)
+
+    def note_output(self, index: int, f: Tensor) -> None:
+        """F's raw output: NaN and infinity are noted."""
+        low, high = torch.aminmax(f)
+        finite = low.isfinite() & high.isfinite()
+        self._first(1, index, ~finite)
+
+    def note_state(self, index: int, state: Tensor) -> None:
+        """A fixed-point state after function `index`: its range is checked."""
+        low, high = torch.aminmax(state)
+        self._first(0, index, (low <= -(1 << RANGE_BITS)) | (high >= 1 << RANGE_BITS))
+
+    def note_recompute(self, index: int, differs: Tensor) -> None:
+        """A recompute's sum against the first run's. The last function is the one to name."""
+        found = torch.where(differs, index, -1)
+        torch.maximum(self.tensor[2], found, out=self.tensor[2])
+
+    def note_start(self, differs: Tensor) -> None:
+        """Whether the reversed chain missed what it began with."""
+        self.tensor[3] |= differs
+
+    def note_done(self) -> None:
+        """Counts a pass whose reversal reached the chain's start."""
+        self.tensor[4] += 1
+
+    def _first(self, place: int, index: int, wrong: Tensor) -> None:
+        found = torch.where(wrong, index, NEVER)
+        torch.minimum(self.tensor[place], found, out=self.tensor[place])
+
+
+def merge_flags(flags: Tensor, more: Tensor) -> Tensor:
+    """The flags of two passes of the same chain together: int64 [..., Flags.SIZE]."""
+    return torch.cat(
+        [
+            torch.minimum(flags[..., :2], more[..., :2]),
+            torch.maximum(flags[..., 2:4], more[..., 2:4]),
+            flags[..., 4:] + more[..., 4:],
+        ],
+        dim=-1,
+    )
+
+
+class Probe:
+    """Float arithmetic: a fixed random sample of a chain's first state, to measure its drift."""
+
+    def __init__(self, state: State) -> None:
+        generator = torch.Generator().manual_seed(state.current.numel())
+        count = min(PROBE, state.current.numel())
+        self._where = torch.randint(state.current.numel(), (count,), generator=generator).to(
+            state.current.device
+        )
+        self._values = self._sample(state)
+
+    def drift(self, state: State) -> Tensor:
+        """|reconstructed - kept| / |kept| over the sample: a fp64 scalar."""
+        kept = self._values.double().norm()
+        return (self._sample(state).double() - self._values.double()).norm() / kept
+
+    def _sample(self, state: State) -> Tensor:
+        return torch.stack([part.view(-1)[self._where] for part in state])
+
+
+@dataclass(frozen=True)
+class ChainCertificate:
+    """What a chain's last backward pass verified, read to the host.
+
+    name: the chain. failures: how many kinds of failure were found (0 proves the reversal in
+    exact arithmetic). messages: one line for each. verified: the pass was reversed to its start
+    and compared. remainder_bytes: bytes of remainders held for it. drift: relative error of the
+    reconstructed start, float arithmetic in memory mode reverse only.
+    """
+
+    name: str
+    failures: int
+    messages: tuple[str, ...]
+    verified: bool
+    remainder_bytes: int
+    drift: float | None
+
+
+@dataclass
+class Ledger:
+    """The records of a chain's passes: the last one, and all since they were last taken."""
+
+    last: Tensor | None = None
+    last_drift: Tensor | None = None
+    remainder_bytes: int = 0
+    _pending: Tensor | None = field(default=None, repr=False)
+    _pending_drift: Tensor | None = field(default=None, repr=False)
+
+    def record(self, flags: Tensor, drift: Tensor | None, remainder_bytes: int) -> None:
+        """Enters a finished backward pass."""
+        self.last, self.last_drift, self.remainder_bytes = flags, drift, remainder_bytes
+        self._pending = flags if self._pending is None else merge_flags(self._pending, flags)
+        if drift is not None:
+            known = self._pending_drift
+            self._pending_drift = drift if known is None else torch.fmax(known, drift)
+
+    def take(self) -> tuple[Tensor | None, Tensor | None]:
+        """(flags, worst drift) of all passes since the last call, still on the device."""
+        taken = self._pending, self._pending_drift
+        self._pending = self._pending_drift = None
+        return taken
+
+
+def failure_messages(name: str, flags: list[int]) -> tuple[str, ...]:
+    """One line for each failure in a chain's flags, the most telling first."""
+    out_of_range, not_finite, recompute, start, _ = flags
+    lines = []
+    if not_finite != NEVER:
+        lines.append(f"{name}: the output of function {not_finite} is not finite")
+    if out_of_range != NEVER and out_of_range != not_finite:
+        lines.append(
+            f"{name}: the state after function {out_of_range} left the fixed-point range; "
+            "lower fraction_bits"
+        )
+    if recompute >= 0:
+        lines.append(f"{name}: the recompute of function {recompute} differs from its first run")
+    elif start:
+        lines.append(f"{name}: the reversal does not return to the chain's input")
+    return tuple(lines)

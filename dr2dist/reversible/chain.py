@@ -1,0 +1,248 @@
+"""A reversible chain as a module: the driver of a segment by autograd."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dr2dist.reversible.certificate import ChainCertificate, Ledger, failure_messages
+from dr2dist.reversible.exact import State
+from dr2dist.reversible.runner import FunctionRunner, PlainRunner, needs_grad
+from dr2dist.reversible.segment import Segment
+from dr2dist.reversible.setting import Arithmetic, Memory, Setting
+from dr2dist.reversible.tape import Sides, Tape, arithmetic_of, state_dtype
+
+
+class Recorded(NamedTuple):
+    """A forward pass that `Chain.reverse` can undo.
+
+    output: x_L, tokens [B, ...]. state: the last two states. tape: with the remainders.
+    """
+
+    output: Tensor
+    state: State
+    tape: Tape
+
+
+class Chain(nn.Module):
+    """A run of residual functions at one resolution, trained with the memory of its ends.
+
+    x_{i+1} = F_i(x_i) + alpha * x_i + y_i and y_{i+1} = beta * x_i (Dr2Net, arXiv 2401.04105),
+    from y_0 = beta * x_0.
+
+    functions: modules that compute one branch each, [B, ...] to the same shape, without the
+        addition; called as function(x, **sides). A function whose attribute `sides` names some
+        sides gets only these.
+    alpha, beta, arithmetic, memory, chunk_size, fraction_bits: see Setting.
+    name: how the certificate calls the chain.
+
+    Randomness inside functions is replayed exactly. Raises ValueError for a setting that is not
+    allowed or cannot hold the chain's length.
+    """
+
+    def __init__(
+        self,
+        functions: Iterable[nn.Module],
+        *,
+        alpha: float = 0.9,
+        beta: float = 0.1,
+        arithmetic: Arithmetic = "exact",
+        memory: Memory = "reverse",
+        chunk_size: int | None = None,
+        fraction_bits: int = 18,
+        name: str = "chain",
+    ) -> None:
+        super().__init__()
+        self.functions = nn.ModuleList(functions)
+        self.name = name
+        self.setting = Setting(alpha, beta, arithmetic, memory, chunk_size, fraction_bits)
+        self.setting.check_range(len(self.functions))
+        self._start_records()
+
+    def _start_records(self) -> None:
+        self.runner: FunctionRunner = PlainRunner()
+        self.ledger = Ledger()
+        self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts without open tapes, records or an engine's runner."""
+        dropped = ("runner", "ledger", "_tapes")
+        return {key: value for key, value in self.__dict__.items() if key not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start_records()
+
+    @property
+    def segment(self) -> Segment:
+        """The chain's functions with the runner in force."""
+        return Segment(list(self.functions), self.runner)
+
+    def set_coefficients(self, alpha: float, beta: float) -> None:
+        """Changes both coefficients for the passes to come.
+
+        Raises ValueError for values that are not allowed, RuntimeError while a forward pass
+        still waits for its backward pass.
+        """
+        self.setting = self.check_coefficients(alpha, beta)
+
+    def check_coefficients(self, alpha: float, beta: float) -> Setting:
+        """The setting that `set_coefficients` would make; raises as it does."""
+        setting = replace(self.setting, alpha=alpha, beta=beta)
+        setting.check_range(len(self.functions))
+        if setting != self.setting and any(tape.open for tape in self._tapes):
+            raise RuntimeError(
+                f"{self.name}: coefficients cannot change while a forward pass waits for its "
+                "backward pass"
+            )
+        return setting
+
+    def forward(
+        self, x: Tensor, taps: Sequence[int] = (), batched: Collection[str] = (), **sides: Any
+    ) -> Any:
+        """Runs the chain.
+
+        x: tokens [B, ...], floating. taps: functions after which the tokens are handed out too.
+        sides: shared inputs; tensors are differentiable, and those in `batched` have the batch
+        in dim 0. Returns x_L, or (x_L, [tapped tokens]) if taps are given, of x's shape and
+        dtype (fp32 under autocast).
+        """
+        if not x.is_floating_point():
+            raise ValueError(f"{self.name}: tokens are {x.dtype}, a floating dtype is needed")
+        taps = [range(len(self.functions))[tap] for tap in taps]
+        shared = Sides(sides, batched)
+        segment = self.segment
+        if not torch.is_grad_enabled() or not self._anything_to_train(segment, shared, x):
+            output, tapped = segment.infer(x, shared, self.setting, taps)
+        else:
+            tensors = [value for value in sides.values() if needs_grad(value)]
+            # Without an input that requires a gradient autograd would never come back here.
+            anchor = torch.empty(0, requires_grad=True)
+            output, *tapped = _ChainFunction.apply(self, shared, taps, anchor, x, *tensors)
+        return (output, list(tapped)) if taps else output
+
+    @staticmethod
+    def _anything_to_train(segment: Segment, sides: Sides, x: Tensor) -> bool:
+        return segment.first_trained(sides, x.requires_grad) < len(segment.functions)
+
+    @torch.no_grad()
+    def record(self, x: Tensor, batched: Collection[str] = (), **sides: Any) -> Recorded:
+        """A forward pass in memory mode reverse whose state `reverse` takes. No gradients."""
+        setting = replace(self.setting, memory="reverse")
+        state, tape, _ = self.segment.forward(x, Sides(sides, batched), setting)
+        arithmetic = arithmetic_of(setting, state_dtype(x))
+        return Recorded(arithmetic.hand_out(state.current, tape.dtype), state, tape)
+
+    @torch.no_grad()
+    def reverse(self, recorded: Recorded) -> Tensor:
+        """The tokens x_0 that a recorded pass began with, reconstructed from its end.
+
+        In exact arithmetic they equal the input rounded to the grid, bit for bit. The
+        certificate tells afterwards what was verified.
+        """
+        first = self.segment.reverse(recorded.tape, recorded.state)
+        self._enter(recorded.tape, first, recorded.tape.remainder_bytes)
+        dtype = state_dtype(recorded.output)
+        arithmetic = arithmetic_of(recorded.tape.setting, dtype)
+        return arithmetic.hand_out(first.current, recorded.output.dtype)
+
+    def _enter(self, tape: Tape, first: State, remainder_bytes: int) -> None:
+        drift = None if tape.probe is None else tape.probe.drift(first)
+        self.ledger.record(tape.flags.tensor.clone(), drift, remainder_bytes)
+
+    def certificate(self) -> ChainCertificate | None:
+        """What the last backward pass verified, read to the host; None before the first."""
+        if self.ledger.last is None:
+            return None
+        flags = self.ledger.last.tolist()
+        drift = self.ledger.last_drift
+        messages = failure_messages(self.name, flags)
+        return ChainCertificate(
+            name=self.name,
+            failures=len(messages),
+            messages=messages,
+            verified=flags[-1] > 0,
+            remainder_bytes=self.ledger.remainder_bytes,
+            drift=None if drift is None else float(drift),
+        )
+
+    def extra_repr(self) -> str:
+        """The setting, in the module's printed form."""
+        return f"{self.setting}"
+
+
+class _ChainFunction(torch.autograd.Function):
+    """Ties a segment's explicit passes to autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chain: Chain,
+        sides: Sides,
+        taps: Sequence[int],
+        anchor: Tensor,
+        x: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        needs = x.requires_grad
+        state, tape, handed = chain.segment.forward(x, sides, chain.setting, needs, taps)
+        chain._tapes.add(tape)
+        ctx.chain, ctx.tape, ctx.state, ctx.taps, ctx.x_dtype = chain, tape, state, taps, x.dtype
+        ctx.set_materialize_grads(False)
+        arithmetic = arithmetic_of(tape.setting, state_dtype(x))
+        output = arithmetic.hand_out(state.current, tape.dtype)
+        if tape.setting.memory != "reverse":
+            ctx.state = None
+        ctx.shape = output.shape
+        return output, *(handed[tap] for tap in taps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *tap_grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{ctx.chain.name}: double backward through a reversible chain is not possible; "
+                "call backward without create_graph"
+            )
+        tape: Tape = ctx.tape
+        given = [g for g in (grad, *tap_grads) if g is not None]
+        grad = given[0].new_zeros(ctx.shape) if grad is None else grad
+        remainder_bytes = tape.remainder_bytes
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        result = ctx.chain.segment.backward(
+            tape, ctx.state, grad, _sum_taps(ctx.taps, tap_grads), keep
+        )
+        if not keep:
+            ctx.state = None
+        ctx.chain._enter(tape, result.state, remainder_bytes)
+        return None, None, None, None, _input_grad(ctx, result.grad), *_side_grads(tape, result)
+
+
+def _sum_taps(taps: Sequence[int], grads: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    sums: dict[int, Tensor] = {}
+    for tap, grad in zip(taps, grads, strict=True):
+        if grad is not None:
+            sums[tap] = sums[tap] + grad if tap in sums else grad
+    return sums
+
+
+def _input_grad(ctx: Any, grad: Any) -> Tensor | None:
+    """dh = dx_0 + beta * dy_0: the stem feeds both residuals."""
+    if not ctx.tape.x_needs_grad:
+        return None
+    dx: Tensor = grad.x
+    if grad.y is not None:
+        dx = dx.add_(grad.y * ctx.tape.setting.beta)
+    return dx.to(ctx.x_dtype)
+
+
+def _side_grads(tape: Tape, result: Any) -> list[Tensor | None]:
+    values = {name: value for name, value in tape.sides.values.items() if needs_grad(value)}
+    return [
+        result.sides[name].to(value.dtype) if name in result.sides else None
+        for name, value in values.items()
+    ]

@@ -1,0 +1,57 @@
+"""Floating-point arithmetic: the equations of the paper as they stand, reversed with round-off.
+
+    x_{i+1} = F(x_i) + alpha * x_i + y_i        y_{i+1} = beta * x_i     (arXiv 2401.04105)
+    x_i = y_{i+1} / beta                        y_i = x_{i+1} - F(x_i) - alpha * x_i
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dr2dist.reversible.exact import State
+from dr2dist.reversible.setting import Setting
+
+
+class FloatArithmetic:
+    """The same interface as ExactArithmetic, with no remainders; states have the given dtype."""
+
+    def __init__(self, setting: Setting, dtype: torch.dtype) -> None:
+        self.alpha, self.beta = setting.alpha, setting.beta
+        self.dtype = dtype
+
+    def start(self, h: Tensor) -> State:
+        """(x_0, y_0 = beta * x_0)."""
+        x = h.to(self.dtype, copy=True).contiguous()
+        return State(x, x * self.beta)
+
+    def tokens(self, state: Tensor) -> Tensor:
+        """x itself: the state is made of tokens."""
+        return state
+
+    def hand_out(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tokens as a tensor that nothing here writes to again."""
+        return state.to(dtype, copy=True)
+
+    def target(self, state: State, in_place: bool) -> State:
+        """Where `advance` shall write the next state."""
+        if in_place:
+            return state
+        return State(torch.empty_like(state.current), torch.empty_like(state.previous))
+
+    def source(self, state: State) -> Tensor:
+        """The tokens x_i that function i saw, from the state after it."""
+        return state.previous / self.beta
+
+    def advance(self, state: State, f: Tensor, out: State, keep: bool) -> None:
+        """Writes (x_{i+1}, y_{i+1}) to out, which may be the state itself; nothing to keep."""
+        x, y = state
+        after = torch.add(f.to(self.dtype), x, alpha=self.alpha).add_(y)
+        torch.mul(x, self.beta, out=out.previous)
+        out.current.copy_(after)
+
+    def retreat(self, state: State, f: Tensor, remainders: Tensor | None) -> State:
+        """(x_i, y_i) from (x_{i+1}, y_{i+1}), written over them."""
+        x = self.source(state)
+        before = state.current.sub_(f).sub_(x, alpha=self.alpha)
+        return State(state.previous.copy_(x), before)

@@ -1,0 +1,102 @@
+"""What makes a second run of F equal the first in every bit: randomness, autocast, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of a forward pass.
+
+    The cache of cast weights stays off inside: its entries hold one graph, which the first
+    slice's gradient would free.
+    """
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def current(cls, device: torch.device) -> Autocast:
+        """The state in force for the device."""
+        kind = device.type
+        return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def again(self) -> torch.autocast:
+        """A context with that state."""
+        return torch.autocast(self.device_type, self.dtype, self.enabled, cache_enabled=False)
+
+
+class Randomness:
+    """One seed for all the functions of a forward pass, so that none keeps a state of its own.
+
+    The seed is one draw from the global CPU stream. The draw is given back at the end if no
+    function used any randomness; otherwise it is all that the stream sees, in every memory mode.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._before: Tensor | None = torch.default_generator.get_state()
+        self._seed = int(torch.randint(2**62, ()))
+
+    @contextmanager
+    def at(self, function: int, part: int) -> Iterator[None]:
+        """Runs a slice of a function on its own stream and puts the global ones back."""
+        states = [generator.get_state() for generator in self._generators]
+        seed = hash((self._seed, function, part)) & (2**63 - 1)
+        seeded = [generator.manual_seed(seed).get_state() for generator in self._generators]
+        try:
+            yield
+        finally:
+            if self._before is not None and any(map(_moved, self._generators, seeded)):
+                self._before = None
+            for generator, state in zip(self._generators, states, strict=True):
+                generator.set_state(state)
+
+    def close(self) -> None:
+        """Ends the forward pass: an unused draw goes back to the global stream."""
+        if self._before is not None:
+            torch.default_generator.set_state(self._before)
+            self._before = None
+
+
+def _moved(generator: torch.Generator, state: Tensor) -> bool:
+    return not torch.equal(generator.get_state(), state)
+
+
+@contextmanager
+def kept_statistics(function: nn.Module) -> Iterator[None]:
+    """Undoes a recompute's update of running statistics: the first run has made it already."""
+    buffers = [
+        buffer
+        for module in function.modules()
+        if isinstance(module, _NormBase) and module.training
+        for buffer in module.buffers(recurse=False)
+    ]
+    saved = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
+
+
+@contextmanager
+def function_context(
+    autocast: Autocast, randomness: Randomness, function: int, part: int
+) -> Iterator[None]:
+    """All that a run of F with gradients needs, the same in both directions."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(autocast.again())
+        stack.enter_context(randomness.at(function, part))
+        yield

@@ -1,0 +1,127 @@
+"""How one residual function is run and differentiated: the seam between mathematics and engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """A run of F on one slice whose graph is still there.
+
+    inputs: the tokens and the differentiable sides, detached. leaves: what stands for the
+    function's trainable parameters. output: F's raw output.
+    """
+
+    inputs: list[Tensor]
+    leaves: list[Tensor]
+    output: Tensor
+
+
+class LiveFunction(NamedTuple):
+    """A residual function whose parameters are present.
+
+    call: runs it. leaves: the tensors that it is differentiated by, one for each of parameters,
+    the trainable parameters that receive the gradients.
+    """
+
+    call: Callable[..., Tensor]
+    leaves: list[Tensor]
+    parameters: list[nn.Parameter]
+
+
+class FunctionRunner(Protocol):
+    """Makes a function's parameters present, once per function and pass."""
+
+    def open(self, function: nn.Module) -> AbstractContextManager[LiveFunction]:
+        """Parameters are present, and may be handed gradients, inside the context."""
+        ...
+
+
+class PlainRunner:
+    """Parameters are where they always are: one process, DistributedDataParallel, ZeRO 0 to 2."""
+
+    @contextmanager
+    def open(self, function: nn.Module) -> Iterator[LiveFunction]:
+        """See FunctionRunner."""
+        parameters = trainable(function)
+        yield LiveFunction(function, list(parameters), parameters)
+
+
+def trainable(function: nn.Module) -> list[nn.Parameter]:
+    """The function's parameters that require gradients, each once."""
+    return [parameter for parameter in function.parameters() if parameter.requires_grad]
+
+
+def run(live: LiveFunction, x: Tensor, sides: dict[str, Any], x_needs_grad: bool) -> Call:
+    """Runs F on detached inputs, with a graph. Raises ValueError if F changes the shape."""
+    x = x.detach().requires_grad_(x_needs_grad)
+    sides = {name: _leaf(value) for name, value in sides.items()}
+    output = live.call(x, **sides)
+    if output.shape != x.shape:
+        raise ValueError(
+            f"a residual function maps {tuple(x.shape)} to {tuple(output.shape)}: "
+            "shapes must be equal in a chain"
+        )
+    inputs = [x, *(value for value in sides.values() if needs_grad(value))]
+    return Call(inputs, live.leaves, output)
+
+
+def gradients(call: Call, grad: Tensor, keep_graph: bool) -> tuple[list[Tensor | None], ...]:
+    """(gradients of the inputs, gradients of the leaves) given that of the output."""
+    wanted = [leaf for leaf in (*call.inputs, *call.leaves) if leaf.requires_grad]
+    found: dict[int, Tensor | None] = {}
+    if call.output.requires_grad and wanted:
+        results = torch.autograd.grad(
+            call.output,
+            wanted,
+            grad.to(call.output.dtype),
+            allow_unused=True,
+            retain_graph=keep_graph,
+        )
+        found = {id(leaf): result for leaf, result in zip(wanted, results, strict=True)}
+    return [found.get(id(x)) for x in call.inputs], [found.get(id(x)) for x in call.leaves]
+
+
+def needs_grad(value: Any) -> bool:
+    """Whether a side is a tensor that gradients flow to."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _leaf(value: Any) -> Any:
+    return value.detach().requires_grad_() if needs_grad(value) else value
+
+
+class HandOver:
+    """Gives each parameter its gradient once per pass, summed over slices and functions.
+
+    Slices are summed in fp32 where a parameter is held in fewer bits. Engines count on one
+    gradient per parameter and pass: their hooks reduce and shard at once.
+    """
+
+    def __init__(self, functions: Iterable[nn.Module]) -> None:
+        self._uses = Counter(p for function in functions for p in trainable(function))
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def add(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
+        """Adds one slice's gradients."""
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is None:
+                continue
+            grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            known = self._sums.get(parameter)
+            # Not in place: autograd may have given the same tensor to several parameters.
+            self._sums[parameter] = grad if known is None else known + grad
+
+    def finish(self, parameters: list[nn.Parameter]) -> None:
+        """Called after a function's last slice: hands over what no earlier function will add to."""
+        self._uses.subtract(parameters)
+        ready = [p for p in parameters if not self._uses[p] and p in self._sums]
+        if ready:
+            grads = [self._sums.pop(p).to(p.dtype) for p in ready]
+            torch.autograd.backward(ready, grads)

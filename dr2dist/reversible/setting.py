@@ -1,0 +1,101 @@
+"""What one forward pass is run with, frozen into its tape."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Arithmetic = Literal["exact", "float"]
+Memory = Literal["reverse", "store", "checkpoint"]
+
+COEFFICIENT_STEP = 2.0**-16
+"""alpha and beta are multiples of this, so that their products with int32 are exact in fp64."""
+
+RANGE_BITS = 30
+"""Every exact state must stay below 2^30 grid steps, so that one addition cannot wrap unseen."""
+
+USUAL_MAGNITUDE = 16.0
+"""Size of a backbone's states without growth, assumed when a path is checked in advance."""
+
+
+def round_coefficient(value: float) -> float:
+    """The multiple of 2^-16 nearest to `value`, as an exact Python float."""
+    return round(value / COEFFICIENT_STEP) * COEFFICIENT_STEP
+
+
+def growth(alpha: float, beta: float, num_functions: int) -> float:
+    """How much the linear part of the recursion grows over `num_functions` functions.
+
+    Per function it is the larger root of `mu^2 = alpha mu + beta`: 1 where alpha + beta = 1.
+    """
+    return ((alpha + math.sqrt(alpha * alpha + 4 * beta)) / 2) ** num_functions
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Coefficients, arithmetic and memory mode of a chain.
+
+    alpha, beta: coefficients of the two residuals (arXiv 2401.04105), rounded here to multiples
+        of 2^-16. alpha in [0, 1], beta in (0, 1]; beta = 0 only for conventional finetuning
+        (alpha 1, float arithmetic, memory store or checkpoint).
+    arithmetic: "exact" keeps states as int32 fixed point, "float" in floating point.
+    memory: how the backward pass comes by its activations.
+    chunk_size: samples per slice of the batch, None for the whole batch at once.
+    fraction_bits: exact states are multiples of 2^-fraction_bits.
+
+    Raises ValueError for a value outside these sets.
+    """
+
+    alpha: float = 0.9
+    beta: float = 0.1
+    arithmetic: Arithmetic = "exact"
+    memory: Memory = "reverse"
+    chunk_size: int | None = None
+    fraction_bits: int = 18
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}, allowed is 0 to 1")
+        if self.beta == 0:
+            self._check_conventional()
+        elif not COEFFICIENT_STEP / 2 < self.beta <= 1:
+            raise ValueError(f"beta is {self.beta}, allowed is above 0 (2^-16) and up to 1")
+        object.__setattr__(self, "alpha", round_coefficient(self.alpha))
+        object.__setattr__(self, "beta", round_coefficient(self.beta))
+
+    def _check_choices(self) -> None:
+        for name, kind in (("arithmetic", Arithmetic), ("memory", Memory)):
+            if getattr(self, name) not in get_args(kind):
+                allowed = ", ".join(get_args(kind))
+                raise ValueError(f"{name} is {getattr(self, name)!r}, allowed is {allowed}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size is {self.chunk_size}, allowed is None or 1 and more")
+        if not 0 <= self.fraction_bits <= 28:
+            raise ValueError(f"fraction_bits is {self.fraction_bits}, allowed is 0 to 28")
+
+    def _check_conventional(self) -> None:
+        if self.alpha != 1 or self.arithmetic != "float" or self.memory == "reverse":
+            raise ValueError(
+                "beta is 0, which nothing can reverse: it is allowed only for conventional "
+                "finetuning (alpha 1, arithmetic float, memory store or checkpoint)"
+            )
+
+    @property
+    def remainder_bits(self) -> int:
+        """Bits kept for each element and function: ceil(log2(1 / beta)), 0 where nothing is."""
+        if self.arithmetic == "float":
+            return 0
+        return (math.ceil(1 / self.beta) - 1).bit_length()
+
+    def check_range(self, num_functions: int) -> None:
+        """Raises ValueError if states of usual size would outgrow the fixed-point range."""
+        factor = growth(self.alpha, self.beta, num_functions)
+        limit = 2.0 ** (RANGE_BITS - self.fraction_bits)
+        if self.arithmetic == "exact" and factor * USUAL_MAGNITUDE > limit:
+            raise ValueError(
+                f"alpha {self.alpha:.5g} and beta {self.beta:.5g} make states grow {factor:.3g} "
+                f"times over {num_functions} functions, too much for the range of {limit:g} at "
+                f"fraction_bits {self.fraction_bits}: choose alpha = 1 - beta or fewer bits"
+            )
