@@ -103,27 +103,34 @@ class Chain(nn.Module):
         return setting
 
     def forward(
-        self, x: Tensor, taps: Sequence[int] = (), batched: Collection[str] = (), **sides: Any
+        self,
+        x: Tensor,
+        taps: Sequence[int] = (),
+        batched: Collection[str] = (),
+        until: int | None = None,
+        **sides: Any,
     ) -> Any:
         """Runs the chain.
 
         x: tokens [B, ...], floating. taps: functions after which the tokens are handed out too.
         sides: shared inputs; tensors are differentiable, and those in `batched` have the batch
-        in dim 0. Returns x_L, or (x_L, [tapped tokens]) if taps are given, of x's shape and
+        in dim 0. until: run only that many functions. Returns x_L, or (x_L, [tapped tokens]) if taps are given, of x's shape and
         dtype (fp32 under autocast).
         """
         if not x.is_floating_point():
             raise ValueError(f"{self.name}: tokens are {x.dtype}, a floating dtype is needed")
-        taps = [range(len(self.functions))[tap] for tap in taps]
+        segment = Segment(list(self.functions)[:until], self.runner)
+        taps = [range(len(segment.functions))[tap] for tap in taps]
         shared = Sides(sides, batched)
-        segment = self.segment
         if not torch.is_grad_enabled() or not self._anything_to_train(segment, shared, x):
             output, tapped = segment.infer(x, shared, self.setting, taps)
         else:
             tensors = [value for value in sides.values() if needs_grad(value)]
             # Without an input that requires a gradient autograd would never come back here.
             anchor = torch.empty(0, requires_grad=True)
-            output, *tapped = _ChainFunction.apply(self, shared, taps, anchor, x, *tensors)
+            output, *tapped = _ChainFunction.apply(
+                self, segment, shared, taps, anchor, x, *tensors
+            )
         return (output, list(tapped)) if taps else output
 
     @staticmethod
@@ -183,6 +190,7 @@ class _ChainFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         chain: Chain,
+        segment: Segment,
         sides: Sides,
         taps: Sequence[int],
         anchor: Tensor,
@@ -190,9 +198,10 @@ class _ChainFunction(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         needs = x.requires_grad
-        state, tape, handed = chain.segment.forward(x, sides, chain.setting, needs, taps)
+        state, tape, handed = segment.forward(x, sides, chain.setting, needs, taps)
         chain._tapes.add(tape)
-        ctx.chain, ctx.tape, ctx.state, ctx.taps, ctx.x_dtype = chain, tape, state, taps, x.dtype
+        ctx.chain, ctx.segment, ctx.tape, ctx.state = chain, segment, tape, state
+        ctx.taps, ctx.x_dtype = taps, x.dtype
         ctx.set_materialize_grads(False)
         arithmetic = arithmetic_of(tape.setting, state_dtype(x))
         output = arithmetic.hand_out(state.current, tape.dtype)
@@ -213,13 +222,13 @@ class _ChainFunction(torch.autograd.Function):
         grad = given[0].new_zeros(ctx.shape) if grad is None else grad
         remainder_bytes = tape.remainder_bytes
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        result = ctx.chain.segment.backward(
+        result = ctx.segment.backward(
             tape, ctx.state, grad, _sum_taps(ctx.taps, tap_grads), keep
         )
         if not keep:
             ctx.state = None
         ctx.chain._enter(tape, result.state, remainder_bytes)
-        return None, None, None, None, _input_grad(ctx, result.grad), *_side_grads(tape, result)
+        return None, None, None, None, None, _input_grad(ctx, result.grad), *_side_grads(tape, result)
 
 
 def _sum_taps(taps: Sequence[int], grads: Sequence[Tensor | None]) -> dict[int, Tensor]:

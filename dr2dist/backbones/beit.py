@@ -1,0 +1,59 @@
+"""timm's Beit: BEiT and BEiT v2; a relative position bias shared by all blocks is a side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.beit import Beit, Block
+from torch import Tensor, nn
+
+from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
+from dr2dist.backbones.tokens import token_intermediates
+
+
+def _attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    branch = block.attn(block.norm1(x), **sides)
+    return block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch)
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    branch = block.mlp(block.norm2(x))
+    return block.drop_path2(branch if block.gamma_2 is None else block.gamma_2 * branch)
+
+
+PARTS = {
+    Block: (
+        Part(("norm1", "attn", "gamma_1", "drop_path1"), _attention, ("shared_rel_pos_bias",)),
+        Part(("norm2", "mlp", "gamma_2", "drop_path2"), _mlp),
+    )
+}
+
+
+class BeitFamily(Family):
+    """One chain of all blocks."""
+
+    name = "beit"
+    patterns = ("beit_*", "beitv2_*")
+
+    def matches(self, model: nn.Module) -> bool:
+        """See Family."""
+        return is_built_as(model, Beit)
+
+    def functions(self, model: Any) -> list[tuple[str, list[nn.Module]]]:
+        """See Family."""
+        return [("blocks", branches(model.blocks, PARTS, "blocks"))]
+
+    def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
+        """No options."""
+        tokens = model.patch_embed(images)
+        tokens = torch.cat((model.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        if model.pos_embed is not None:
+            tokens = tokens + model.pos_embed
+        shared = model.rel_pos_bias() if model.rel_pos_bias is not None else None
+        sides = {} if shared is None else {"shared_rel_pos_bias": shared}
+        return Stem(model.pos_drop(tokens), sides)
+
+    def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
+        """See Family."""
+        return token_intermediates(net, images, **options)

@@ -1,0 +1,81 @@
+"""timm's Eva: EVA-02, DINOv3, perception encoders; rotary embeddings are sides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from torch import Tensor, nn
+
+from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
+from dr2dist.backbones.tokens import batched_sides, token_intermediates
+
+SIDES = ("rope", "attn_mask", "is_causal")
+
+
+def _attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    branch = block.attn(block.norm1(x), **sides)
+    return block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch)
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    branch = block.mlp(block.norm2(x))
+    return block.drop_path2(branch if block.gamma_2 is None else block.gamma_2 * branch)
+
+
+def _attention_post_norm(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    return block.drop_path1(block.norm1(block.attn(x, **sides)))
+
+
+def _mlp_post_norm(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path2(block.norm2(block.mlp(x)))
+
+
+ATTENTION_NAMES = ("norm1", "attn", "gamma_1", "drop_path1")
+MLP_NAMES = ("norm2", "mlp", "gamma_2", "drop_path2")
+
+PARTS = {
+    EvaBlock: (Part(ATTENTION_NAMES, _attention, SIDES), Part(MLP_NAMES, _mlp)),
+    EvaBlockPostNorm: (
+        Part(ATTENTION_NAMES, _attention_post_norm, SIDES),
+        Part(MLP_NAMES, _mlp_post_norm),
+    ),
+}
+
+
+class EvaFamily(Family):
+    """One chain of all blocks. Learned mixed rotary embeddings are one side for each depth."""
+
+    name = "eva"
+    patterns = ("eva02_*", "vit_*_dinov3*", "vit_pe_*", "vit_*_rope_*", "vit_*_rope_mixed_*")
+
+    def matches(self, model: nn.Module) -> bool:
+        """See Family."""
+        return is_built_as(model, Eva)
+
+    def functions(self, model: Any) -> list[tuple[str, list[nn.Module]]]:
+        """See Family."""
+
+        def rename(side: str, depth: int) -> str:
+            return f"rope_{depth}" if side == "rope" and _is_mixed(model) else side
+
+        return [("blocks", branches(model.blocks, PARTS, "blocks", rename))]
+
+    def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
+        """Options: attn_mask and is_causal, as timm's blocks take them."""
+        tokens, rope = model._pos_embed(model.patch_embed(images))
+        tokens = model.norm_pre(tokens)
+        sides = {name: value for name, value in options.items() if value is not None}
+        if rope is not None and _is_mixed(model):
+            sides |= {f"rope_{depth}": part for depth, part in enumerate(rope.unbind(0))}
+        elif rope is not None:
+            sides["rope"] = rope
+        return Stem(tokens, sides, batched_sides(sides, len(tokens)))
+
+    def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
+        """See Family."""
+        return token_intermediates(net, images, **options)
+
+
+def _is_mixed(model: Any) -> bool:
+    return bool(getattr(model, "rope_mixed", False))

@@ -1,0 +1,152 @@
+"""What a model family must say so that its models can be made reversible."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from dr2dist.errors import UserError
+
+
+@dataclass
+class Stem:
+    """What enters the first chain.
+
+    tokens: [B, ...]. sides: inputs that all functions share, by name. batched: names of those
+    sides whose dim 0 is the batch.
+    """
+
+    tokens: Tensor
+    sides: dict[str, Any] = field(default_factory=dict)
+    batched: Sequence[str] = ()
+
+
+class Family(ABC):
+    """How models of one family split into stem, chains with transitions between them, and head.
+
+    A new family is one subclass, given to `register_backbone`.
+    """
+
+    name: str
+    patterns: tuple[str, ...]
+    """Model names that it covers, for people to read."""
+
+    @abstractmethod
+    def matches(self, model: nn.Module) -> bool:
+        """Whether the model is built as this family is. Decided by structure."""
+
+    @abstractmethod
+    def functions(self, model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
+        """One (name, residual functions) for each chain. Raises UserError for an unknown block."""
+
+    @abstractmethod
+    def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
+        """Images [B, C, H, W] to tokens, and the sides."""
+
+    def transition(self, model: Any, index: int, tokens: Tensor) -> Tensor:
+        """What stands before chain `index`; nothing unless a family says otherwise."""
+        return tokens
+
+    def norm(self, model: Any, tokens: Tensor) -> Tensor:
+        """What ends `forward_features` after the last chain."""
+        result: Tensor = model.norm(tokens)
+        return result
+
+    def head(self, model: Any, features: Tensor) -> Any:
+        """Features to the model's output; the default is timm's own `forward_head`."""
+        return model.forward_head(features)
+
+    def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
+        """`forward_intermediates` with timm's arguments and outputs."""
+        raise UserError(f"{self.name} models give no intermediate features")
+
+
+Compute = Callable[..., Tensor]
+
+
+class Branch(nn.Module):
+    """A residual function made of some of a block's modules.
+
+    block: the block it is cut from. names: the block's modules and parameters that it uses,
+    None for all.
+    compute: called as compute(part, x, **sides), where part looks like the block with only
+    those modules. sides: names of the sides it takes, each with the keyword it is given as.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        names: Sequence[str] | None,
+        compute: Compute,
+        sides: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        # The same class, attributes and modules as the block, less those of its other branches,
+        # so that an engine that gathers this function's parameters gathers no others.
+        part = copy.copy(block)
+        if names is not None:
+            part._modules = {k: v for k, v in block._modules.items() if k in names}
+            part._parameters = {k: v for k, v in block._parameters.items() if k in names}
+        self.part = part
+        self.compute = compute
+        self.keywords = dict(sides or {})
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The sides that the chain hands to this function."""
+        return tuple(self.keywords)
+
+    def forward(self, x: Tensor, **sides: Any) -> Tensor:
+        """The branch alone, [B, ...] to the same shape, without the residual."""
+        given = {self.keywords[name]: value for name, value in sides.items()}
+        return self.compute(self.part, x, **given)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One branch of a block type: the modules it uses, how it computes, which sides it takes."""
+
+    names: tuple[str, ...] | None
+    compute: Compute
+    sides: tuple[str, ...] = ()
+
+
+def branches(
+    blocks: Sequence[nn.Module],
+    parts: Mapping[type, Sequence[Part]],
+    where: str,
+    rename: Callable[[str, int], str] = lambda side, depth: side,
+) -> list[nn.Module]:
+    """The residual functions of blocks in order.
+
+    rename: the chain's name of a side for the block at a depth. Raises UserError for a block
+    whose type is not in `parts` or that computes in its own way.
+    """
+    functions: list[nn.Module] = []
+    for depth, block in enumerate(blocks):
+        for part in _parts_of(block, parts, f"{where}.{depth}"):
+            sides = {rename(side, depth): side for side in part.sides}
+            functions.append(Branch(block, part.names, part.compute, sides))
+    return functions
+
+
+def _parts_of(
+    block: nn.Module, parts: Mapping[type, Sequence[Part]], where: str
+) -> Sequence[Part]:
+    for kind, found in parts.items():
+        if isinstance(block, kind) and type(block).forward is kind.forward:
+            return found
+    allowed = ", ".join(kind.__name__ for kind in parts)
+    raise UserError(f"{where} is a {type(block).__name__}, supported blocks are {allowed}")
+
+
+def is_built_as(model: nn.Module, kind: type) -> bool:
+    """Whether a model is of a class and computes its features as the class does."""
+    own: Any = type(model)
+    known: Any = kind
+    return isinstance(model, kind) and own.forward_features is known.forward_features

@@ -1,0 +1,220 @@
+"""A timm model whose blocks run as reversible chains: the same names, calls and outputs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dr2dist.backbones.beit import BeitFamily
+from dr2dist.backbones.eva import EvaFamily
+from dr2dist.backbones.family import Family
+from dr2dist.backbones.swin import SwinFamily
+from dr2dist.backbones.vit import VitFamily
+from dr2dist.errors import UserError
+from dr2dist.reversible import Chain, ChainCertificate, Setting
+from dr2dist.reversible.setting import Arithmetic, Memory
+
+_families: list[Family] = [VitFamily(), EvaFamily(), BeitFamily(), SwinFamily()]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the last backward pass verified, over all chains.
+
+    chains: one record each. failures: their sum, 0 proves the reversal in exact arithmetic.
+    remainder_bytes: held for the pass, all chains. drift: the worst, float arithmetic only.
+    """
+
+    chains: tuple[ChainCertificate, ...]
+
+    @property
+    def failures(self) -> int:
+        """How many failures were found."""
+        return sum(chain.failures for chain in self.chains)
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """One line for each failure."""
+        return tuple(line for chain in self.chains for line in chain.messages)
+
+    @property
+    def remainder_bytes(self) -> int:
+        """Bytes of remainders that the pass held."""
+        return sum(chain.remainder_bytes for chain in self.chains)
+
+    @property
+    def drift(self) -> float | None:
+        """Largest relative error of a reconstructed start; None where nothing drifts."""
+        known = [chain.drift for chain in self.chains if chain.drift is not None]
+        return max(known, default=None)
+
+
+class ReversibleNetwork(nn.Module):
+    """What `convert` adds to a model's class. Chains are kept beside the modules, not among
+    them, so that names in state_dict and named_parameters stay the model's."""
+
+    family: Family
+    chains: tuple[Chain, ...]
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """alpha and beta in force."""
+        setting = self.chains[0].setting
+        return setting.alpha, setting.beta
+
+    def set_coefficients(self, alpha: float, beta: float) -> None:
+        """Changes alpha and beta of all chains, or of none if one refuses.
+
+        Raises ValueError for values that are not allowed, RuntimeError while a forward pass
+        still waits for its backward pass.
+        """
+        for chain in self.chains:
+            chain.check_coefficients(alpha, beta)
+        for chain in self.chains:
+            chain.set_coefficients(alpha, beta)
+
+    def certificate(self) -> Certificate:
+        """What the last backward pass verified, read to the host."""
+        found = (chain.certificate() for chain in self.chains)
+        return Certificate(tuple(chain for chain in found if chain is not None))
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        """As the model's own: images [B, C, H, W] to its output."""
+        return self.family.head(self, self.forward_features(x, *args, **options))
+
+    def forward_features(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """As the model's own: images [B, C, H, W] to the features before pooling."""
+        options |= dict(zip(("attn_mask", "is_causal"), args, strict=False))
+        stem = self.family.stem(self, x, **options)
+        tokens = stem.tokens
+        for index, chain in enumerate(self.chains):
+            tokens = self.family.transition(self, index, tokens)
+            tokens = chain(tokens, batched=tuple(stem.batched), **stem.sides)
+        return self.family.norm(self, tokens)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        """As the model's own; states of the chains stand for the outputs of blocks."""
+        if args:
+            options["indices"], *more = args
+            if more:
+                raise TypeError("forward_intermediates takes all but indices by keyword")
+        return self.family.intermediates(self, x, **options)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Refused: chains replace it."""
+        if enable:
+            raise UserError(
+                "gradient checkpointing has no effect on a reversible network; "
+                "convert with memory='checkpoint' instead"
+            )
+
+    def set_input_size(self, *args: Any, **options: Any) -> None:
+        """As the model's own."""
+        super().set_input_size(*args, **options)  # type: ignore[misc]
+        self._cut()
+
+    def prune_intermediate_layers(self, *args: Any, **options: Any) -> Any:
+        """As the model's own."""
+        kept = super().prune_intermediate_layers(*args, **options)  # type: ignore[misc]
+        self._cut()
+        return kept
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As any module's; with assign=True the chains take up the new tensors."""
+        result = super().load_state_dict(*args, **options)
+        self._cut()
+        return result
+
+    def _cut(self, setting: Setting | None = None) -> None:
+        """(Re)builds the chains from the model's present modules."""
+        setting = setting or self.chains[0].setting
+        self.chains = tuple(
+            Chain(functions, name=name, **asdict(setting))
+            for name, functions in self.family.functions(self)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles name the model's own class, since this one is made at run time."""
+        base = type(self).__bases__[1]
+        return _blank, (base,), self.__dict__.copy()
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    kind = _reversible_class(base)
+    return kind.__new__(kind)
+
+
+@functools.cache
+def _reversible_class(base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Reversible{base.__name__}", (ReversibleNetwork, base), {})
+
+
+def convert(
+    model: nn.Module,
+    alpha: float = 0.9,
+    beta: float = 0.1,
+    arithmetic: Arithmetic = "exact",
+    memory: Memory = "reverse",
+    chunk_size: int | None = None,
+    fraction_bits: int = 18,
+) -> Any:
+    """A reversible network from a supported model (Dr2Net, arXiv 2401.04105).
+
+    The result is called as the model is, gives outputs of the same structure and shares its
+    parameters, buffers and modules by reference; the model itself stays usable.
+
+    alpha, beta: coefficients of the two residuals. arithmetic: "exact" reverses bit for bit,
+    "float" with round-off. memory: "reverse" reconstructs activations, "store" keeps them,
+    "checkpoint" keeps each function's input. chunk_size: samples per slice of the batch.
+    fraction_bits: resolution of exact states, 2^-fraction_bits.
+
+    Raises UserError for a model that is not supported and ValueError for a setting that is not.
+    """
+    setting = Setting(alpha, beta, arithmetic, memory, chunk_size, fraction_bits)
+    family = _find(model)
+    net = _blank(type(model))
+    net.__dict__.update({key: _own(value) for key, value in model.__dict__.items()})
+    assert isinstance(net, ReversibleNetwork)
+    net.family = family
+    net._cut(setting)
+    return net
+
+
+def _own(value: Any) -> Any:
+    """Registries are copied, so that changing the network's leaves the model's as they were."""
+    return copy.copy(value) if isinstance(value, dict | set) else value
+
+
+def _find(model: nn.Module) -> Family:
+    if isinstance(model, ReversibleNetwork):
+        raise UserError("the model is converted already")
+    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        raise UserError(
+            "the model has gradient checkpointing switched on, which has no effect on a "
+            "reversible network; switch it off, or convert with memory='checkpoint'"
+        )
+    for family in _families:
+        if family.matches(model):
+            return family
+    known = "; ".join(f"{f.name} ({', '.join(f.patterns)})" for f in _families)
+    raise UserError(f"{type(model).__name__} is not supported; supported families: {known}")
+
+
+def register_backbone(family: Family) -> None:
+    """Makes `convert` know a family of one's own; it is asked before the ones known so far.
+
+    Raises UserError if the name is taken.
+    """
+    if any(family.name == known.name for known in _families):
+        raise UserError(f"a backbone family named '{family.name}' is registered already")
+    _families.insert(0, family)
+
+
+def supported_backbones() -> dict[str, tuple[str, ...]]:
+    """Families that `convert` knows, each with patterns of model names."""
+    return {family.name: family.patterns for family in _families}
+

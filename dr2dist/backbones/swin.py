@@ -1,0 +1,82 @@
+"""timm's SwinTransformer: one chain between patch mergings, on maps [B, H, W, C]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models._features import feature_take_indices
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from torch import Tensor, nn
+
+from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
+
+
+def _attention(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path1(block._attn(block.norm1(x)))
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path2(block.mlp(block.norm2(x)))
+
+
+PARTS = {
+    SwinTransformerBlock: (
+        Part(("norm1", "attn", "drop_path1"), _attention),
+        Part(("norm2", "mlp", "drop_path2"), _mlp),
+    )
+}
+
+
+class SwinFamily(Family):
+    """A chain for each stage; patch mergings are the transitions."""
+
+    name = "swin"
+    patterns = ("swin_*", "swin_s3_*")
+
+    def matches(self, model: nn.Module) -> bool:
+        """See Family."""
+        return is_built_as(model, SwinTransformer)
+
+    def functions(self, model: Any) -> list[tuple[str, list[nn.Module]]]:
+        """See Family."""
+        names = [f"layers.{index}.blocks" for index in range(len(model.layers))]
+        return [
+            (name, branches(layer.blocks, PARTS, name))
+            for name, layer in zip(names, model.layers, strict=True)
+        ]
+
+    def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
+        """No options."""
+        return Stem(model.patch_embed(images))
+
+    def transition(self, model: Any, index: int, tokens: Tensor) -> Tensor:
+        """Patch merging, none before the first chain."""
+        result: Tensor = model.layers[index].downsample(tokens)
+        return result
+
+    def intermediates(
+        self,
+        net: Any,
+        images: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Maps [B, C, H, W] after chosen stages. Raises ValueError for another output_fmt."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}, allowed is NCHW")
+        taken, last = feature_take_indices(len(net.layers), indices)
+        tokens = self.stem(net, images).tokens
+        maps = []
+        stop = last + 1 if stop_early else len(net.chains)
+        for index, chain in enumerate(net.chains[:stop]):
+            tokens = chain(self.transition(net, index, tokens))
+            if index in taken:
+                ended = norm and index == len(net.chains) - 1
+                chosen = net.norm(tokens) if ended else tokens
+                maps.append(chosen.permute(0, 3, 1, 2).contiguous())
+        if intermediates_only:
+            return maps
+        return (net.norm(tokens) if stop == len(net.chains) else tokens), maps

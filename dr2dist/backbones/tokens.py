@@ -1,0 +1,78 @@
+"""`forward_intermediates` of transformers whose states are token sequences [B, N, C]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+
+def token_intermediates(
+    net: Any,
+    images: Tensor,
+    indices: int | list[int] | None = None,
+    return_prefix_tokens: bool = False,
+    norm: bool = False,
+    stop_early: bool = False,
+    output_fmt: str = "NCHW",
+    intermediates_only: bool = False,
+    output_dict: bool = False,
+    **options: Any,
+) -> Any:
+    """The chain's states after chosen blocks, in the forms that timm gives them.
+
+    indices: the last n blocks, or these. Other arguments and the output are timm's. Raises
+    ValueError for another output_fmt than NCHW or NLC.
+    """
+    if output_fmt not in ("NCHW", "NLC"):
+        raise ValueError(f"output_fmt is {output_fmt!r}, allowed is NCHW or NLC")
+    taken, last = feature_take_indices(len(net.blocks), indices)
+    final, states = _run(net, images, taken, last if stop_early else None, options)
+    if norm:
+        states = [net.norm(state) for state in states]
+    count = net.num_prefix_tokens
+    prefixes = [state[:, :count] for state in states] if count else None
+    spatial = [state[:, count:] for state in states]
+    if output_fmt == "NCHW":
+        spatial = [_as_image(net, state, images) for state in spatial]
+    if output_dict:
+        result: dict[str, Any] = {"image_intermediates": spatial}
+        if prefixes and return_prefix_tokens:
+            result["image_intermediates_prefix"] = prefixes
+        if not intermediates_only:
+            result["image_features"] = net.norm(final)
+        return result
+    features: list[Any] = spatial
+    if return_prefix_tokens and prefixes:
+        features = list(zip(spatial, prefixes, strict=True))
+    return features if intermediates_only else (net.norm(final), features)
+
+
+def _run(
+    net: Any, images: Tensor, taken: list[int], last: int | None, options: dict[str, Any]
+) -> tuple[Tensor, list[Tensor]]:
+    (chain,) = net.chains
+    per_block = len(chain.functions) // len(net.blocks)
+    stem = net.family.stem(net, images, **options)
+    until = None if last is None else (last + 1) * per_block
+    # Blocks come in the network's order, whatever the order they were asked for in.
+    taps = [(block + 1) * per_block - 1 for block in sorted(set(taken))]
+    final, states = chain(
+        stem.tokens, taps=taps, until=until, batched=tuple(stem.batched), **stem.sides
+    )
+    return final, states
+
+
+def _as_image(net: Any, tokens: Tensor, images: Tensor) -> Tensor:
+    height, width = net.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    return tokens.reshape(len(tokens), height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+
+def batched_sides(sides: dict[str, Any], batch: int) -> list[str]:
+    """Names of the tensors that carry the batch: 4-D [B, heads or 1, ...], as attention adds."""
+    return [
+        name
+        for name, value in sides.items()
+        if isinstance(value, Tensor) and value.ndim == 4 and len(value) == batch and batch > 1
+    ]

@@ -1,0 +1,104 @@
+"""timm's VisionTransformer: ViT, DeiT, DeiT-3, DINOv2, SigLIP, CLIP towers, parallel blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import (
+    Block,
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import Tensor, nn
+
+from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
+from dr2dist.backbones.tokens import batched_sides, token_intermediates
+
+MASK = ("attn_mask", "is_causal")
+
+
+def _attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    return block.drop_path1(block.ls1(block.attn(block.norm1(x), **sides)))
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _attention_post_norm(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    return block.drop_path1(block.norm1(block.attn(x, **sides)))
+
+
+def _mlp_post_norm(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path2(block.norm2(block.mlp(x)))
+
+
+def _whole_branch(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    """The one branch of a block: what its last module gives, before x is added."""
+    given: list[Tensor] = []
+    hook = block.drop_path.register_forward_hook(lambda module, args, output: given.append(output))
+    try:
+        type(block).forward(block, x, **sides)
+    finally:
+        hook.remove()
+    return given[0]
+
+
+def _parallel_attentions(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    outputs = [
+        part.drop_path(part.ls(part.attn(part.norm(x), **sides))) for part in block.attns
+    ]
+    return torch.stack(outputs).sum(dim=0)
+
+
+def _parallel_mlps(block: Any, x: Tensor) -> Tensor:
+    return torch.stack([mlp(x) for mlp in block.ffns]).sum(dim=0)
+
+
+ATTENTION_NAMES = ("norm1", "attn", "ls1", "drop_path1")
+MLP_NAMES = ("norm2", "mlp", "ls2", "drop_path2")
+
+
+PARTS = {
+    Block: (Part(ATTENTION_NAMES, _attention, MASK), Part(MLP_NAMES, _mlp)),
+    ResPostBlock: (
+        Part(ATTENTION_NAMES, _attention_post_norm, MASK),
+        Part(MLP_NAMES, _mlp_post_norm),
+    ),
+    ParallelScalingBlock: (Part(None, _whole_branch, MASK),),
+    DiffParallelScalingBlock: (Part(None, _whole_branch, MASK),),
+    ParallelThingsBlock: (
+        Part(("attns",), _parallel_attentions, MASK),
+        Part(("ffns",), _parallel_mlps),
+    ),
+}
+
+
+class VitFamily(Family):
+    """One chain of all blocks; masks are sides."""
+
+    name = "vit"
+    patterns = ("vit_*", "deit*", "flexivit_*", "*_clip_*", "*_siglip_*", "*_dinov2", "beit3_*")
+
+    def matches(self, model: nn.Module) -> bool:
+        """See Family."""
+        return is_built_as(model, VisionTransformer)
+
+    def functions(self, model: Any) -> list[tuple[str, list[nn.Module]]]:
+        """See Family."""
+        return [("blocks", branches(model.blocks, PARTS, "blocks"))]
+
+    def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
+        """Options: attn_mask and is_causal, as timm's blocks take them."""
+        tokens = model._pos_embed(model.patch_embed(images))
+        tokens = model.norm_pre(model.patch_drop(tokens))
+        sides = {name: options.get(name) for name in MASK if options.get(name) is not None}
+        return Stem(tokens, sides, batched_sides(sides, len(tokens)))
+
+    def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
+        """See Family."""
+        return token_intermediates(net, images, **options)

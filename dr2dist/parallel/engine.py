@@ -1,0 +1,139 @@
+"""A converted network on DeepSpeed's engine: ZeRO 0 to 3, one step at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dr2dist.parallel.gathered import GatheredRunner
+from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
+from dr2dist.reversible import Chain, FunctionRunner, PlainRunner
+
+log = logging.getLogger(__name__)
+
+
+class StepFailed(RuntimeError):
+    """A step that no rank applied, with what the verdict found."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__("; ".join(verdict.messages))
+        self.verdict = verdict
+
+
+class ReversibleEngine:
+    """Runs optimiser steps of a network with reversible chains; applies only proven ones.
+
+    net: a converted network, before any sharding. chains: its chains. optimizer: over its
+    parameters. config: DeepSpeed's configuration, complete. The process group must exist.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        chains: tuple[Chain, ...],
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+    ) -> None:
+        self.chains = chains
+        self.zero = int(config["zero_optimization"]["stage"])
+        runner = _runner(chains, self.zero)
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        self._engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+        self.net: nn.Module = self._engine.module
+        for chain in chains:
+            chain.runner = runner
+        self.device = torch.device(self._engine.device)
+        self._watch = GradientWatch(parameters, self.device)
+        self.applied = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that parameters are held in: what images are cast to."""
+        return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+
+    def step(
+        self, losses: Callable[[], Iterable[Tensor]], count: int, learning_rates: list[float]
+    ) -> Verdict:
+        """One optimiser step from `count` micro-batches.
+
+        losses: called for a pass over the step's micro-batches, computes each one's mean loss
+            when asked for it. learning_rates: one for each parameter group.
+        Raises StepFailed, with nothing applied on any rank, if the verdict is not clean. A
+        mismatch is tried once more first.
+        """
+        verdict = self._attempt(losses, count)
+        if verdict.kinds == {"mismatch"}:
+            log.warning("step %d: %s; trying again", self.applied, "; ".join(verdict.messages))
+            self._discard()
+            verdict = self._attempt(losses, count)
+        if not verdict.ok:
+            self._discard()
+            raise StepFailed(verdict)
+        for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = rate
+        self._engine.step()
+        self.applied += 1
+        return verdict
+
+    def _attempt(self, losses: Callable[[], Iterable[Tensor]], count: int) -> Verdict:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, loss in enumerate(losses()):
+            self._engine.set_gradient_accumulation_boundary(number == count - 1)
+            self._engine.backward(loss)
+            total += loss.detach().double() / count
+        report = Report(total, self._watch.take(), self.chains)
+        return decide(report, self.coefficients, self.applied)
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """alpha and beta in force on this rank."""
+        setting = self.chains[0].setting
+        return setting.alpha, setting.beta
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The network's output, by the engine."""
+        return self._engine(*inputs)
+
+    def _discard(self) -> None:
+        """Forgets the gradients of a step that is not applied."""
+        if hasattr(self._engine.optimizer, "zero_grad"):
+            self._engine.optimizer.zero_grad()
+        self._engine.zero_grad()
+
+    def full_state(self) -> dict[str, Tensor] | None:
+        """All weights in fp32 by name, persistent buffers too, on the CPU of rank 0.
+
+        Every rank must call it. None on other ranks.
+        """
+        first = dist.get_rank() == 0
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.net.named_parameters():
+            value = self._full(parameter)
+            if first:
+                state[name] = value.detach().float().cpu().clone()
+        if first:
+            parameters = set(state)
+            for name, value in self.net.state_dict().items():
+                if name not in parameters:
+                    state[name] = value.detach().cpu().clone()
+        return state if first else None
+
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        if self.zero:
+            master = deepspeed.utils.safe_get_full_fp32_param(parameter)
+            if master is not None:
+                return master
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero == 3):
+            return parameter.detach().clone()
+
+
+def _runner(chains: tuple[Chain, ...], zero: int) -> FunctionRunner:
+    if zero < 3:
+        return PlainRunner()
+    return GatheredRunner(function for chain in chains for function in chain.functions)

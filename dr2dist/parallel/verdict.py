@@ -1,0 +1,143 @@
+"""The verdict of an optimiser step: one exchange by which all ranks decide whether to apply it."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dr2dist.reversible import Chain
+from dr2dist.reversible.certificate import NEVER, Flags, failure_messages
+
+Kind = Literal["disagreement", "mismatch", "range", "finite"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks found in one step; the same on every rank.
+
+    kinds: what went wrong (empty: the step may be applied). messages: one line each, with the
+    rank. loss: mean over ranks. drift: worst over ranks and chains, float arithmetic only.
+    """
+
+    kinds: frozenset[Kind]
+    messages: tuple[str, ...]
+    loss: float
+    drift: float | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the step may be applied."""
+        return not self.kinds
+
+
+@dataclass
+class Report:
+    """One rank's part: int64 or fp64 scalars on the device, not read before the exchange.
+
+    loss: this rank's mean loss of the step. gradient: largest magnitude of any gradient.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    chains: Sequence[Chain] = field(default_factory=tuple)
+
+    def pack(self, coefficients: tuple[float, float], step: int) -> Tensor:
+        """fp64 [3 + chains * (Flags.SIZE + 1)]: every integer here is below 2^53."""
+        device = self.loss.device
+        head = torch.stack([self.loss.double(), self.gradient.double()])
+        key = torch.tensor([_hash(coefficients, step)], dtype=torch.float64, device=device)
+        parts = [head, key]
+        for chain in self.chains:
+            flags, drift = chain.ledger.take()
+            flags = Flags(device).tensor if flags is None else flags
+            drift = torch.full((), -1.0, device=device) if drift is None else drift
+            parts += [flags.double(), drift.double().reshape(1)]
+        return torch.cat(parts)
+
+
+def decide(report: Report, coefficients: tuple[float, float], step: int) -> Verdict:
+    """Exchanges the reports of all ranks and reads them once.
+
+    coefficients, step: what this rank has used; a rank that used others is named.
+    """
+    own = report.pack(coefficients, step)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    gathered = [torch.empty_like(own) for _ in range(world)]
+    if world > 1:
+        dist.all_gather(gathered, own)
+    else:
+        gathered = [own]
+    return _read(torch.stack(gathered).tolist(), [chain.name for chain in report.chains])
+
+
+def _read(rows: list[list[float]], names: list[str]) -> Verdict:
+    kinds: set[Kind] = set()
+    messages: list[str] = []
+    drifts: list[float] = []
+    for rank, (loss, gradient, key, *chains) in enumerate(rows):
+        if key != rows[0][2]:
+            kinds.add("disagreement")
+            messages.append(f"rank {rank}: coefficients or step differ from rank 0's")
+        for place, name in enumerate(names):
+            start = place * (Flags.SIZE + 1)
+            flags = [int(value) for value in chains[start : start + Flags.SIZE]]
+            found = failure_messages(name, flags)
+            kinds.update(failure_kinds(flags))
+            messages += [f"rank {rank}: {line}" for line in found]
+            drifts.append(chains[start + Flags.SIZE])
+        if not (math.isfinite(loss) and math.isfinite(gradient)):
+            kinds.add("finite")
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            messages.append(f"rank {rank}: the {what} is not finite")
+    known = [drift for drift in drifts if drift != -1.0]
+    worst = max(known, key=lambda drift: math.inf if math.isnan(drift) else drift, default=None)
+    return Verdict(
+        frozenset(kinds), tuple(messages), sum(row[0] for row in rows) / len(rows), worst
+    )
+
+
+def failure_kinds(flags: list[int]) -> set[Kind]:
+    """The kinds of failure in a chain's flags."""
+    kinds: set[Kind] = set()
+    out_of_range, not_finite, recompute, start, _ = flags
+    if not_finite != NEVER:
+        kinds.add("finite")
+    elif out_of_range != NEVER:
+        kinds.add("range")
+    elif recompute >= 0 or start:
+        kinds.add("mismatch")
+    return kinds
+
+
+def _hash(coefficients: tuple[float, float], step: int) -> int:
+    return zlib.crc32(struct.pack("<ddq", *coefficients, step))
+
+
+class GradientWatch:
+    """The largest magnitude among the gradients that parameters receive, NaN if one is NaN.
+
+    Hooks see every gradient before an engine shards or frees it, on all ZeRO stages.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], device: torch.device) -> None:
+        self._largest = torch.zeros((), device=device)
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.register_hook(self._see)
+
+    def _see(self, grad: Tensor) -> None:
+        size = torch.linalg.vector_norm(grad.detach(), float("inf")).float()
+        self._largest = torch.maximum(self._largest, size)
+
+    def take(self) -> Tensor:
+        """The largest since the last call: a scalar on the device."""
+        largest, self._largest = self._largest, torch.zeros_like(self._largest)
+        return largest

@@ -1,0 +1,78 @@
+"""Tiny models of every supported kind, with branches that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import nn
+
+DEPTH = 12
+_size: dict[str, Any] = {"img_size": 32, "num_classes": 5}
+_plain: dict[str, Any] = {**_size, "patch_size": 8, "embed_dim": 48, "num_heads": 3}
+
+_vit = partial(VisionTransformer, **_plain, init_values=0.5)
+_eva = partial(Eva, **_plain, init_values=0.5)
+_beit = partial(Beit, **_plain, init_values=0.5)
+_swin = partial(
+    SwinTransformer, **_size, patch_size=2, window_size=4, embed_dim=24, num_heads=(2, 4, 8)
+)
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "vit": _vit,
+    "vit-registers-avg": partial(
+        _vit, reg_tokens=4, global_pool="avg", fc_norm=True, dynamic_img_size=True
+    ),
+    "vit-map-pool": partial(_vit, class_token=False, global_pool="map"),
+    "vit-clip": partial(_vit, pre_norm=True, init_values=None, qk_norm=True),
+    "vit-post-norm": partial(_vit, block_fn=ResPostBlock, init_values=0.9),
+    "vit-parallel-scaling": partial(_vit, block_fn=ParallelScalingBlock),
+    "vit-diff-parallel": partial(_vit, block_fn=DiffParallelScalingBlock, num_heads=2),
+    "vit-parallel-things": partial(_vit, block_fn=ParallelThingsBlock),
+    "deit-distilled": partial(VisionTransformerDistilled, **_plain, init_values=0.5),
+    "eva-rope": partial(_eva, use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True),
+    "eva-post-norm": partial(_eva, use_post_norm=True),
+    "eva-mixed-rope": partial(
+        _eva, use_rot_pos_emb=True, rope_type="mixed", rope_grid_indexing="xy", qkv_fused=True
+    ),
+    "beit": partial(_beit, use_rel_pos_bias=True, use_abs_pos_emb=False),
+    "beit-shared-bias": partial(_beit, use_shared_rel_pos_bias=True),
+    "swin": partial(_swin, depths=(2, 2, 8)),
+}
+
+
+def build(kind: str, seed: int = 0, depth: int = DEPTH, **options: Any) -> nn.Module:
+    """A model whose layer scales lie in 0.1 to 1 and whose biases are not zero."""
+    torch.manual_seed(seed)
+    if kind != "swin":
+        options["depth"] = depth
+    model = MODELS[kind](**options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gamma" in name or ".ls" in name:
+                parameter.uniform_(0.1, 1)
+            elif parameter.ndim == 1 and "norm" not in name:
+                parameter.normal_(0, 0.3)
+            elif parameter.ndim == 2 and "relative" not in name:
+                parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def images(batch: int = 5, seed: int = 1) -> torch.Tensor:
+    """Random images [batch, 3, 32, 32]."""
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,273 @@
+"""Converted models against timm's own, family by family."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import dr2dist
+from tests.models import MODELS, build, images
+
+CONVENTIONAL: dict[str, Any] = {
+    "alpha": 1.0,
+    "beta": 0.0,
+    "arithmetic": "float",
+    "memory": "store",
+}
+
+
+def assert_close(found: Any, wanted: Any) -> None:
+    """Equal structure, tensors within 1e-6 of the larger of 1 and the largest value."""
+    if isinstance(wanted, Tensor):
+        assert found.shape == wanted.shape
+        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max().clamp(min=1)
+    elif isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert_close(found[key], value)
+    else:
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_conventional_setting_is_the_model_itself(kind: str) -> None:
+    model = build(kind).eval()
+    net = dr2dist.convert(model, **CONVENTIONAL)
+    x = images()
+    assert list(net.state_dict()) == list(model.state_dict())
+    assert [n for n, _ in net.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert isinstance(net, type(model))
+    assert_close(net(x), model(x))
+    features = model.forward_features(x)
+    assert_close(net.forward_features(x), features)
+    for pre_logits in (False, True):
+        wanted = model.forward_head(features, pre_logits=pre_logits)
+        assert_close(net.forward_head(features, pre_logits=pre_logits), wanted)
+
+
+def _intermediate_options(kind: str) -> list[dict[str, Any]]:
+    options: list[dict[str, Any]] = [
+        {"indices": 2},
+        {"indices": [0, 2], "norm": True},
+        {"indices": [1], "stop_early": True},
+        {"indices": 1, "intermediates_only": True},
+    ]
+    if kind != "swin":
+        options += [{"indices": [3, 1], "return_prefix_tokens": True, "output_fmt": "NLC"}]
+    if kind.startswith("vit"):
+        options += [{"indices": 2, "return_prefix_tokens": True, "output_dict": True}]
+    return options
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_intermediate_features_are_those_of_timm(kind: str) -> None:
+    model = build(kind).eval()
+    net = dr2dist.convert(model, **CONVENTIONAL)
+    for options in _intermediate_options(kind):
+        wanted = model.forward_intermediates(images(), **options)
+        assert_close(net.forward_intermediates(images(), **options), wanted)
+
+
+def test_masks_reach_the_functions_and_are_cut_with_the_batch() -> None:
+    x = images(4)
+    tokens = 17
+    masks = [torch.rand(tokens, tokens) > 0.3, torch.rand(4, 1, tokens, tokens) > 0.3]
+    for kind in ("vit", "eva-rope"):
+        model = build(kind).eval()
+        net = dr2dist.convert(model, **CONVENTIONAL, chunk_size=3)
+        for mask in masks:
+            mask = mask | torch.eye(tokens, dtype=torch.bool)
+            assert_close(net(x, attn_mask=mask), model(x, attn_mask=mask))
+        assert_close(net(x, is_causal=True), model(x, is_causal=True))
+
+
+def _step(model: nn.Module, memory: str, chunk_size: int | None, bf16: bool = False) -> Any:
+    net = dr2dist.convert(model, memory=memory, chunk_size=chunk_size).train()
+    x = images().requires_grad_()
+    net.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = net(x)
+    output = sum(output) if isinstance(output, tuple) else output
+    output.float().square().sum().backward()
+    grads = {name: parameter.grad for name, parameter in net.named_parameters()}
+    return output.detach(), x.grad, grads, net.certificate(), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_reversal_is_exact_with_dropout_and_slices(kind: str) -> None:
+    rates = {"proj_drop_rate": 0.1, "drop_path_rate": 0.2}
+    model = build(kind, **rates)
+    for chunk_size, bf16 in ((None, False), (2, False), (2, True)):
+        output, of_input, grads, certificate, rng = _step(model, "reverse", chunk_size, bf16)
+        assert certificate.failures == 0 and certificate.remainder_bytes > 0
+        assert all(chain.verified for chain in certificate.chains)
+        for memory in ("store", "checkpoint"):
+            other = _step(model, memory, chunk_size, bf16)
+            assert torch.equal(output, other[0])
+            assert torch.equal(of_input, other[1])
+            assert torch.equal(rng, other[4])
+            for name, grad in grads.items():
+                assert grad is None or torch.equal(grad, other[2][name]), name
+        missing = [name for name, grad in grads.items() if grad is None]
+        assert not missing, missing
+
+
+def test_intermediates_carry_gradients() -> None:
+    model = build("vit")
+    grads = []
+    for memory in ("reverse", "store"):
+        net = dr2dist.convert(model, memory=memory)
+        net.zero_grad()
+        final, taken = net.forward_intermediates(images(), indices=[2, 7])
+        (final.sum() + sum(part.square().sum() for part in taken)).backward()
+        grads.append([p.grad.clone() for n, p in net.named_parameters() if "blocks" in n])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+    assert any(grad.abs().sum() > 0 for grad in grads[0])
+
+
+@pytest.mark.parametrize("kind", ["vit", "eva-rope", "beit-shared-bias", "swin"])
+def test_copies_pickles_and_state_dicts(kind: str) -> None:
+    model = build(kind).eval()
+    net = dr2dist.convert(model)
+    wanted = net(images())
+    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]  # noqa: S301
+    for other in copies:
+        assert torch.equal(other(images()), wanted)
+        assert [n for n, _ in other.named_parameters()] == [n for n, _ in net.named_parameters()]
+        for parameter in other.parameters():
+            parameter.data.zero_()
+        assert not torch.equal(other(images()), wanted)
+    assert torch.equal(net(images()), wanted)
+    fresh = dr2dist.convert(build(kind, seed=7).eval())
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(fresh(images()), wanted)
+    fresh = dr2dist.convert(build(kind, seed=7).eval())
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()), strict=True, assign=True)
+    assert torch.equal(fresh(images()), wanted)
+
+
+def test_structure_may_change_through_timms_methods() -> None:
+    model = build("vit", dynamic_img_size=False).eval()
+    net = dr2dist.convert(copy.deepcopy(model), **CONVENTIONAL)
+    x = torch.randn(2, 3, 48, 48)
+    model.set_input_size((48, 48))
+    net.set_input_size((48, 48))
+    assert_close(net(x), model(x))
+    assert model.prune_intermediate_layers([3]) == net.prune_intermediate_layers([3])
+    assert len(net.chains[0].functions) == 8
+    model.reset_classifier(9)
+    net.reset_classifier(9)
+    assert net(x).shape == model(x).shape
+
+
+def test_coefficients_change_on_all_chains_or_on_none() -> None:
+    net = dr2dist.convert(build("swin"))
+    net.set_coefficients(0.5, 0.5)
+    assert net.coefficients == (0.5, 0.5)
+    with pytest.raises(ValueError, match="beta is 2"):
+        net.set_coefficients(0.5, 2)
+    pending = net(images()).sum()
+    with pytest.raises(RuntimeError, match="waits for its"):
+        net.set_coefficients(0.25, 0.75)
+    assert {chain.setting.beta for chain in net.chains} == {0.5}
+    pending.backward()
+    net.set_coefficients(0.25, 0.75)
+    assert {chain.setting.beta for chain in net.chains} == {0.75}
+
+
+def test_what_is_not_supported_is_refused_in_one_line() -> None:
+    with pytest.raises(dr2dist.UserError, match="ResNet is not supported.*vit.*eva.*beit.*swin"):
+        dr2dist.convert(timm.create_model("resnet18"))
+    net = dr2dist.convert(build("vit"))
+    with pytest.raises(dr2dist.UserError, match="converted already"):
+        dr2dist.convert(net)
+    with pytest.raises(dr2dist.UserError, match="memory='checkpoint'"):
+        net.set_grad_checkpointing(True)
+    model: Any = build("vit")
+    model.set_grad_checkpointing(True)
+    with pytest.raises(dr2dist.UserError, match="gradient checkpointing"):
+        dr2dist.convert(model)
+    model = build("vit")
+    model.blocks[3] = nn.Identity()
+    with pytest.raises(dr2dist.UserError, match=r"blocks\.3 is a Identity"):
+        dr2dist.convert(model)
+    for wrong in ({"arithmetic": "exakt"}, {"memory": "revers"}, {"beta": 0.0}, {"alpha": 1.5}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            dr2dist.convert(build("vit"), **wrong)
+
+
+class Mixer(nn.Module):
+    """A user's own model, with no timm in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 16)
+        parts = [nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)) for _ in range(4)]
+        self.layers = nn.ModuleList(parts)
+        self.leave = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.leave(x)
+
+
+class MixerFamily(dr2dist.Family):
+    name = "mixer"
+    patterns = ("my mixer",)
+
+    def matches(self, model: nn.Module) -> bool:
+        return isinstance(model, Mixer)
+
+    def functions(self, model: Any) -> list[tuple[str, list[nn.Module]]]:
+        return [("layers", list(model.layers))]
+
+    def stem(self, model: Any, images: Tensor, **options: Any) -> dr2dist.Stem:
+        return dr2dist.Stem(model.enter(images))
+
+    def norm(self, model: Any, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def head(self, model: Any, features: Tensor) -> Tensor:
+        return model.leave(features)
+
+
+def test_a_family_of_ones_own() -> None:
+    dr2dist.register_backbone(MixerFamily())
+    assert dr2dist.supported_backbones()["mixer"] == ("my mixer",)
+    with pytest.raises(dr2dist.UserError, match="registered already"):
+        dr2dist.register_backbone(MixerFamily())
+    model = Mixer()
+    x = torch.randn(3, 5, 6)
+    assert_close(dr2dist.convert(model, **CONVENTIONAL)(x), model(x))
+    net = dr2dist.convert(model)
+    net(x).sum().backward()
+    assert net.certificate().failures == 0
+    assert list(net.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.slow
+def test_every_registered_model_of_the_families_converts() -> None:
+    kinds = ("VisionTransformer", "VisionTransformerDistilled", "Eva", "Beit", "SwinTransformer")
+    converted = []
+    for name in timm.list_models():
+        with torch.device("meta"):
+            try:
+                model = timm.create_model(name)
+            except (RuntimeError, NotImplementedError):
+                continue  # a model of another family that cannot be built on meta
+        if type(model).__name__ in kinds and type(model).__module__.startswith("timm."):
+            net = dr2dist.convert(model)
+            assert list(net.state_dict()) == list(model.state_dict())
+            converted.append(name)
+    assert len(converted) > 250, len(converted)
