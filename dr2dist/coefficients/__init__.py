@@ -1,0 +1,5 @@
+"""Schedules of alpha and beta."""
+
+from dr2dist.coefficients.schedule import Coefficients, Knot, Schedule
+
+__all__ = ["Coefficients", "Knot", "Schedule"]

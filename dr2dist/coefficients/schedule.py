@@ -1,0 +1,81 @@
+"""alpha and beta as pure functions of the applied step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from dr2dist.reversible.setting import Setting, round_coefficient
+
+Shape = Literal["linear", "cosine"]
+
+
+class Coefficients(NamedTuple):
+    """alpha and beta, exact multiples of 2^-16."""
+
+    alpha: float
+    beta: float
+
+
+class Knot(NamedTuple):
+    """Coefficients that are reached at a share (0 to 1) of the run."""
+
+    share: float
+    alpha: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A path through knots, constant before the first and after the last.
+
+    knots: in order of their shares. steps: optimiser steps of the run. every: the coefficients
+    change only at multiples of this many applied steps. shape: of the way between two knots.
+    conserve: alpha is 1 - beta, exactly, and the knots' own alphas do not count.
+    """
+
+    knots: tuple[Knot, ...]
+    steps: int
+    every: int = 1
+    shape: Shape = "linear"
+    conserve: bool = False
+
+    def at(self, step: int) -> Coefficients:
+        """The coefficients in force for the optimiser step after `step` applied ones."""
+        share = step // self.every * self.every / self.steps
+        alpha, beta = self._between(share)
+        beta = round_coefficient(beta)
+        return Coefficients(1 - beta if self.conserve else round_coefficient(alpha), beta)
+
+    def _between(self, share: float) -> tuple[float, float]:
+        for low, high in zip(self.knots, self.knots[1:], strict=False):
+            if low.share <= share < high.share:
+                weight = _ease((share - low.share) / (high.share - low.share), self.shape)
+                return (
+                    low.alpha + weight * (high.alpha - low.alpha),
+                    low.beta + weight * (high.beta - low.beta),
+                )
+        nearest = self.knots[0] if share < self.knots[0].share else self.knots[-1]
+        return nearest.alpha, nearest.beta
+
+    def check(self, setting: Setting, lengths: Sequence[int]) -> None:
+        """Raises ValueError if a point of the path is not allowed with the setting.
+
+        lengths: the number of functions of each chain, whose range the path must keep.
+        """
+        for step in sorted({min(k * self.every, self.steps) for k in range(self._moves() + 1)}):
+            alpha, beta = self.at(step)
+            at = Setting(
+                alpha, beta, setting.arithmetic, setting.memory, None, setting.fraction_bits
+            )
+            for length in lengths:
+                at.check_range(length)
+
+    def _moves(self) -> int:
+        return math.ceil(self.steps / self.every)
+
+
+def _ease(weight: float, shape: Shape) -> float:
+    return weight if shape == "linear" else (1 - math.cos(math.pi * weight)) / 2

@@ -1,0 +1,97 @@
+"""The section `coefficients`: how alpha and beta move."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dr2dist.coefficients import Knot, Schedule
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Alpha = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Moving(Section):
+    """What every moving path has."""
+
+    until: Share = Field(1.0, description="share of the run over which the path moves")
+    every: int = Field(10, ge=1, description="optimiser steps between two small moves")
+    shape: Literal["linear", "cosine"] = Field("linear", description="shape of the way")
+
+
+class Conserve(Moving):
+    """alpha = 1 - beta: the recursion neither grows nor shrinks."""
+
+    kind: Literal["conserve"] = "conserve"
+    beta: tuple[Beta, Beta] = Field((0.1, 0.5), description="beta at the start and at the end")
+
+    def schedule(self, steps: int) -> Schedule:
+        """The path over a run of `steps` optimiser steps."""
+        start, end = self.beta
+        knots = (Knot(0, 1 - start, start), Knot(self.until, 1 - end, end))
+        return Schedule(knots, steps, self.every, self.shape, conserve=True)
+
+
+class Paper(Moving):
+    """Both moved at once, as in Dr2Net (arXiv 2401.04105), from (1, 0.1)."""
+
+    kind: Literal["paper"]
+    alpha: tuple[Alpha, Alpha] = Field((1.0, 0.3), description="alpha at the start and the end")
+    beta: tuple[Beta, Beta] = Field((0.1, 0.7), description="beta at the start and the end")
+
+    def schedule(self, steps: int) -> Schedule:
+        """The path over a run of `steps` optimiser steps."""
+        start, end = zip(self.alpha, self.beta, strict=True)
+        knots = (Knot(0, *start), Knot(self.until, *end))
+        return Schedule(knots, steps, self.every, self.shape)
+
+
+class Constant(Section):
+    """No movement. alpha 1 and beta 0 is conventional finetuning."""
+
+    kind: Literal["constant"]
+    alpha: Alpha = Field(description="alpha of every step")
+    beta: float = Field(ge=0, le=1, description="beta of every step")
+
+    def schedule(self, steps: int) -> Schedule:
+        """The path over a run of `steps` optimiser steps."""
+        return Schedule((Knot(0, self.alpha, self.beta),), steps)
+
+
+class Piecewise(Section):
+    """Any path: straight or eased between knots."""
+
+    kind: Literal["piecewise"]
+    knots: tuple[tuple[Annotated[float, Field(ge=0, le=1)], Alpha, Beta], ...] = Field(
+        min_length=2, description="[share of the run, alpha, beta], in order of the shares"
+    )
+    every: int = Field(10, ge=1, description="optimiser steps between two small moves")
+    shape: Literal["linear", "cosine"] = Field("linear", description="shape of each part")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        shares = [knot[0] for knot in self.knots]
+        if any(low >= high for low, high in zip(shares, shares[1:], strict=False)):
+            raise ValueError(f"knots have shares {shares}, allowed is a rising order")
+        return self
+
+    def schedule(self, steps: int) -> Schedule:
+        """The path over a run of `steps` optimiser steps."""
+        knots = tuple(Knot(*knot) for knot in self.knots)
+        return Schedule(knots, steps, self.every, self.shape)
+
+
+CoefficientPath = Annotated[Conserve | Paper | Constant | Piecewise, Field(discriminator="kind")]
+
+
+def with_kind(value: Any) -> Any:
+    """`kind` may be left out: conserve is the default."""
+    return {"kind": "conserve", **value} if isinstance(value, dict) else value
