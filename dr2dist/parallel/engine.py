@@ -30,7 +30,8 @@ class ReversibleEngine:
     """Runs optimiser steps of a network with reversible chains; applies only proven ones.
 
     net: a converted network, before any sharding. chains: its chains. optimizer: over its
-    parameters. config: DeepSpeed's configuration, complete. The process group must exist.
+    parameters. config: DeepSpeed's configuration, complete. bf16: functions compute in bf16,
+    with fp32 master weights on every ZeRO stage. The process group must exist.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class ReversibleEngine:
         chains: tuple[Chain, ...],
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
+        bf16: bool = False,
     ) -> None:
         self.chains = chains
         self.zero = int(config["zero_optimization"]["stage"])
@@ -49,12 +51,13 @@ class ReversibleEngine:
         for chain in chains:
             chain.runner = runner
         self.device = torch.device(self._engine.device)
+        self._autocast = bf16 and not self._engine.bfloat16_enabled()
         self._watch = GradientWatch(parameters, self.device)
         self.applied = 0
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that parameters are held in: what images are cast to."""
+    def _dtype(self) -> torch.dtype:
+        """The dtype that parameters are held in."""
         return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
 
     def step(
@@ -96,9 +99,25 @@ class ReversibleEngine:
         setting = self.chains[0].setting
         return setting.alpha, setting.beta
 
-    def forward(self, *inputs: Tensor) -> Any:
-        """The network's output, by the engine."""
-        return self._engine(*inputs)
+    @property
+    def replicas(self) -> int:
+        """Data-parallel ranks."""
+        return int(self._engine.dp_world_size)
+
+    @property
+    def num_groups(self) -> int:
+        """Parameter groups of the optimiser."""
+        return len(self._engine.optimizer.param_groups)
+
+    @property
+    def remainder_bytes(self) -> int:
+        """Bytes of remainders that the last pass of this rank held."""
+        return sum(chain.ledger.remainder_bytes for chain in self.chains)
+
+    def forward(self, images: Tensor) -> Any:
+        """The network's output for images [B, C, H, W] of any float dtype and device."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self._engine(images.to(self.device, self._dtype))
 
     def _discard(self) -> None:
         """Forgets the gradients of a step that is not applied."""

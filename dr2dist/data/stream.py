@@ -1,0 +1,117 @@
+"""Shards as batches of tensors."""
+
+from __future__ import annotations
+
+import bisect
+import io
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dr2dist.data.index import Sample, read_index
+from dr2dist.data.order import Item
+from dr2dist.data.sources import IMAGE_TYPES
+from dr2dist.data.transforms import Transform
+from dr2dist.errors import UserError
+
+
+class Batch(TypedDict):
+    """image: fp32 [B, 3, H, W]. label: int64 [B]. keys: B names. count: samples that count."""
+
+    image: Tensor
+    label: Tensor
+    keys: list[str]
+    count: int
+
+
+class ShardDataset(Dataset[dict[str, Any]]):
+    """Samples of a folder of shards by (epoch, index), read by seeking: nothing is unpickled.
+
+    pattern: see read_index. transform: image to tensor. Randomness in it is keyed by
+    (seed, epoch, sample), whatever rank or worker reads the sample.
+    """
+
+    def __init__(self, pattern: str | Path, transform: Transform, seed: int = 0) -> None:
+        self.folder, self.index = read_index(pattern)
+        self.transform = transform
+        self.seed = seed
+        self._ends = list(accumulate(len(shard.samples) for shard in self.index.shards))
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    def __getitem__(self, item: Item) -> dict[str, Any]:
+        """A sample; one of a negative epoch does not count.
+
+        Raises UserError naming shard and sample if the image cannot be read.
+        """
+        epoch, index = item
+        path, sample = self._locate(index)
+        image = _decode(path, sample)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((self.seed, epoch, index)) & (2**63 - 1))
+            tensor = self.transform(image)
+        return {"image": tensor, "label": sample.label, "key": sample.key, "count": epoch >= 0}
+
+    def _locate(self, index: int) -> tuple[Path, Sample]:
+        number = bisect.bisect_right(self._ends, index)
+        shard = self.index.shards[number]
+        start = self._ends[number] - len(shard.samples)
+        return self.folder / shard.name, shard.samples[index - start]
+
+
+def _decode(path: Path, sample: Sample) -> Image.Image:
+    if sample.extension not in IMAGE_TYPES:
+        allowed = ", ".join(IMAGE_TYPES)
+        raise UserError(f"{path}: {sample.key}.{sample.extension}: allowed types are {allowed}")
+    try:
+        with path.open("rb") as file:
+            file.seek(sample.offset)
+            image = Image.open(io.BytesIO(file.read(sample.size)))
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: sample '{sample.key}' cannot be read: {error}") from None
+
+
+def loader(
+    dataset: ShardDataset, batches: Iterable[list[Item]], num_workers: int
+) -> Iterator[Batch]:
+    """The batches in order. An empty one becomes one sample that does not count.
+
+    Torch's global random stream is left alone.
+    """
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=_Filled(batches),  # type: ignore[arg-type]
+            num_workers=num_workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),
+        )
+    )
+
+
+class _Filled:
+    """Marks the filler of an empty batch by a negative epoch."""
+
+    def __init__(self, batches: Iterable[list[Item]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        return (batch or [(-1, 0)] for batch in self.batches)
+
+
+def _collate(samples: list[dict[str, Any]]) -> Batch:
+    return Batch(
+        image=torch.stack([sample["image"] for sample in samples]),
+        label=torch.tensor([sample["label"] for sample in samples]),
+        keys=[sample["key"] for sample in samples],
+        count=sum(sample["count"] for sample in samples),
+    )

@@ -1,0 +1,153 @@
+"""Everything about a run that can be known, and checked, before any process starts."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dr2dist.backbones.build import build_model
+from dr2dist.backbones.network import convert
+from dr2dist.coefficients import Schedule
+from dr2dist.config import Config
+from dr2dist.data.index import Index, read_index
+from dr2dist.errors import UserError
+from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration comes to on a number of data-parallel ranks.
+
+    steps: optimiser steps. steps_per_epoch: whole global batches of an epoch. image_size in
+    pixels; mean, std of the three channels. deepspeed: DeepSpeed's configuration. lengths:
+    functions of each chain. parameters: of the model.
+    """
+
+    ranks: int
+    steps: int
+    steps_per_epoch: int
+    schedule: Schedule
+    train: Index
+    val: Index | None
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    deepspeed: dict[str, Any]
+    lengths: dict[str, int]
+    parameters: int
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        chains = ", ".join(f"{name}: {count} functions" for name, count in self.lengths.items())
+        first, last = self.schedule.at(0), self.schedule.at(self.steps)
+        held_out = "none" if self.val is None else str(self.val.num_samples)
+        return "\n".join(
+            [
+                f"parameters    {self.parameters:,}",
+                f"chains        {chains}",
+                f"coefficients  ({first.alpha:.4f}, {first.beta:.4f}) to "
+                f"({last.alpha:.4f}, {last.beta:.4f})",
+                f"samples       {self.train.num_samples} for training, {held_out} for validation",
+                f"steps         {self.steps} of {self.deepspeed['train_batch_size']} samples on "
+                f"{self.ranks} rank(s), {self.steps_per_epoch} an epoch",
+                f"ZeRO          {self.deepspeed['zero_optimization']['stage']}",
+            ]
+        )
+
+
+def make_plan(config: Config, ranks: int) -> Plan:
+    """Checks the whole configuration against files, model and number of ranks.
+
+    Builds no weights. Raises UserError for the first thing that cannot work.
+    """
+    train, val = _indices(config)
+    size = config.train.micro_batch * config.train.accumulate * ranks
+    per_epoch = train.num_samples // size
+    if not per_epoch:
+        raise UserError(
+            f"{config.data.train}: holds {train.num_samples} samples, fewer than a global batch "
+            f"of {size} (train.micro_batch x train.accumulate x {ranks} ranks)"
+        )
+    steps = config.train.steps or max(1, round((config.train.epochs or 0) * per_epoch))
+    schedule = config.coefficients.schedule(steps)
+    model = _model(config)
+    with _as_user_error("coefficients"):
+        setting = config.setting()
+        net = convert(model)
+        lengths = {chain.name: len(chain.functions) for chain in net.chains}
+        schedule.check(setting, list(lengths.values()))
+    normalised = model.pretrained_cfg
+    height, width = normalised["input_size"][1:]
+    if config.model.image_size is None and height != width:
+        raise UserError("model.image_size: the model's own is not square; give one")
+    return Plan(
+        ranks=ranks,
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        schedule=schedule,
+        train=train,
+        val=val,
+        image_size=config.model.image_size or height,
+        mean=config.data.mean or normalised["mean"],
+        std=config.data.std or normalised["std"],
+        deepspeed=_deepspeed(config, ranks),
+        lengths=lengths,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _indices(config: Config) -> tuple[Index, Index | None]:
+    train = read_index(config.data.train)[1]
+    val = None if config.data.val is None else read_index(config.data.val)[1]
+    for index in (train, val):
+        if index is not None and len(index.classes) != config.task.num_classes:
+            raise UserError(
+                f"task.num_classes is {config.task.num_classes}, the shards have "
+                f"{len(index.classes)} classes: {', '.join(index.classes[:10])}"
+            )
+    if val is not None and val.classes != train.classes:
+        raise UserError("data.val: its classes differ from those of data.train")
+    return train, val
+
+
+def _model(config: Config) -> Any:
+    weights = config.model.weights
+    if weights not in (None, "hub") and not Path(str(weights)).is_file():
+        raise UserError(f"model.weights: {weights} does not exist")
+    with torch.device("meta"):
+        return build_model(
+            config.model.name,
+            weights=None,
+            image_size=config.model.image_size,
+            num_classes=config.task.num_classes,
+            drop_path=config.model.drop_path,
+            dropout=config.model.dropout,
+        )
+
+
+def _deepspeed(config: Config, ranks: int) -> dict[str, Any]:
+    path = config.parallel.deepspeed
+    return deepspeed_config(
+        zero=config.parallel.zero,
+        bf16=config.train.precision == "bf16",
+        micro_batch=config.train.micro_batch,
+        accumulate=config.train.accumulate,
+        replicas=ranks,
+        clip=config.optim.clip,
+        extra=None if path is None else read_deepspeed_json(path),
+        source=path or "",
+    )
+
+
+@contextlib.contextmanager
+def _as_user_error(section: str) -> Any:
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{section}: {error}") from None

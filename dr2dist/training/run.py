@@ -1,0 +1,190 @@
+"""One rank of a run: from a configuration to trained weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dr2dist.backbones.build import build_model
+from dr2dist.backbones.network import convert
+from dr2dist.config import Config, dump_config
+from dr2dist.data.order import train_batches, validation_batches
+from dr2dist.data.stream import ShardDataset, loader
+from dr2dist.data.transforms import eval_transform, train_transform
+from dr2dist.errors import UserError
+from dr2dist.parallel.engine import ReversibleEngine, StepFailed
+from dr2dist.parallel.processes import join, largest, share_cores
+from dr2dist.tasks.classification import Classification
+from dr2dist.training.plan import Plan, make_plan
+from dr2dist.training.records import Records, peak_memory
+from dr2dist.training.schedule import learning_rate
+from dr2dist.training.trainer import Pace, Trainer
+from dr2dist.version import __version__
+
+log = logging.getLogger(__name__)
+
+
+def check_output(folder: str | Path) -> None:
+    """Raises UserError if a run's folder holds something already."""
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"output: {path} exists already and is not empty; name another folder")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains in the launcher's process group and writes the run's folder; returns its summary.
+
+    Raises UserError for what cannot work and StepFailed for a step that cannot be proven.
+    """
+    share_cores()
+    join()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    plan = make_plan(config, ranks)
+    check_output(config.output)
+    dist.barrier()  # no rank makes the folder before all have looked
+    records = Records(Path(config.output)) if rank == 0 else None
+    if records is not None:
+        records.write_text("config.yaml", dump_config(config))
+    engine = _engine(config, plan)
+    torch.manual_seed(config.train.seed + 1 + rank)
+    trainer = _trainer(config, plan, engine, records, rank)
+    start = time.monotonic()
+    failure: StepFailed | None = None
+    try:
+        trainer.run()
+    except StepFailed as error:
+        failure = error
+    summary = _summary(config, plan, trainer, time.monotonic() - start, failure)
+    if records is not None:
+        records.write_summary(summary)
+        records.close()
+    dist.barrier()
+    if failure is not None:
+        raise failure
+    return summary
+
+
+def _engine(config: Config, plan: Plan) -> ReversibleEngine:
+    torch.manual_seed(config.train.seed)
+    model = build_model(
+        config.model.name,
+        weights=config.model.weights,
+        image_size=config.model.image_size,
+        num_classes=config.task.num_classes,
+        drop_path=config.model.drop_path,
+        dropout=config.model.dropout,
+    )
+    setting = config.setting()
+    net = convert(
+        model,
+        setting.alpha,
+        setting.beta,
+        setting.arithmetic,
+        setting.memory,
+        setting.chunk_size,
+        setting.fraction_bits,
+    )
+    bf16 = config.train.precision == "bf16"
+    return ReversibleEngine(net.train(), net.chains, _optimizer(config, net), plan.deepspeed, bf16)
+
+
+def _optimizer(config: Config, net: torch.nn.Module) -> torch.optim.Optimizer:
+    part = config.optim
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    if part.name == "sgd":
+        return torch.optim.SGD(
+            parameters, part.lr, momentum=part.momentum, weight_decay=part.weight_decay
+        )
+    return torch.optim.AdamW(
+        parameters, part.lr, betas=part.betas, weight_decay=part.weight_decay
+    )
+
+
+def _trainer(
+    config: Config, plan: Plan, engine: ReversibleEngine, records: Records | None, rank: int
+) -> Trainer:
+    optim = config.optim
+    pace = Pace(
+        steps=plan.steps,
+        accumulate=config.train.accumulate,
+        log_every=config.train.log_every,
+        validate_every=config.train.validate_every or plan.steps_per_epoch,
+        schedule=plan.schedule,
+        learning_rate=partial(
+            learning_rate,
+            steps=plan.steps,
+            peak=optim.lr,
+            warmup=optim.warmup,
+            end=optim.min_lr,
+        ),
+    )
+    metadata = {
+        "model": config.model.name,
+        "arithmetic": config.reversible.arithmetic,
+        "classes": json.dumps(plan.train.classes),
+        "image_size": str(plan.image_size),
+        "mean": json.dumps(plan.mean),
+        "std": json.dumps(plan.std),
+        "dr2dist": __version__,
+        "warning": "trained with reversible residuals: plain timm computes other outputs",
+    }
+    task = Classification(config.task.num_classes)
+    train, val = _streams(config, plan, rank)
+    return Trainer(engine, task, pace, train, val, records, metadata)
+
+
+def _streams(config: Config, plan: Plan, rank: int) -> Any:
+    data, train = config.data, config.train
+    shape = (plan.image_size, plan.mean, plan.std)
+    transform = train_transform(*shape, hflip=data.hflip, vflip=data.vflip, scale=data.scale)
+    dataset = ShardDataset(data.train, transform, train.seed)
+    batches = train_batches(
+        len(dataset),
+        dataset.index.streams,
+        train.seed,
+        micro_batch=train.micro_batch,
+        accumulate=train.accumulate,
+        rank=rank,
+        ranks=plan.ranks,
+    )
+    stream = loader(dataset, batches, data.num_workers)
+    if data.val is None:
+        return stream, None
+    held_out = ShardDataset(data.val, eval_transform(*shape), train.seed)
+    own = validation_batches(
+        len(held_out), batch=train.micro_batch, rank=rank, ranks=plan.ranks
+    )
+    items = [[(0, index) for index in batch] for batch in own]
+    return stream, lambda: loader(held_out, items, data.num_workers)
+
+
+def _summary(
+    config: Config, plan: Plan, trainer: Trainer, seconds: float, failure: StepFailed | None
+) -> dict[str, Any]:
+    """How the run ended. Every rank must call it: peak memory is the largest of all ranks."""
+    alpha, beta = trainer.engine.coefficients
+    return {
+        "status": "finished" if failure is None else "stopped",
+        "reason": None if failure is None else str(failure),
+        "model": config.model.name,
+        "steps": trainer.engine.applied,
+        "ranks": plan.ranks,
+        "alpha": alpha,
+        "beta": beta,
+        "arithmetic": config.reversible.arithmetic,
+        "memory": config.reversible.memory,
+        "certificate_failures": 0 if failure is None else len(failure.verdict.messages),
+        "worst_drift": trainer.worst_drift,
+        "loss": trainer.losses[-1] if trainer.losses else None,
+        "best": trainer.best,
+        "last": trainer.last,
+        "peak_memory_bytes": int(largest(peak_memory())),
+        "seconds": seconds,
+    }
