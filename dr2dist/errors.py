@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """One line: what was found, where, and what is allowed. The command line prints it and exits 2."""
+    """One line: what was found, where, and what is allowed. The command line exits 2 on it."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""For the deepspeed launcher: deepspeed launch/train.py --config configs/NAME.yaml [key=value ...]"""
+"""For the deepspeed launcher: deepspeed launch/train.py --config FILE [key=value ...]"""
 
 from dr2dist.training.main import main
 

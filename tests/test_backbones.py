@@ -139,7 +139,7 @@ def test_copies_pickles_and_state_dicts(kind: str) -> None:
     model = build(kind).eval()
     net = dr2dist.convert(model)
     wanted = net(images())
-    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]  # noqa: S301
+    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
     for other in copies:
         assert torch.equal(other(images()), wanted)
         assert [n for n, _ in other.named_parameters()] == [n for n, _ in net.named_parameters()]
@@ -185,7 +185,7 @@ def test_coefficients_change_on_all_chains_or_on_none() -> None:
 
 
 def test_what_is_not_supported_is_refused_in_one_line() -> None:
-    with pytest.raises(dr2dist.UserError, match="ResNet is not supported.*vit.*eva.*beit.*swin"):
+    with pytest.raises(dr2dist.UserError, match=r"ResNet is not supported.*vit.*eva.*beit.*swin"):
         dr2dist.convert(timm.create_model("resnet18"))
     net = dr2dist.convert(build("vit"))
     with pytest.raises(dr2dist.UserError, match="converted already"):

@@ -135,14 +135,16 @@ def branches(
     return functions
 
 
-def _parts_of(
-    block: nn.Module, parts: Mapping[type, Sequence[Part]], where: str
-) -> Sequence[Part]:
+def _parts_of(block: nn.Module, parts: Mapping[type, Sequence[Part]], where: str) -> Sequence[Part]:
     for kind, found in parts.items():
-        if isinstance(block, kind) and type(block).forward is kind.forward:
+        if isinstance(block, kind) and _forward(type(block)) is _forward(kind):
             return found
     allowed = ", ".join(kind.__name__ for kind in parts)
     raise UserError(f"{where} is a {type(block).__name__}, supported blocks are {allowed}")
+
+
+def _forward(kind: Any) -> Any:
+    return kind.forward
 
 
 def is_built_as(model: nn.Module, kind: type) -> bool:

@@ -144,12 +144,13 @@ class ReversibleNetwork(nn.Module):
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
-    kind = _reversible_class(base)
-    return kind.__new__(kind)
+    kind: Any = _reversible_class(base)  # type: ignore[arg-type]
+    net: nn.Module = kind.__new__(kind)
+    return net
 
 
 @functools.cache
-def _reversible_class(base: type[nn.Module]) -> type[nn.Module]:
+def _reversible_class(base: Any) -> Any:
     return type(f"Reversible{base.__name__}", (ReversibleNetwork, base), {})
 
 
@@ -217,4 +218,3 @@ def register_backbone(family: Family) -> None:
 def supported_backbones() -> dict[str, tuple[str, ...]]:
     """Families that `convert` knows, each with patterns of model names."""
     return {family.name: family.patterns for family in _families}
-

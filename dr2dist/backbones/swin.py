@@ -54,7 +54,11 @@ class SwinFamily(Family):
         result: Tensor = model.layers[index].downsample(tokens)
         return result
 
-    def intermediates(
+    def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
+        """See Family."""
+        return self._maps(net, images, **options)
+
+    def _maps(
         self,
         net: Any,
         images: Tensor,

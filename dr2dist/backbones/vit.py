@@ -49,9 +49,7 @@ def _whole_branch(block: Any, x: Tensor, **sides: Any) -> Tensor:
 
 
 def _parallel_attentions(block: Any, x: Tensor, **sides: Any) -> Tensor:
-    outputs = [
-        part.drop_path(part.ls(part.attn(part.norm(x), **sides))) for part in block.attns
-    ]
+    outputs = [part.drop_path(part.ls(part.attn(part.norm(x), **sides))) for part in block.attns]
     return torch.stack(outputs).sum(dim=0)
 
 

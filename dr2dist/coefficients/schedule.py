@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from dr2dist.reversible.setting import Setting, round_coefficient
@@ -50,7 +51,7 @@ class Schedule:
         return Coefficients(1 - beta if self.conserve else round_coefficient(alpha), beta)
 
     def _between(self, share: float) -> tuple[float, float]:
-        for low, high in zip(self.knots, self.knots[1:], strict=False):
+        for low, high in pairwise(self.knots):
             if low.share <= share < high.share:
                 weight = _ease((share - low.share) / (high.share - low.share), self.shape)
                 return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -79,7 +80,7 @@ class Piecewise(Section):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         shares = [knot[0] for knot in self.knots]
-        if any(low >= high for low, high in zip(shares, shares[1:], strict=False)):
+        if any(low >= high for low, high in pairwise(shares)):
             raise ValueError(f"knots have shares {shares}, allowed is a rising order")
         return self
 

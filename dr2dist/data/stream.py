@@ -90,7 +90,7 @@ def loader(
     return iter(
         DataLoader(
             dataset,
-            batch_sampler=_Filled(batches),  # type: ignore[arg-type]
+            batch_sampler=_Filled(batches),
             num_workers=num_workers,
             collate_fn=_collate,
             generator=torch.Generator(),

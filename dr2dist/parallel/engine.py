@@ -18,7 +18,7 @@ from dr2dist.reversible import Chain, FunctionRunner, PlainRunner
 log = logging.getLogger(__name__)
 
 
-class StepFailed(RuntimeError):
+class UnprovenStepError(RuntimeError):
     """A step that no rank applied, with what the verdict found."""
 
     def __init__(self, verdict: Verdict) -> None:
@@ -67,7 +67,7 @@ class ReversibleEngine:
 
         losses: called for a pass over the step's micro-batches, computes each one's mean loss
             when asked for it. learning_rates: one for each parameter group.
-        Raises StepFailed, with nothing applied on any rank, if the verdict is not clean. A
+        Raises UnprovenStepError, with nothing applied on any rank, if the verdict is not clean. A
         mismatch is tried once more first.
         """
         verdict = self._attempt(losses, count)
@@ -77,7 +77,7 @@ class ReversibleEngine:
             verdict = self._attempt(losses, count)
         if not verdict.ok:
             self._discard()
-            raise StepFailed(verdict)
+            raise UnprovenStepError(verdict)
         for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
         self._engine.step()

@@ -114,8 +114,8 @@ class Chain(nn.Module):
 
         x: tokens [B, ...], floating. taps: functions after which the tokens are handed out too.
         sides: shared inputs; tensors are differentiable, and those in `batched` have the batch
-        in dim 0. until: run only that many functions. Returns x_L, or (x_L, [tapped tokens]) if taps are given, of x's shape and
-        dtype (fp32 under autocast).
+        in dim 0. until: run only that many functions. Returns x_L, or (x_L, [tapped tokens]) if
+        taps are given, of x's shape and dtype (fp32 under autocast).
         """
         if not x.is_floating_point():
             raise ValueError(f"{self.name}: tokens are {x.dtype}, a floating dtype is needed")
@@ -128,9 +128,7 @@ class Chain(nn.Module):
             tensors = [value for value in sides.values() if needs_grad(value)]
             # Without an input that requires a gradient autograd would never come back here.
             anchor = torch.empty(0, requires_grad=True)
-            output, *tapped = _ChainFunction.apply(
-                self, segment, shared, taps, anchor, x, *tensors
-            )
+            output, *tapped = _ChainFunction.apply(self, segment, shared, taps, anchor, x, *tensors)
         return (output, list(tapped)) if taps else output
 
     @staticmethod
@@ -222,13 +220,19 @@ class _ChainFunction(torch.autograd.Function):
         grad = given[0].new_zeros(ctx.shape) if grad is None else grad
         remainder_bytes = tape.remainder_bytes
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        result = ctx.segment.backward(
-            tape, ctx.state, grad, _sum_taps(ctx.taps, tap_grads), keep
-        )
+        result = ctx.segment.backward(tape, ctx.state, grad, _sum_taps(ctx.taps, tap_grads), keep)
         if not keep:
             ctx.state = None
         ctx.chain._enter(tape, result.state, remainder_bytes)
-        return None, None, None, None, None, _input_grad(ctx, result.grad), *_side_grads(tape, result)
+        return (
+            None,
+            None,
+            None,
+            None,
+            None,
+            _input_grad(ctx, result.grad),
+            *_side_grads(tape, result),
+        )
 
 
 def _sum_taps(taps: Sequence[int], grads: Sequence[Tensor | None]) -> dict[int, Tensor]:

@@ -1,7 +1,7 @@
 """Floating-point arithmetic: the equations of the paper as they stand, reversed with round-off.
 
-    x_{i+1} = F(x_i) + alpha * x_i + y_i        y_{i+1} = beta * x_i     (arXiv 2401.04105)
-    x_i = y_{i+1} / beta                        y_i = x_{i+1} - F(x_i) - alpha * x_i
+x_{i+1} = F(x_i) + alpha * x_i + y_i        y_{i+1} = beta * x_i     (arXiv 2401.04105)
+x_i = y_{i+1} / beta                        y_i = x_{i+1} - F(x_i) - alpha * x_i
 """
 
 from __future__ import annotations

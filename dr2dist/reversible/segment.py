@@ -6,7 +6,7 @@ The mathematics is explicit here; autograd, pipeline stages and benchmarks are i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn

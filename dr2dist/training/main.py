@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dr2dist.config import load_config
 from dr2dist.errors import UserError
-from dr2dist.parallel.engine import StepFailed
+from dr2dist.parallel.engine import UnprovenStepError
 from dr2dist.training.run import run
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(load_config(given.config, given.overrides))
     except UserError as error:
         _stop(str(error), 2)
-    except StepFailed as error:
+    except UnprovenStepError as error:
         _stop(f"the step was not applied: {error}", 3)
     finally:
         if dist.is_initialized():

@@ -23,7 +23,7 @@ class Records:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._lines = (folder / "metrics.jsonl").open("a")
-        self._board: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._board: Any = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, step: int, **values: Any) -> None:
         """One object in metrics.jsonl, its numbers in TensorBoard too. NaN becomes null."""

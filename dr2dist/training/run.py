@@ -19,7 +19,7 @@ from dr2dist.data.order import train_batches, validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.data.transforms import eval_transform, train_transform
 from dr2dist.errors import UserError
-from dr2dist.parallel.engine import ReversibleEngine, StepFailed
+from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
 from dr2dist.parallel.processes import join, largest, share_cores
 from dr2dist.tasks.classification import Classification
 from dr2dist.training.plan import Plan, make_plan
@@ -41,7 +41,7 @@ def check_output(folder: str | Path) -> None:
 def run(config: Config) -> dict[str, Any]:
     """Trains in the launcher's process group and writes the run's folder; returns its summary.
 
-    Raises UserError for what cannot work and StepFailed for a step that cannot be proven.
+    Raises UserError for what cannot work and UnprovenStepError for a step that cannot be proven.
     """
     share_cores()
     join()
@@ -56,10 +56,10 @@ def run(config: Config) -> dict[str, Any]:
     torch.manual_seed(config.train.seed + 1 + rank)
     trainer = _trainer(config, plan, engine, records, rank)
     start = time.monotonic()
-    failure: StepFailed | None = None
+    failure: UnprovenStepError | None = None
     try:
         trainer.run()
-    except StepFailed as error:
+    except UnprovenStepError as error:
         failure = error
     summary = _summary(config, plan, trainer, time.monotonic() - start, failure)
     if records is not None:
@@ -102,9 +102,7 @@ def _optimizer(config: Config, net: torch.nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             parameters, part.lr, momentum=part.momentum, weight_decay=part.weight_decay
         )
-    return torch.optim.AdamW(
-        parameters, part.lr, betas=part.betas, weight_decay=part.weight_decay
-    )
+    return torch.optim.AdamW(parameters, part.lr, betas=part.betas, weight_decay=part.weight_decay)
 
 
 def _trainer(
@@ -158,15 +156,13 @@ def _streams(config: Config, plan: Plan, rank: int) -> Any:
     if data.val is None:
         return stream, None
     held_out = ShardDataset(data.val, eval_transform(*shape), train.seed)
-    own = validation_batches(
-        len(held_out), batch=train.micro_batch, rank=rank, ranks=plan.ranks
-    )
+    own = validation_batches(len(held_out), batch=train.micro_batch, rank=rank, ranks=plan.ranks)
     items = [[(0, index) for index in batch] for batch in own]
     return stream, lambda: loader(held_out, items, data.num_workers)
 
 
 def _summary(
-    config: Config, plan: Plan, trainer: Trainer, seconds: float, failure: StepFailed | None
+    config: Config, plan: Plan, trainer: Trainer, seconds: float, failure: UnprovenStepError | None
 ) -> dict[str, Any]:
     """How the run ended. Every rank must call it: peak memory is the largest of all ranks."""
     alpha, beta = trainer.engine.coefficients

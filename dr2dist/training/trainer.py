@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dr2dist.coefficients import Schedule
 from dr2dist.data.stream import Batch
-from dr2dist.parallel.engine import ReversibleEngine, StepFailed
+from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
 from dr2dist.parallel.verdict import Verdict
 from dr2dist.tasks.classification import Classification
 from dr2dist.training.records import Records, peak_memory
@@ -66,7 +66,7 @@ class Trainer:
         self._seen, self._since = 0, time.monotonic()
 
     def run(self) -> None:
-        """All steps. Raises StepFailed if one cannot be proven, with nothing of it applied."""
+        """All steps. Raises UnprovenStepError at one that cannot be proven, before it is applied."""
         bar = tqdm(total=self.pace.steps, unit="step", disable=self.records is None)
         with bar:
             while self.engine.applied < self.pace.steps:
@@ -90,7 +90,7 @@ class Trainer:
             verdict = self.engine.step(
                 lambda: self._losses(batches), len(batches), self._rates(rate)
             )
-        except StepFailed as failure:
+        except UnprovenStepError as failure:
             self._log(failure.verdict, rate)
             raise
         self.losses.append(verdict.loss)

@@ -1,0 +1,227 @@
+"""The `dr2dist` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dr2dist.errors import UserError
+from dr2dist.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command; exits 2 with one line on stderr for a user's error."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    parser = _parser()
+    given, more = parser.parse_known_args(arguments)
+    # argparse takes no second run of positional arguments after an option.
+    if more and (not hasattr(given, "overrides") or any(text.startswith("-") for text in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        given.overrides += more
+    command: Callable[[argparse.Namespace], int] = given.command
+    try:
+        status = command(given)
+    except UserError as error:
+        sys.stderr.write(f"dr2dist: {error}\n")
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    raise SystemExit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dr2dist", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"dr2dist {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_shards(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    train = _add(
+        commands,
+        "train",
+        "Check a configuration and run it under the deepspeed launcher.",
+        "dr2dist train configs/elpv_vit_small.yaml --ranks 2 train.epochs=1",
+    )
+    train.add_argument("config", help="a YAML file; 'dr2dist train --settings' lists its keys")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="values to put instead")
+    train.add_argument("--ranks", type=_positive, default=1, help="processes on this node")
+    train.add_argument("--hostfile", type=Path, help="nodes and their slots, for the launcher")
+    train.add_argument("--dry-run", action="store_true", help="check and show, start nothing")
+    train.add_argument("--settings", action=_Settings, nargs=0, help="list all settings and exit")
+    train.set_defaults(command=_train)
+
+
+class _Settings(argparse.Action):
+    """Prints what every key of a configuration means."""
+
+    def __call__(self, *_: object, **__: object) -> None:
+        from dr2dist.config import describe_config
+
+        print(describe_config())
+        raise SystemExit(0)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _train(given: argparse.Namespace) -> int:
+    from dr2dist.config import load_config
+    from dr2dist.training.plan import make_plan
+    from dr2dist.training.run import check_output
+
+    config = load_config(given.config, given.overrides)
+    ranks = given.ranks if given.hostfile is None else _slots(given.hostfile)
+    print(make_plan(config, ranks).describe())
+    check_output(config.output)
+    line = _launch_line(given)
+    print(f"launch        {shlex.join(line)}", flush=True)
+    if given.dry_run:
+        return 0
+    executable = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return subprocess.run([*executable, *line[1:]], check=False).returncode
+
+
+def _launch_line(given: argparse.Namespace) -> list[str]:
+    line = ["deepspeed"]
+    if given.hostfile is not None:
+        line += ["--hostfile", str(given.hostfile)]
+    else:
+        line += ["--num_accelerators", str(given.ranks), "--master_port", str(_free_port())]
+    line += ["--module", "dr2dist.training.main", "--config", given.config]
+    return line + list(given.overrides)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _slots(hostfile: Path) -> int:
+    """All slots of a hostfile. The launcher itself would take a missing file for one node."""
+    if not hostfile.is_file():
+        raise UserError(f"{hostfile}: the hostfile does not exist")
+    total = 0
+    for line in hostfile.read_text().splitlines():
+        text = line.partition("#")[0].strip()
+        name, _, slots = text.partition(" ")
+        if not text:
+            continue
+        key, _, count = slots.strip().partition("=")
+        if not name or key != "slots" or not count.isdecimal():
+            raise UserError(f"{hostfile}: found '{text}', allowed is 'HOST slots=N'")
+        total += int(count)
+    if not total:
+        raise UserError(f"{hostfile}: names no host")
+    return total
+
+
+def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    shards = _add(
+        commands, "shards", "Make or verify shards.", "dr2dist shards verify demo/elpv/train"
+    )
+    actions = shards.add_subparsers(required=True, metavar="ACTION")
+    make = _add(
+        actions,
+        "make",
+        "Write webdataset shards and their index from images.",
+        "dr2dist shards make --from imagefolder --source photos --output shards/photos "
+        "--val-fraction 0.1",
+    )
+    make.add_argument("--from", dest="kind", required=True, choices=("imagefolder", "csv", "elpv"))
+    make.add_argument("--source", type=Path, required=True, help="folder, or CSV file")
+    make.add_argument("--output", type=Path, required=True, help="folder to make")
+    make.add_argument("--samples-per-shard", type=_positive, default=256)
+    make.add_argument("--val-fraction", type=float, default=0.0, help="held out as OUTPUT/val")
+    make.add_argument("--seed", type=int, default=0, help="of the mixing and the split")
+    make.add_argument("--workers", type=_positive, help="files at a time; default: all cores")
+    make.set_defaults(command=_shards_make)
+    verify = _add(
+        actions,
+        "verify",
+        "Compare shards with their index: sizes, checksums, members, labels.",
+        "dr2dist shards verify 'demo/elpv/train/shard-{000000..000003}.tar'",
+    )
+    verify.add_argument("shards", help="a folder, or a brace pattern")
+    verify.set_defaults(command=_shards_verify)
+
+
+def _shards_make(given: argparse.Namespace) -> int:
+    from dr2dist.data.shards import make_shards
+    from dr2dist.data.sources import SOURCES
+
+    records, classes = SOURCES[given.kind](given.source)
+    make_shards(
+        records,
+        classes,
+        given.output,
+        samples_per_shard=given.samples_per_shard,
+        val_fraction=given.val_fraction,
+        seed=given.seed,
+        workers=given.workers,
+    )
+    print(f"{given.output}: {len(records)} samples of {len(classes)} classes")
+    return 0
+
+
+def _shards_verify(given: argparse.Namespace) -> int:
+    from dr2dist.data.shards import verify_shards
+
+    index = verify_shards(given.shards)
+    print(f"{given.shards}: {index.num_samples} samples in {len(index.shards)} shards are sound")
+    return 0
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = _add(
+        commands,
+        "doctor",
+        "Show what this machine has, and whether a model recomputes bit for bit on it.",
+        "dr2dist doctor --model vit_small_patch14_dinov2 --precision bf16",
+    )
+    doctor.add_argument("--model", default="vit_tiny_patch16_224", help="timm's name of a model")
+    doctor.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    doctor.add_argument("--image-size", type=_positive, help="pixels; default: the model's own")
+    doctor.add_argument("--batch", type=_positive, default=2, help="images of the trial")
+    doctor.set_defaults(command=_doctor)
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from dr2dist import doctor
+
+    for line in doctor.describe_machine():
+        print(line)
+    lines, sound = doctor.try_recompute(
+        given.model, bf16=given.precision == "bf16", image_size=given.image_size, batch=given.batch
+    )
+    for line in lines:
+        print(line)
+    return 0 if sound else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# From nothing to a finetuned reversible backbone: installs, fetches weights and images, makes
+# shards, runs two short finetunings on two ranks and prints what they reached.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$root/launch/install.sh" demo
+cd "$root"
+export PATH="$root/.venv/bin:$PATH"
+
+python launch/fetch_demo.py --output demo
+if [ ! -d demo/elpv ]; then
+    dr2dist shards make --from elpv --source demo/elpv-source --output demo/elpv \
+        --val-fraction 0.23
+fi
+
+run() { # config, name
+    rm -rf "runs/quickstart/$2"
+    dr2dist train "$1" --ranks 2 train.epochs=null train.steps=100 output="runs/quickstart/$2"
+}
+echo "== exact reversal, beta from 0.1 to 0.5"
+run configs/elpv_vit_small.yaml exact
+echo "== conventional finetuning, the same steps"
+run configs/elpv_vit_small_conventional.yaml conventional
+
+python launch/report.py runs/quickstart/exact runs/quickstart/conventional \
+    --picture runs/quickstart/curves.png

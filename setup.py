@@ -1,0 +1,52 @@
+"""Installs dr2dist. The versions that were tested together are in launch/constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+found = re.search(r'__version__ = "(.+)"', (here / "dr2dist" / "version.py").read_text())
+assert found is not None
+
+setup(
+    name="dr2dist",
+    version=found.group(1),
+    description="Reversible finetuning of vision backbones: exact, and distributed on DeepSpeed",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["dr2dist", "dr2dist.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "braceexpand",
+        "deepspeed>=0.19",
+        "numpy",
+        "pillow",
+        "pydantic>=2.7",
+        "pyyaml",
+        "safetensors",
+        "setuptools",
+        "tensorboard",
+        "timm>=1.0.31",
+        "torch>=2.7",
+        "torchmetrics>=1.4",
+        "torchvision",
+        "tqdm",
+        "webdataset>=1.0",
+    ],
+    extras_require={
+        "demo": ["matplotlib", "onnx"],
+        "test": [
+            "matplotlib",
+            "mypy",
+            "onnx",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
+    entry_points={"console_scripts": ["dr2dist = dr2dist.cli:main"]},
+)
