@@ -75,19 +75,17 @@ def _moved(generator: torch.Generator, state: Tensor) -> bool:
 
 @contextmanager
 def kept_statistics(function: nn.Module) -> Iterator[None]:
-    """Undoes a recompute's update of running statistics: the first run has made it already."""
-    buffers = [
-        buffer
-        for module in function.modules()
-        if isinstance(module, _NormBase) and module.training
-        for buffer in module.buffers(recurse=False)
-    ]
-    saved = [buffer.clone() for buffer in buffers]
+    """Lends copies of running statistics to a recompute: the first run has updated them already."""
+    norms = [m for m in function.modules() if isinstance(m, _NormBase) and m.training]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        lent = {k: None if v is None else v.clone() for k, v in norm._buffers.items()}
+        norm._buffers.update(lent)
     try:
         yield
     finally:
-        for buffer, value in zip(buffers, saved, strict=True):
-            buffer.copy_(value)
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 @contextmanager

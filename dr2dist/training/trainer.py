@@ -66,7 +66,7 @@ class Trainer:
         self._seen, self._since = 0, time.monotonic()
 
     def run(self) -> None:
-        """All steps. Raises UnprovenStepError at one that cannot be proven, before it is applied."""
+        """All steps. Raises UnprovenStepError, before applying it, at one that is not proven."""
         bar = tqdm(total=self.pace.steps, unit="step", disable=self.records is None)
         with bar:
             while self.engine.applied < self.pace.steps:
