@@ -28,7 +28,13 @@ _vit = partial(VisionTransformer, **_plain, init_values=0.5)
 _eva = partial(Eva, **_plain, init_values=0.5)
 _beit = partial(Beit, **_plain, init_values=0.5)
 _swin = partial(
-    SwinTransformer, **_size, patch_size=2, window_size=4, embed_dim=24, num_heads=(2, 4, 8)
+    SwinTransformer,
+    **_size,
+    patch_size=2,
+    window_size=4,
+    embed_dim=24,
+    num_heads=(2, 4, 8),
+    drop_path_rate=0.0,
 )
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

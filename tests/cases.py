@@ -1,0 +1,169 @@
+"""What the ranks of a pool run; every function here is called in each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import dr2dist
+from dr2dist.config import load_config
+from dr2dist.parallel.deepspeed_json import deepspeed_config
+from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
+from dr2dist.reversible import Chain
+from dr2dist.training.run import run
+from tests.models import build
+
+GLOBAL_BATCH = 8
+
+
+def make_engine(
+    kind: str, zero: int, bf16: bool = False, accumulate: int = 1, sgd: bool = False, **setting: Any
+) -> ReversibleEngine:
+    """A tiny model of a kind, converted and put on an engine."""
+    torch.manual_seed(0)
+    net = dr2dist.convert(build(kind, depth=3) if kind != "swin" else build(kind), **setting)
+    ranks = dist.get_world_size()
+    config = deepspeed_config(
+        zero=zero,
+        bf16=bf16,
+        micro_batch=GLOBAL_BATCH // ranks // accumulate,
+        accumulate=accumulate,
+        replicas=ranks,
+        clip=1.0,
+        extra={"steps_per_print": 10**6},
+    )
+    if sgd:
+        optimizer: Any = torch.optim.SGD(net.parameters(), 1e-2, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    return ReversibleEngine(net.train(), net.chains, optimizer, config, bf16)
+
+
+def micro_batches(step: int, accumulate: int) -> list[tuple[Tensor, Tensor]]:
+    """This rank's share of the step's global batch."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=generator)
+    labels = torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator)
+    parts = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    return [(x.chunk(ranks)[rank], y.chunk(ranks)[rank]) for x, y in parts]
+
+
+def take_step(engine: ReversibleEngine, step: int, accumulate: int = 1, between: Any = None) -> Any:
+    """One step; `between` is called after each forward pass."""
+    batches = micro_batches(step, accumulate)
+
+    def losses() -> Iterator[Tensor]:
+        for images, labels in batches:
+            output = engine.forward(images)
+            if between is not None:
+                between()
+            yield nn.functional.cross_entropy(output.float(), labels)
+
+    return engine.step(losses, accumulate, [1e-3] * engine.num_groups)
+
+
+def curve(kind: str, steps: int = 20, accumulate: int = 1, **options: Any) -> Any:
+    """(losses, weights on rank 0, worst drift) of a short run."""
+    engine = make_engine(kind, accumulate=accumulate, **options)
+    verdicts = [take_step(engine, step, accumulate) for step in range(steps)]
+    drifts = [verdict.drift for verdict in verdicts if verdict.drift is not None]
+    assert engine.applied == steps
+    return [verdict.loss for verdict in verdicts], engine.full_state(), max(drifts, default=None)
+
+
+class ChangesOnRecompute(nn.Module):
+    """Wraps a function so that its chosen calls give something else."""
+
+    def __init__(self, inner: nn.Module, wrong_calls: range) -> None:
+        super().__init__()
+        self.inner = inner
+        self.wrong_calls = wrong_calls
+        self.calls = 0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.calls += 1
+        output = self.inner(*args, **options)
+        return output * 1.0001 if self.calls - 1 in self.wrong_calls else output
+
+
+def _change_function(chain: Chain, wrong_calls: range) -> None:
+    function: Any = chain.functions[3]
+    branch = function.compute
+    counter = ChangesOnRecompute(branch, wrong_calls)  # type: ignore[arg-type]
+    function.compute = counter.__call__
+    copies = getattr(chain.runner, "_copies", None)
+    if copies is not None:
+        copies[function].compute = counter.__call__
+
+
+def fault(kind: str, zero: int, memory: str = "reverse") -> dict[str, Any]:
+    """A step with a fault on rank 0: the error's text and kinds, and whether weights changed."""
+    engine = make_engine("vit", zero, memory=memory)
+    take_step(engine, 0)
+    before = engine.full_state()
+    chain = engine.chains[0]
+    weight = next(p for n, p in engine.net.named_parameters() if n == "blocks.1.mlp.fc2.weight")
+
+    def between() -> None:
+        if dist.get_rank() != 0 and kind in ("remainder",):
+            return
+        if kind == "remainder":
+            (tape,) = (tape for tape in chain._tapes if tape.open)
+            tape.remainders[3][0][5] ^= 1
+        if kind == "weight":
+            with deepspeed.zero.GatheredParameters([weight], 0, enabled=zero == 3):
+                weight.data[0, 0] *= 2.0**20
+
+    if kind == "function" and dist.get_rank() == 0:
+        _change_function(chain, range(1, 100, 2))
+    if kind == "nan":
+        with deepspeed.zero.GatheredParameters([weight], 0, enabled=zero == 3):
+            weight.data[0, 0] = float("nan")
+    if kind == "coefficients" and dist.get_rank() == 1:
+        chain.set_coefficients(0.5, 0.5)
+    text, kinds = "", set()
+    try:
+        take_step(engine, 1, between=between)
+    except UnprovenStepError as error:
+        text, kinds = str(error), set(error.verdict.kinds)
+    after = engine.full_state()
+    changed = before is not None and [
+        name
+        for name, value in before.items()
+        if name != "blocks.1.mlp.fc2.weight" and not torch.equal(value, after[name])
+    ]
+    return {"text": text, "kinds": kinds, "applied": engine.applied, "changed": changed}
+
+
+def passing_fault(zero: int, accumulate: int) -> Any:
+    """(losses, weights) of two steps, with a function that deviates once if `zero` is given."""
+    results = []
+    for wrong_calls in (range(0), range(1, 2)):
+        engine = make_engine("vit", zero, accumulate=accumulate)
+        _change_function(engine.chains[0], wrong_calls)
+        losses = [take_step(engine, step, accumulate).loss for step in range(2)]
+        results.append((losses, engine.full_state()))
+    return results
+
+
+def ddp_gradients() -> dict[str, Tensor]:
+    """Gradients of a chain inside DistributedDataParallel on this rank's half of a batch."""
+    net = dr2dist.convert(build("vit", depth=3), chunk_size=2).train()
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    ((images, labels),) = micro_batches(0, 1)
+    for _ in range(2):
+        wrapped.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(wrapped(images), labels).backward()
+    assert net.certificate().failures == 0
+    return {name: parameter.grad for name, parameter in net.named_parameters()}
+
+
+def run_config(path: str, overrides: list[str]) -> dict[str, Any]:
+    """A whole run in this group."""
+    return run(load_config(path, overrides))

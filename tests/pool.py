@@ -1,0 +1,99 @@
+"""Processes that form a gloo group and run one case after another."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+class Pool:
+    """`ranks` processes, started once, each a rank of one process group."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self._folder = tempfile.TemporaryDirectory()
+        self.outputs = [Path(self._folder.name) / f"rank{rank}.txt" for rank in range(ranks)]
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank, output in enumerate(self.outputs):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, ranks, port, str(output), there), daemon=True
+            )
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, case: str, timeout: float = 240, **arguments: Any) -> list[Any]:
+        """Calls `module:function` in every rank; their results by rank.
+
+        Fails with every rank's output if one raises or the time is over.
+        """
+        for pipe in self._pipes:
+            pipe.send((case, arguments))
+        end = time.monotonic() + timeout
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(max(0.0, end - time.monotonic())):
+                self._fail(f"rank {rank} gave no answer in {timeout} s")
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                self._fail(f"rank {rank} ended")
+            if not ok:
+                self._fail(f"rank {rank} raised\n{value}")
+            results.append(value)
+        return results
+
+    def _fail(self, reason: str) -> None:
+        texts = [f"--- rank {n}\n{path.read_text()}" for n, path in enumerate(self.outputs)]
+        self.close()
+        raise AssertionError("\n".join([reason, *texts]))
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, ranks: int, port: int, output: str, pipe: Connection) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.dup2(descriptor, sys.stderr.fileno())
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    from dr2dist.parallel.processes import join
+
+    join()
+    while True:
+        try:
+            case, arguments = pipe.recv()
+        except EOFError:
+            return
+        module, _, function = case.partition(":")
+        try:
+            result = getattr(importlib.import_module(module), function)(**arguments)
+            pipe.send((True, result))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

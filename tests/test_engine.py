@@ -1,0 +1,165 @@
+"""Real processes on gloo: ZeRO 0 to 3, DistributedDataParallel, and faults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dr2dist
+from tests.models import build
+from tests.pool import Pool
+
+STAGES = [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def reference(one_rank: Pool) -> Any:
+    """The curve of one rank with batch 8."""
+    ((losses, weights, _),) = one_rank.run("tests.cases:curve", kind="vit", zero=0)
+    return losses, weights
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_curves_agree_over_stages_and_ranks(
+    zero: int, reference: Any, one_rank: Pool, two_ranks: Pool
+) -> None:
+    wanted, _ = reference
+    for pool in (one_rank, two_ranks) if zero else (two_ranks,):
+        (losses, _, _), *rest = pool.run("tests.cases:curve", kind="vit", zero=zero)
+        assert losses == pytest.approx(wanted, rel=1e-4)
+        assert len(set(losses)) == len(losses)
+        assert all(other[0] == losses for other in rest)
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_slices_and_accumulation_under_sgd_give_the_same_weights(
+    zero: int, two_ranks: Pool
+) -> None:
+    options: dict[str, Any] = {"kind": "swin", "zero": zero, "steps": 3, "sgd": True}
+    (whole, weights, _), _ = two_ranks.run("tests.cases:curve", **options)
+    (parts, other, _), _ = two_ranks.run("tests.cases:curve", **options, accumulate=2, chunk_size=1)
+    assert parts == pytest.approx(whole, rel=1e-4)
+    for name, value in weights.items():
+        assert (value - other[name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_memory_modes_agree_in_every_bit_of_the_weights(zero: int, two_ranks: Pool) -> None:
+    for bf16 in (False, True):
+        found = [
+            two_ranks.run(
+                "tests.cases:curve",
+                kind="beit-shared-bias",
+                zero=zero,
+                steps=2,
+                bf16=bf16,
+                memory=memory,
+            )[0]
+            for memory in ("reverse", "store", "checkpoint")
+        ]
+        for losses, weights, _ in found[1:]:
+            assert losses == found[0][0]
+            for name, value in weights.items():
+                assert torch.equal(value, found[0][1][name]), name
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_conventional_finetuning_is_that_of_the_plain_model(zero: int, two_ranks: Pool) -> None:
+    (losses, weights, _), _ = two_ranks.run(
+        "tests.cases:curve",
+        kind="eva-rope",
+        zero=zero,
+        steps=3,
+        sgd=True,
+        alpha=1.0,
+        beta=0.0,
+        arithmetic="float",
+        memory="store",
+    )
+    torch.manual_seed(0)
+    model = build("eva-rope", depth=3).train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    for step, found in enumerate(losses):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(8, 3, 32, 32, generator=generator)
+        labels = torch.randint(0, 5, (8,), generator=generator)
+        loss = nn.functional.cross_entropy(model(images), labels)
+        assert found == pytest.approx(loss.item(), rel=1e-5)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in model.named_parameters():
+        assert (weights[name] - value).abs().max() < 1e-5, name
+
+
+def test_bf16_on_every_stage_follows_fp32(reference: Any, two_ranks: Pool) -> None:
+    for zero in STAGES:
+        (losses, weights, _), _ = two_ranks.run(
+            "tests.cases:curve", kind="vit", zero=zero, bf16=True, steps=10
+        )
+        assert losses == pytest.approx(reference[0][:10], abs=0.05)
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("zero", STAGES)
+@pytest.mark.parametrize(
+    ("kind", "found", "named"),
+    [
+        ("function", "mismatch", "rank 0: blocks: the recompute of function 3 differs"),
+        ("remainder", "mismatch", "rank 0: blocks: the recompute of function 2 differs"),
+        ("weight", None, "blocks: the recompute of function 3 differs"),
+        ("nan", "finite", "blocks: the output of function 3 is not finite"),
+        ("coefficients", "disagreement", "rank 1: coefficients or step differ from rank 0's"),
+    ],
+)
+def test_a_fault_is_named_and_nothing_is_applied(
+    kind: str, found: str | None, named: str, zero: int, two_ranks: Pool
+) -> None:
+    results = two_ranks.run("tests.cases:fault", kind=kind, zero=zero)
+    for result in results:
+        assert named in result["text"]
+        assert found is None or found in result["kinds"]
+        assert result["applied"] == 1
+        assert not result["changed"]
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_a_deviation_that_passes_is_tried_again(zero: int, two_ranks: Pool) -> None:
+    for accumulate in (1, 2):
+        for clean, repeated in two_ranks.run(
+            "tests.cases:passing_fault", zero=zero, accumulate=accumulate
+        ):
+            assert clean[0] == repeated[0]
+            for name, value in (clean[1] or {}).items():
+                assert torch.equal(value, repeated[1][name]), name
+
+
+def test_drift_of_float_arithmetic_reaches_the_verdict(two_ranks: Pool) -> None:
+    results = two_ranks.run(
+        "tests.cases:curve",
+        kind="vit-clip",
+        zero=1,
+        steps=1,
+        arithmetic="float",
+        alpha=0.9,
+        beta=0.1,
+    )
+    assert all(result[2] > 1e-4 for result in results)
+    exact = two_ranks.run("tests.cases:curve", kind="vit-clip", zero=1, steps=1)
+    assert all(result[2] is None for result in exact)
+
+
+def test_distributed_data_parallel_gives_the_gradients_of_one_process(two_ranks: Pool) -> None:
+    results = two_ranks.run("tests.cases:ddp_gradients")
+    net = dr2dist.convert(build("vit", depth=3), memory="store").train()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 3, 32, 32, generator=generator)
+    labels = torch.randint(0, 5, (8,), generator=generator)
+    nn.functional.cross_entropy(net(images), labels).backward()
+    for name, parameter in net.named_parameters():
+        for result in results:
+            assert torch.allclose(result[name], parameter.grad, rtol=1e-4, atol=1e-6), name
