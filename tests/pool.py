@@ -16,10 +16,14 @@ from typing import Any
 
 
 class Pool:
-    """`ranks` processes, started once, each a rank of one process group."""
+    """`ranks` processes, each a rank of one process group; started anew after a failure."""
 
     def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
+        self._ranks = ranks
+        self._start()
+
+    def _start(self) -> None:
+        ranks = self._ranks
         self._folder = tempfile.TemporaryDirectory()
         self.outputs = [Path(self._folder.name) / f"rank{rank}.txt" for rank in range(ranks)]
         context = multiprocessing.get_context("spawn")
@@ -31,7 +35,8 @@ class Pool:
         for rank, output in enumerate(self.outputs):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, ranks, port, str(output), there), daemon=True
+                target=_serve,
+                args=(rank, ranks, port, str(output), there),
             )
             process.start()
             self._pipes.append(here)
@@ -61,6 +66,7 @@ class Pool:
     def _fail(self, reason: str) -> None:
         texts = [f"--- rank {n}\n{path.read_text()}" for n, path in enumerate(self.outputs)]
         self.close()
+        self._start()
         raise AssertionError("\n".join([reason, *texts]))
 
     def close(self) -> None:

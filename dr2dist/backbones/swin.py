@@ -12,7 +12,12 @@ from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
 
 
 def _attention(block: Any, x: Tensor) -> Tensor:
-    return block.drop_path1(block._attn(block.norm1(x)))
+    x = block.norm1(x)
+    if block.attn_mask is not None:
+        # Engines that hold parameters in bf16 leave buffers in fp32, and attention takes no
+        # mask of another dtype. Its values, 0 and -100, are exact in any.
+        block.attn_mask = block.attn_mask.to(x.dtype)
+    return block.drop_path1(block._attn(x))
 
 
 def _mlp(block: Any, x: Tensor) -> Tensor:

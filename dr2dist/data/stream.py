@@ -82,19 +82,19 @@ def _decode(path: Path, sample: Sample) -> Image.Image:
 
 def loader(
     dataset: ShardDataset, batches: Iterable[list[Item]], num_workers: int
-) -> Iterator[Batch]:
-    """The batches in order. An empty one becomes one sample that does not count.
+) -> Iterable[Batch]:
+    """The batches in order, as often as it is iterated. Workers stay alive in between.
 
-    Torch's global random stream is left alone.
+    An empty batch becomes one sample that does not count. Torch's global random stream is left
+    alone.
     """
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=_Filled(batches),
-            num_workers=num_workers,
-            collate_fn=_collate,
-            generator=torch.Generator(),
-        )
+    return DataLoader(
+        dataset,
+        batch_sampler=_Filled(batches),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=_collate,
+        generator=torch.Generator(),
     )
 
 

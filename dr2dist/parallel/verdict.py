@@ -42,7 +42,7 @@ class Verdict:
 class Report:
     """One rank's part: int64 or fp64 scalars on the device, not read before the exchange.
 
-    loss: this rank's mean loss of the step. gradient: largest magnitude of any gradient.
+    loss: this rank's mean loss of the step. gradient: finite if every gradient is.
     """
 
     loss: Tensor
@@ -122,22 +122,21 @@ def _hash(coefficients: tuple[float, float], step: int) -> int:
 
 
 class GradientWatch:
-    """The largest magnitude among the gradients that parameters receive, NaN if one is NaN.
+    """The sum of all gradients that parameters receive: finite if every one of them is.
 
     Hooks see every gradient before an engine shards or frees it, on all ZeRO stages.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], device: torch.device) -> None:
-        self._largest = torch.zeros((), device=device)
+        self._sum = torch.zeros((), device=device)
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.register_hook(self._see)
 
     def _see(self, grad: Tensor) -> None:
-        size = torch.linalg.vector_norm(grad.detach(), float("inf")).float()
-        self._largest = torch.maximum(self._largest, size)
+        self._sum = self._sum + grad.detach().sum(dtype=torch.float32)
 
     def take(self) -> Tensor:
-        """The largest since the last call: a scalar on the device."""
-        largest, self._largest = self._largest, torch.zeros_like(self._largest)
-        return largest
+        """The sum since the last call: a scalar on the device."""
+        total, self._sum = self._sum, torch.zeros_like(self._sum)
+        return total

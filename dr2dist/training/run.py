@@ -152,13 +152,13 @@ def _streams(config: Config, plan: Plan, rank: int) -> Any:
         rank=rank,
         ranks=plan.ranks,
     )
-    stream = loader(dataset, batches, data.num_workers)
+    stream = iter(loader(dataset, batches, data.num_workers))
     if data.val is None:
         return stream, None
     held_out = ShardDataset(data.val, eval_transform(*shape), train.seed)
     own = validation_batches(len(held_out), batch=train.micro_batch, rank=rank, ranks=plan.ranks)
     items = [[(0, index) for index in batch] for batch in own]
-    return stream, lambda: loader(held_out, items, data.num_workers)
+    return stream, loader(held_out, items, data.num_workers)
 
 
 def _summary(

@@ -42,7 +42,7 @@ class Pace:
 class Trainer:
     """Runs the steps of one rank.
 
-    train: endless micro-batches. val: makes one pass over this rank's share, or None.
+    train: endless micro-batches. val: this rank's share, gone through at each validation.
     records: on rank 0, None elsewhere. metadata: goes into every weights file.
     """
 
@@ -52,7 +52,7 @@ class Trainer:
         task: Classification,
         pace: Pace,
         train: Iterator[Batch],
-        val: Callable[[], Iterable[Batch]] | None,
+        val: Iterable[Batch] | None,
         records: Records | None,
         metadata: dict[str, str],
     ) -> None:
@@ -142,14 +142,14 @@ class Trainer:
                 peak_memory_bytes=peak_memory(),
             )
 
-    def _validate(self, batches: Callable[[], Iterable[Batch]]) -> None:
+    def _validate(self, batches: Iterable[Batch]) -> None:
         """All held-out samples, each counted once over all ranks."""
         device = self.engine.device
         metrics = self.task.metrics().to(device)
         loss, count = MeanMetric().to(device), SumMetric().to(device)
         self.engine.net.eval()
         with torch.no_grad():
-            for batch in batches():
+            for batch in batches:
                 # Every rank runs every batch, since ZeRO-3 gathers weights as it goes.
                 output = self.engine.forward(batch["image"])
                 if batch["count"]:

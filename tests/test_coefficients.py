@@ -1,0 +1,65 @@
+"""Schedules against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dr2dist.coefficients import Coefficients, Knot, Schedule
+from dr2dist.config.coefficients import Conserve, Constant, Paper, Piecewise
+from dr2dist.reversible import Setting
+
+
+def test_conserve_moves_in_small_steps_and_keeps_the_sum() -> None:
+    schedule = Conserve(beta=(0.1, 0.5), until=0.5, every=10).schedule(200)
+    points = [schedule.at(step) for step in range(201)]
+    assert all(point.alpha + point.beta == 1 for point in points)
+    assert all((point.beta * 65536).is_integer() for point in points)
+    betas = [point.beta for point in points]
+    assert betas == sorted(betas)
+    assert betas[0] == pytest.approx(0.1, abs=2**-17) and betas[100:] == [0.5] * 101
+    changes = [step for step in range(1, 201) if betas[step] != betas[step - 1]]
+    assert changes == list(range(10, 101, 10))
+    assert betas[55] == pytest.approx(0.1 + 0.4 * 50 / 100, abs=2**-16)
+
+
+def test_paper_moves_both_at_once() -> None:
+    schedule = Paper(kind="paper", alpha=(1.0, 0.3), beta=(0.1, 0.7), every=1).schedule(100)
+    assert schedule.at(0) == Coefficients(1.0, 6554 / 65536)
+    alpha, beta = schedule.at(50)
+    assert (alpha, beta) == (pytest.approx(0.65, abs=1e-5), pytest.approx(0.4, abs=1e-5))
+    assert schedule.at(100).alpha == pytest.approx(0.3, abs=1e-5)
+    assert schedule.at(10**6) == schedule.at(100)
+
+
+def test_cosine_eases() -> None:
+    schedule = Conserve(beta=(0.2, 0.6), until=1.0, every=1, shape="cosine").schedule(40)
+    for step in range(41):
+        wanted = 0.2 + 0.4 * (1 - math.cos(math.pi * step / 40)) / 2
+        assert schedule.at(step).beta == pytest.approx(wanted, abs=2**-16)
+
+
+def test_constant_and_piecewise() -> None:
+    assert Constant(kind="constant", alpha=1, beta=0).schedule(9).at(5) == Coefficients(1, 0)
+    knots = ((0.2, 0.9, 0.1), (0.4, 0.5, 0.5), (1.0, 0.0, 1.0))
+    schedule = Piecewise(kind="piecewise", knots=knots, every=1).schedule(100)
+    assert schedule.at(0) == schedule.at(19) == schedule.at(20)
+    assert schedule.at(30).beta == pytest.approx(0.3, abs=2**-16)
+    assert schedule.at(40) == Coefficients(0.5, 0.5)
+    assert schedule.at(70).alpha == pytest.approx(0.25, abs=2**-16)
+    with pytest.raises(ValueError, match="rising order"):
+        Piecewise(kind="piecewise", knots=((0.4, 1, 0.1), (0.2, 1, 0.1)))
+
+
+def test_a_path_that_the_range_cannot_hold_is_refused() -> None:
+    setting = Setting()
+    path = Schedule((Knot(0, 1.0, 0.1), Knot(1, 0.9, 0.1)), 100)
+    path.check(setting, [24, 2])
+    with pytest.raises(ValueError, match="over 96 functions"):
+        path.check(setting, [24, 96])
+    Conserve().schedule(100).check(setting, [1000])
+    worst_in_the_middle = Schedule((Knot(0, 0.9, 0.1), Knot(0.5, 1, 1), Knot(1, 0, 1)), 100)
+    with pytest.raises(ValueError, match="grow"):
+        worst_in_the_middle.check(setting, [48])
+    worst_in_the_middle.check(Setting(arithmetic="float"), [48])

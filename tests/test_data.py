@@ -1,0 +1,260 @@
+"""Shards, order and streams."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from dr2dist.data.index import read_index
+from dr2dist.data.order import epoch_order, train_batches, validation_batches
+from dr2dist.data.shards import make_shards, verify_shards
+from dr2dist.data.sources import SOURCES
+from dr2dist.data.stream import ShardDataset, loader
+from dr2dist.data.transforms import eval_transform, to_rgb, train_transform
+from dr2dist.errors import UserError
+from tests.images import make_folder, make_small_shards
+
+NORMAL = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+
+
+def test_shards_are_the_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
+    records, classes = SOURCES["imagefolder"](make_folder(tmp_path / "images"))
+    for workers in (1, 3):
+        make_shards(
+            records,
+            classes,
+            tmp_path / f"made{workers}",
+            samples_per_shard=5,
+            val_fraction=0.25,
+            workers=workers,
+            progress=False,
+        )
+    assert contents(tmp_path / "made1") == contents(tmp_path / "made3")
+    train, val = (verify_shards(tmp_path / "made1" / p, progress=False) for p in ("train", "val"))
+    assert train.classes == ("bright", "dark")
+    keys = [[s.key for shard in index.shards for s in shard.samples] for index in (train, val)]
+    assert not set(keys[0]) & set(keys[1]) and len(keys[0] + keys[1]) == 23
+    assert Counter(s.label for shard in val.shards for s in shard.samples) == {0: 4, 1: 2}
+
+
+def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    shards = make_small_shards(tmp_path) / "train"
+    _, index = read_index(shards)
+    paths = [str(shards / shard.name) for shard in index.shards]
+    samples = list(webdataset.WebDataset(paths, shardshuffle=False).decode("pil"))
+    known = [sample for shard in index.shards for sample in shard.samples]
+    assert [s["__key__"] for s in samples] == [sample.key for sample in known]
+    assert [s["cls"] for s in samples] == [sample.label for sample in known]
+
+
+def test_sources(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images", 6)
+    (tmp_path / "table.csv").write_text(
+        "path,label\nimages/dark/cell.0.jpg,10\nimages/bright/cell.1.png,9\n"
+    )
+    records, classes = SOURCES["csv"](tmp_path / "table.csv")
+    assert classes == ["9", "10"] and [record.label for record in records] == [1, 0]
+    (tmp_path / "labels.csv").write_text(
+        "images/dark/cell.0.jpg 0.6666 mono\nimages/bright/cell.1.png 0.3333 poly\n"
+    )
+    records, classes = SOURCES["elpv"](tmp_path)
+    assert [record.label for record in records] == [1, 0] and classes[1] == "defective"
+    with pytest.raises(UserError, match="no column 'label'; did you mean 'labels'"):
+        (tmp_path / "bad.csv").write_text("path,labels\n")
+        SOURCES["csv"](tmp_path / "bad.csv")
+    with pytest.raises(UserError, match="holds no images"):
+        (tmp_path / "empty").mkdir()
+        SOURCES["imagefolder"](tmp_path / "empty")
+    assert len({record.key for record in SOURCES["imagefolder"](folder)[0]}) == 6
+
+
+def test_a_failed_making_leaves_nothing(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images")
+    (folder / "dark" / "broken.png").write_bytes(b"no image")
+    records, classes = SOURCES["imagefolder"](folder)
+    with pytest.raises(UserError, match=r"broken\.png: is not a readable image"):
+        make_shards(records, classes, tmp_path / "made", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "precious").touch()
+    with pytest.raises(UserError, match="exists already"):
+        make_shards(records, classes, tmp_path / "made", progress=False)
+
+
+def test_verify_names_the_fault(tmp_path: Path) -> None:
+    good = make_small_shards(tmp_path) / "train"
+    verify_shards(good, progress=False)
+
+    def broken(change: Any) -> str:
+        folder = tmp_path / "broken"
+        shutil.copytree(good, folder)
+        change(folder)
+        with pytest.raises(UserError) as caught:
+            verify_shards(folder, progress=False)
+        shutil.rmtree(folder)
+        return str(caught.value)
+
+    def flip(folder: Path) -> None:
+        path = folder / "shard-000001.tar"
+        data = bytearray(path.read_bytes())
+        data[2000] ^= 1
+        path.write_bytes(bytes(data))
+
+    def relabel(folder: Path) -> None:
+        index = json.loads((folder / "index.json").read_text())
+        index["shards"][0]["samples"][3][4] = 9
+        (folder / "index.json").write_text(json.dumps(index))
+
+    assert "shard-000001.tar: checksum differs" in broken(flip)
+    assert "shard-000002.tar: is missing" in broken(
+        lambda folder: (folder / "shard-000002.tar").unlink()
+    )
+    assert "label 9, allowed is 0 to 1" in broken(relabel)
+    assert "index.json" in broken(lambda folder: (folder / "index.json").write_text("{}"))
+    with pytest.raises(UserError, match=r"shard-000009\.tar is not in .*; did you mean"):
+        read_index(str(good / "shard-00000{1,9}.tar"))
+    assert len(read_index(str(good / "shard-{000000..000001}.tar"))[1].shards) == 2
+
+
+def test_pickles_in_a_shard_are_never_loaded(tmp_path: Path) -> None:
+    shards = make_small_shards(tmp_path) / "train"
+    index = json.loads((shards / "index.json").read_text())
+    index["shards"][0]["samples"][0][1] = "pickle"
+    (shards / "index.json").write_text(json.dumps(index))
+    dataset = ShardDataset(shards, eval_transform(8, *NORMAL))
+    with pytest.raises(UserError, match=r"\.pickle: allowed types are"):
+        dataset[0, 0]
+
+
+@pytest.mark.parametrize(("samples", "streams"), [(100, 8), (103, 7), (5, 64), (1, 1)])
+def test_an_epoch_is_a_permutation_of_its_own(samples: int, streams: int) -> None:
+    orders = [epoch_order(samples, streams, 3, epoch) for epoch in range(3)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(samples))
+    assert samples < 10 or not np.array_equal(orders[0], orders[1])
+    assert np.array_equal(orders[1], epoch_order(samples, streams, 3, 1))
+
+
+def global_batches(
+    ranks: int, micro_batch: int, accumulate: int, count: int, start: int = 0
+) -> list[list[Any]]:
+    """The global batches that the ranks take together."""
+    shares = [
+        list(
+            islice(
+                train_batches(
+                    101,
+                    8,
+                    5,
+                    micro_batch=micro_batch,
+                    accumulate=accumulate,
+                    rank=rank,
+                    ranks=ranks,
+                    start=start,
+                ),
+                count * accumulate,
+            )
+        )
+        for rank in range(ranks)
+    ]
+    return [
+        sorted(
+            item
+            for share in shares
+            for part in share[k * accumulate : (k + 1) * accumulate]
+            for item in part
+        )
+        for k in range(count)
+    ]
+
+
+def test_global_batches_do_not_depend_on_the_layout() -> None:
+    wanted = global_batches(1, 8, 1, 30)
+    for ranks, micro_batch, accumulate in ((2, 4, 1), (4, 2, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)):
+        assert global_batches(ranks, micro_batch, accumulate, 30) == wanted
+    assert global_batches(2, 4, 1, 10, start=20) == wanted[20:]
+    for epoch in range(2):
+        items = [item for batch in wanted[epoch * 12 : (epoch + 1) * 12] for item in batch]
+        assert len(set(items)) == 96 and {item[0] for item in items} == {epoch}
+
+
+@pytest.mark.parametrize("samples", [1, 7, 16, 23])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_validation_counts_each_sample_once(samples: int, ranks: int) -> None:
+    shares = [validation_batches(samples, batch=3, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    found = sorted(index for share in shares for batch in share for index in batch)
+    assert found == list(range(samples))
+
+
+def test_augmentation_is_keyed_by_the_sample(tmp_path: Path) -> None:
+    shards = make_small_shards(tmp_path) / "train"
+    transform = train_transform(16, *NORMAL, hflip=True, vflip=True, scale=(0.3, 1.0))
+    dataset = ShardDataset(shards, transform, seed=1)
+    items = [[(0, 3), (1, 3)], [(0, 5)], []]
+    state = torch.get_rng_state()
+    batches = [list(loader(dataset, items, workers)) for workers in (0, 2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one["image"], other["image"]) and one["keys"] == other["keys"]
+    first, second, empty = batches[0]
+    assert first["image"].shape == (2, 3, 16, 16) and first["image"].dtype == torch.float32
+    assert not torch.equal(first["image"][0], first["image"][1])
+    assert (first["count"], second["count"], empty["count"]) == (2, 1, 0)
+    other = ShardDataset(shards, transform, seed=2)
+    assert not torch.equal(other[0, 3]["image"], dataset[0, 3]["image"])
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    shards = make_small_shards(tmp_path) / "train"
+    _, index = read_index(shards)
+    sample = index.shards[0].samples[2]
+    with (shards / index.shards[0].name).open("r+b") as file:
+        file.seek(sample.offset)
+        file.write(b"x" * 50)
+    dataset = ShardDataset(shards, eval_transform(8, *NORMAL))
+    with pytest.raises(UserError, match=rf"shard-000000\.tar: sample '{sample.key}' cannot"):
+        dataset[0, 2]
+
+
+def test_any_image_becomes_rgb() -> None:
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    wanted = (deep / 257).round().astype(np.uint8)
+    for image in (
+        Image.fromarray(deep),
+        Image.fromarray(wanted),
+        Image.fromarray(wanted).convert("LA"),
+    ):
+        found = np.asarray(to_rgb(image))
+        assert found.shape == (8, 8, 3)
+        assert np.array_equal(found[..., 1], wanted)
+    palette = Image.fromarray(wanted).convert("P")
+    assert to_rgb(palette).mode == "RGB"
+
+
+def test_members_lie_where_the_index_says(tmp_path: Path) -> None:
+    shards = make_small_shards(tmp_path) / "train"
+    _, index = read_index(shards)
+    for shard in index.shards:
+        data = (shards / shard.name).read_bytes()
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            for sample in shard.samples:
+                member = tar.extractfile(f"{sample.key}.{sample.extension}")
+                assert member is not None
+                assert member.read() == data[sample.offset : sample.offset + sample.size]

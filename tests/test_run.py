@@ -1,0 +1,261 @@
+"""Whole runs: through the loop, and through the command line and the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import dr2dist
+from dr2dist.data.order import validation_batches
+from dr2dist.data.stream import ShardDataset, loader
+from dr2dist.data.transforms import eval_transform
+from tests.images import make_small_shards
+from tests.pool import Pool
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+TINY = """
+model: {name: vit_tiny_patch16_224, image_size: 32}
+reversible: {chunk_size: 3}
+coefficients: {kind: conserve, beta: [0.1, 0.5], every: 2}
+task: {name: classification, num_classes: 2}
+data: {train: SHARDS/train, val: SHARDS/val, num_workers: 1}
+optim: {name: adamw, lr: 1.0e-3}
+train: {steps: 12, micro_batch: 4, log_every: 1, validate_every: 5}
+parallel: {zero: 2}
+output: OUTPUT
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_shards(tmp_path_factory.mktemp("data"))
+
+
+def write_config(tmp_path: Path, shards: Path, name: str = "run") -> Path:
+    path = tmp_path / f"{name}.yaml"
+    text = TINY.replace("SHARDS", str(shards)).replace("OUTPUT", str(tmp_path / name))
+    path.write_text(text)
+    return path
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in lines(folder) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, shards: Path, two_ranks: Pool
+) -> tuple[Path, dict[str, Any]]:
+    """A run of two ranks: its folder and summary."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = write_config(folder, shards)
+    results = two_ranks.run("tests.cases:run_config", path=str(path), overrides=[])
+    return folder / "run", results[0]
+
+
+def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], shards: Path) -> None:
+    folder, summary = finished
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["status"] == "finished" and summary["steps"] == 12 and summary["ranks"] == 2
+    assert summary["certificate_failures"] == 0 and summary["peak_memory_bytes"] > 0
+    logged = [line for line in lines(folder) if "loss" in line]
+    assert [line["step"] for line in logged] == list(range(1, 13))
+    assert all(line["alpha"] + line["beta"] == 1 for line in logged)
+    assert logged[0]["beta"] < 0.11 and logged[-1]["beta"] > 0.4
+    keys = {"lr", "certificate_failures", "samples_per_second", "remainder_bytes"}
+    assert all(keys <= line.keys() for line in logged)
+    held_out = [line for line in lines(folder) if "val_loss" in line]
+    assert [line["step"] for line in held_out] == [5, 10, 12]
+    num_samples = len(ShardDataset(shards / "val", lambda image: torch.empty(0)))
+    assert all(line["val_samples"] == num_samples for line in held_out)
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert len(events.Scalars("loss")) == 12
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 12
+
+
+def test_the_last_weights_give_the_runs_own_validation(
+    finished: tuple[Path, dict[str, Any]], shards: Path
+) -> None:
+    folder, summary = finished
+    path = folder / "weights" / "last.safetensors"
+    assert (folder / "weights" / "best.safetensors").exists()
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=32)
+    model.load_state_dict(load_file(path), strict=True)
+    net = dr2dist.convert(model, float(metadata["alpha"]), float(metadata["beta"])).eval()
+    mean, std = (json.loads(metadata[name]) for name in ("mean", "std"))
+    dataset = ShardDataset(shards / "val", eval_transform(32, mean, std))
+    batches = validation_batches(len(dataset), batch=5, rank=0, ranks=1)
+    hits: list[bool] = []
+    with torch.no_grad():
+        for batch in loader(dataset, [[(0, index) for index in b] for b in batches], 0):
+            hits += (net(batch["image"]).argmax(1) == batch["label"]).tolist()
+    assert sum(hits) / len(hits) == pytest.approx(summary["last"]["accuracy"], abs=1e-6)
+
+
+def test_one_rank_and_two_take_the_same_path(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, shards: Path, one_rank: Pool
+) -> None:
+    path = write_config(tmp_path, shards)
+    overrides = ["train.micro_batch=8", "parallel.zero=0", "data.num_workers=0"]
+    (summary,) = one_rank.run("tests.cases:run_config", path=str(path), overrides=overrides)
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished[0]), rel=1e-4)
+    for name, value in summary["last"].items():
+        assert value == pytest.approx(finished[1]["last"][name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_starts(
+    config: Path, tmp_path: Path, shards: Path, two_ranks: Pool
+) -> None:
+    overrides = [
+        "model.weights=null",
+        f"data.train={shards}/train",
+        f"data.val={shards}/val",
+        f"output={tmp_path}/run",
+        "train.epochs=null",
+        "train.steps=2",
+        "train.micro_batch=2",
+        f"parallel.deepspeed={ROOT / yaml.safe_load(config.read_text())['parallel']['deepspeed']}",
+    ]
+    results = two_ranks.run("tests.cases:run_config", path=str(config), overrides=overrides)
+    for summary in results:
+        assert summary["status"] == "finished" and summary["steps"] == 2
+    if results[0]["arithmetic"] == "float" and results[0]["memory"] == "reverse":
+        assert results[0]["worst_drift"] > 1e-2
+
+
+def command(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dr2dist.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def test_train_runs_under_the_launcher_and_refuses_to_overwrite(
+    tmp_path: Path, shards: Path
+) -> None:
+    path = write_config(tmp_path, shards)
+    done = command("train", str(path), "--ranks", "2", "train.steps=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "launch        deepspeed --num_accelerators 2" in done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2
+    again = command("train", str(path), "--dry-run")
+    assert again.returncode == 2
+    assert again.stderr.strip().splitlines()[-1].endswith("is not empty; name another folder")
+
+
+def test_the_launchers_own_entry_reports_a_users_error_once(tmp_path: Path, shards: Path) -> None:
+    path = write_config(tmp_path, shards)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"),
+            *("--master_port", "29731", "launch/train.py", "--config", str(path)),
+            "task.num_classes=3",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("dr2dist: ")]
+    assert told == ["dr2dist: task.num_classes is 3, the shards have 2 classes: bright, dark"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.name=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+        (["model.name=resnet18", "model.image_size=null"], "ResNet is not supported"),
+        (["model.weights=none.safetensors"], "none.safetensors does not exist"),
+        (["train.micro_batch=64"], "fewer than a global batch of 64"),
+        (["data.train=nowhere"], "no index.json in nowhere"),
+        (["parallel.deepspeed=nowhere.json"], "nowhere.json: cannot be read"),
+        (
+            ["coefficients={kind: constant, alpha: 1, beta: 1}"],
+            "coefficients: alpha 1 and beta 1 make states grow",
+        ),
+    ],
+)
+def test_a_dry_run_finds_what_cannot_work(
+    overrides: list[str], message: str, tmp_path: Path, shards: Path, capfd: Any
+) -> None:
+    from dr2dist.cli import main
+
+    path = write_config(tmp_path, shards)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(path), "--dry-run", *overrides])
+    assert ended.value.code == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("dr2dist: ") and message in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_describes_the_run(tmp_path: Path, shards: Path, capfd: Any) -> None:
+    from dr2dist.cli import main
+
+    path = write_config(tmp_path, shards)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(path), "--dry-run", "--ranks", "2", "train.steps=7"])
+    assert ended.value.code == 0
+    text = capfd.readouterr().out
+    assert "7 of 8 samples on 2 rank(s)" in text
+    assert "blocks: 24 functions" in text
+    assert "deepspeed --num_accelerators 2" in text
+
+
+def test_other_commands(tmp_path: Path, shards: Path, capfd: Any) -> None:
+    from dr2dist.cli import main
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        found = capfd.readouterr()
+        return int(ended.value.code or 0), found.out, found.err
+
+    images = str(shards.parent / "images")
+    source = ("--source", images, "--output", str(tmp_path / "made"))
+    status, out, _ = call("shards", "make", "--from", "imagefolder", *source)
+    assert status == 0 and "60 samples of 2 classes" in out
+    assert call("shards", "verify", str(tmp_path / "made"))[0] == 0
+    status, _, err = call("shards", "make", "--from", "imagefolder", *source)
+    assert status == 2 and "exists already" in err
+    status, out, _ = call("doctor", "--model", "vit_tiny_patch16_224", "--image-size", "32")
+    assert status == 0 and "24 functions on" in out and "bit for bit" in out
+    status, out, _ = call("train", "--settings")
+    assert status == 0 and "optim.lr" in out
+    for arguments in ((), ("train",), ("shards",), ("shards", "make"), ("doctor",)):
+        status, out, _ = call(*arguments, "--help")
+        assert status == 0 and (not arguments or "example: dr2dist" in out)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("one slots=2\ntwo slots=two\n")
+    path = write_config(tmp_path, shards)
+    for name, message in ((str(hosts), "found 'two slots=two'"), ("nowhere", "does not exist")):
+        status, _, err = call("train", str(path), "--hostfile", name, "--dry-run")
+        assert status == 2 and message in err
