@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,28 @@ def test_conserve_moves_in_small_steps_and_keeps_the_sum() -> None:
     changes = [step for step in range(1, 201) if betas[step] != betas[step - 1]]
     assert changes == list(range(10, 101, 10))
     assert betas[55] == pytest.approx(0.1 + 0.4 * 50 / 100, abs=2**-16)
+
+
+PATHS = [
+    Conserve(beta=(0.03, 0.97), until=0.7, every=3, shape="cosine"),
+    Conserve(beta=(0.9, 0.1), until=1.0, every=1),
+    Paper(kind="paper", until=0.5, every=7),
+    Piecewise(kind="piecewise", knots=((0.1, 1, 0.1), (0.5, 0.5, 0.5), (0.9, 0, 1)), every=4),
+]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.kind)
+@pytest.mark.parametrize("steps", [1, 17, 1000])
+def test_every_path_moves_one_way_on_the_grid_only_when_it_may(path: Any, steps: int) -> None:
+    schedule = path.schedule(steps)
+    points = [schedule.at(step) for step in range(2 * steps + 1)]
+    for step, (before, now) in enumerate(pairwise(points), 1):
+        assert before == now or step % path.every == 0
+    for values in zip(*points, strict=True):
+        assert all((value * 65536).is_integer() for value in values)
+        assert list(values) in (sorted(values), sorted(values, reverse=True))
+    if path.kind == "conserve":
+        assert all(alpha + beta == 1 for alpha, beta in points)
 
 
 def test_paper_moves_both_at_once() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from dr2dist.config import describe_config, dump_config, load_config
 from dr2dist.errors import UserError
@@ -22,6 +26,63 @@ def test_shipped_configs_load_and_are_written_back_equal(path: Path, tmp_path: P
     config = load_config(path)
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.yaml") == config
+
+
+def documented(path: Path) -> list[list[str]]:
+    """The overrides of each `dr2dist train` line in a configuration's header."""
+    header = path.read_text().partition("model:")[0].replace("\\\n#", " ")
+    told = [line.split("dr2dist train")[1] for line in header.splitlines() if "train " in line]
+    words = [shlex.split(line) for line in told]
+    assert all(line[0] == f"configs/{path.name}" for line in words)
+    return [[word for word in line if "=" in word] for line in words]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_headers_tell_what_works(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    lines = documented(path)
+    assert [bool(line) for line in lines] == [False, True]
+    for line in lines:
+        config = load_config(path, line)
+        config.coefficients.schedule(100).check(config.setting(), [24])
+        assert config.parallel.deepspeed is not None
+        extra = read_deepspeed_json(config.parallel.deepspeed)
+        deepspeed(extra, zero=config.parallel.zero, clip=config.optim.clip)
+
+
+def paths(values: dict[str, Any], place: str = "") -> Iterator[str]:
+    """The dotted name of every key, down to the last section."""
+    for key, value in values.items():
+        yield place + key
+        if isinstance(value, dict):
+            yield from paths(value, f"{place}{key}.")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_misspelt_key_is_found_at_every_place(path: Path) -> None:
+    keys = list(paths(yaml.safe_load(dump_config(load_config(path)))))
+    assert len(keys) > 35
+    for key in keys:
+        with pytest.raises(UserError) as caught:
+            load_config(path, [f"{key}x=1"])
+        last = key.rpartition(".")[2]
+        assert f"{path}: {key}x: unknown key; did you mean '{last}'? allowed: " in str(caught.value)
+
+
+def test_numbers_may_be_written_as_yaml_1_1_reads_text(tmp_path: Path) -> None:
+    text = MAIN.read_text().replace("lr: 5.0e-5", "lr: 5e-5")
+    assert "lr: 5e-5" in text and yaml.safe_load("5e-5") == "5e-5"
+    (tmp_path / "plain.yaml").write_text(text)
+    assert load_config(tmp_path / "plain.yaml") == load_config(MAIN)
+
+
+def test_sections_may_share_values_by_merge_keys(tmp_path: Path) -> None:
+    text = MAIN.read_text().replace(
+        "data: {train", "data: {<<: {vflip: false, hflip: false}, train"
+    )
+    (tmp_path / "merged.yaml").write_text(text)
+    data = load_config(tmp_path / "merged.yaml").data
+    assert data.vflip and not data.hflip
 
 
 def test_overrides_replace_values() -> None:
@@ -55,6 +116,28 @@ def test_overrides_replace_values() -> None:
         (["data.val=null", "train.validate_every=5"], "validate_every has no effect"),
         (["data.scale=[0.9, 0.2]"], "scale is [0.9, 0.2]"),
         (["noequals"], "allowed is section.key=value"),
+        (["model.name=[1"], "override 'model.name=[1': not valid YAML"),
+        (["optim={lr: 1, lr: 2}"], "key 'lr' is given twice"),
+        (["model.name.x=1"], "name is not a section"),
+        (["coefficients.conserve=1"], "coefficients.conserve: unknown key"),
+        (["coefficients={kind: piecewise, knots: [[0, 1]]}"], "knots.0.2: is missing"),
+        (["coefficients={kind: piecewise, knots: [[0, 1, 0.1]]}"], "at least 2 items"),
+        (["coefficients.beta=[1e-9, 0.5]"], "coefficients.beta.0: found '1e-9'"),
+        (["coefficients.until=0"], "coefficients.until: found 0"),
+        (["coefficients.every=0"], "coefficients.every: found 0"),
+        (["coefficients.shape=linaer"], "did you mean 'linear'"),
+        (["reversible.chunk_size=0"], "reversible.chunk_size: found 0"),
+        (["optim.name=adam"], "did you mean 'adamw'"),
+        (["optim.name=sgd", "optim.betas=[0.9, 0.99]"], "betas has no effect with sgd"),
+        (["optim.lr=.inf"], "optim.lr: found inf; Input should be a finite number"),
+        (["optim.min_lr=1"], "min_lr is 1.0, allowed is up to lr"),
+        (["train.epochs=.nan"], "train.epochs: found nan"),
+        (["train.seed=yes"], "seed is true: true and false are not allowed here"),
+        (["parallel.zero=off"], "zero is false: true and false are not allowed here"),
+        (["data.std=[0, 1, 1]"], "data.std.0: found 0"),
+        (["train.checkpoint_every=5"], "train.checkpoint_every: unknown key"),
+        (["optim.layer_decay=0.75"], "optim.layer_decay: unknown key"),
+        (["output=null"], "output: found None"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(overrides: list[str], message: str) -> None:
@@ -63,6 +146,11 @@ def test_what_is_wrong_is_told_in_one_line(overrides: list[str], message: str) -
     text = str(caught.value)
     assert message in text and "\n" not in text
     assert str(MAIN) in text or "override" in text
+
+
+def test_several_errors_are_told_at_once() -> None:
+    with pytest.raises(UserError, match=r"optim\.lrr: unknown .*; train\.sed: unknown"):
+        load_config(MAIN, ["optim.lrr=1", "train.sed=3"])
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
@@ -78,12 +166,37 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         assert message in str(caught.value)
     with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
         load_config(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary\.yaml: is not a text file in UTF-8"):
+        load_config(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": ', "not valid JSON"),
+        (b"[1]", "holds no JSON object"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b'{"gradient_clipping": NaN}', "NaN is not a number of JSON"),
+        (b'{"timers": {}, "timers": {}}', "key 'timers' is given twice"),
+    ],
+)
+def test_bad_deepspeed_files_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"bad\.json: .*{message}"):
+        read_deepspeed_json(tmp_path / "bad.json")
 
 
 def test_every_setting_is_described() -> None:
     text = describe_config()
-    for key in ("model.name: ", "optim.warmup: ", "coefficients.knots: ", "parallel.zero: "):
-        assert key in text
+    for path in CONFIGS:
+        for key in paths(yaml.safe_load(dump_config(load_config(path)))):
+            assert key == "coefficients.kind" or any(
+                line.startswith((f"{key}: ", f"{key} {{kind: ")) for line in text.splitlines()
+            ), key
+    assert (
+        "reversible.memory: " in text and "(reverse | store | checkpoint; default reverse)" in text
+    )
 
 
 def deepspeed(extra: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -112,18 +225,93 @@ def test_shipped_deepspeed_files_fit(stage: int) -> None:
         ({"zero_optimization": {"reduce_bucket_size": -1}}, "reduce_bucket_size"),
         ({"zero_optimization": {"offload_optimizer": {}}}, "offload_optimizer is refused"),
         ({"comms_logger": {"enable": True}}, r"comms_logger\.enable: unknown key.*'enabled'"),
-        ({"train_batch_size": 8}, "train_batch_size is 8, but .* say 24"),
-        ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, but optim.clip say 1.0"),
+        ({"train_batch_size": 8}, "train_batch_size is 8, but .* says 24"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, but .* says 1.0 .optim.clip"),
         ({"bf16": {"enabled": True}}, "bf16.enabled is True, but train.precision is fp32"),
         ({"fp16": {"enabled": True}}, "fp16.enabled is True, but train.precision is fp32"),
         ({"optimizer": {"type": "Adam"}}, "optimizer is refused"),
         ({"pipeline": {}}, "pipeline is refused"),
         ({"bf16": 1}, "bf16 is 1, allowed is an object"),
+        ({"zero_optimization": None}, "zero_optimization is None, allowed is an object"),
+        ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload is refused"),
+        (
+            {"zero_optimization": {"stage3_gather_fp16_weights_on_model_save": True}},
+            "save is refused: it is deprecated",
+        ),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "weights is refused"),
+        (
+            {"zero_optimization": {"stage3_max_live_parameters": 5}},
+            "stage3_max_live_parameters has no effect with ZeRO-2",
+        ),
+        ({"zero_optimization": {"overlap_comm": "perhaps"}}, "overlap_comm: found 'perhaps'"),
+        ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer is False"),
+        ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps: found True"),
+        ({"gradient_clipping": "auto"}, "gradient_clipping: found 'auto'"),
+        ({"steps_per_print": "often"}, "steps_per_print: found 'often'"),
+        ({"communication_data_type": "fp17"}, "communication_data_type: found 'fp17'"),
+        ({"comms_logger": {"enabled": "maybe"}}, "comms_logger.enabled: found 'maybe'"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler is refused"),
+        *(
+            ({key: {}}, f"{key} is refused")
+            for key in (
+                "activation_checkpointing",
+                "autotuning",
+                "compression_training",
+                "data_efficiency",
+                "elasticity",
+                "hybrid_engine",
+                "sparse_attention",
+            )
+        ),
     ],
 )
 def test_deepspeed_files_are_checked_whole(extra: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=rf"my\.json: .*{message}|my\.json: {message}"):
         deepspeed(extra)
+
+
+WHOLE = {
+    "steps_per_print": 10,
+    "wall_clock_breakdown": True,
+    "communication_data_type": "fp32",
+    "bf16": {"enabled": False},
+    "comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]},
+    "timers": {"throughput": {"enabled": False, "synchronized": False}},
+    "zero_optimization": {
+        "overlap_comm": False,
+        "stage3_prefetch_bucket_size": 1000,
+        "leaf_module": {"names": ["head"]},
+    },
+}
+"""A file with every kind of section, to whose last one the check must reach."""
+
+
+def test_a_misspelt_key_is_found_at_every_place_of_a_deepspeed_file() -> None:
+    deepspeed(WHOLE, zero=3)
+    for key in paths(WHOLE):
+        *sections, last = key.split(".")
+        wrong = json.loads(json.dumps(WHOLE))
+        place = wrong
+        for section in sections:
+            place = place[section]
+        place[f"{last}x"] = place.pop(last)
+        with pytest.raises(UserError) as caught:
+            deepspeed(wrong, zero=3)
+        assert str(caught.value) == f"my.json: {key}x: unknown key; did you mean '{last}'?"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_deepspeed_itself_reads_the_result_so(stage: int, bf16: bool) -> None:
+    extra = read_deepspeed_json(ROOT / "ds_configs" / f"zero{stage}.json")
+    found = DeepSpeedConfig(deepspeed(extra, zero=stage, bf16=bf16, replicas=1))
+    assert found.zero_optimization_stage == stage
+    assert (found.train_batch_size, found.gradient_accumulation_steps) == (8, 2)
+    assert found.gradient_clipping == 1.0 and found.zero_allow_untested_optimizer
+    # ZeRO-0 would train bf16 weights without fp32 masters.
+    assert found.bfloat16_config.enabled == (bf16 and stage > 0)
+    if stage == 3:
+        assert found.zero_config.param_persistence_threshold == 10000
 
 
 def test_equal_values_are_allowed_on_both_sides() -> None:

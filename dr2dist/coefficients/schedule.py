@@ -66,16 +66,13 @@ class Schedule:
 
         lengths: the number of functions of each chain, whose range the path must keep.
         """
-        for step in sorted({min(k * self.every, self.steps) for k in range(self._moves() + 1)}):
-            alpha, beta = self.at(step)
+        moves = range(0, self.steps + 1, self.every)
+        for alpha, beta in dict.fromkeys(map(self.at, moves)):
             at = Setting(
                 alpha, beta, setting.arithmetic, setting.memory, None, setting.fraction_bits
             )
             for length in lengths:
                 at.check_range(length)
-
-    def _moves(self) -> int:
-        return math.ceil(self.steps / self.every)
 
 
 def _ease(weight: float, shape: Shape) -> float:

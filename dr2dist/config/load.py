@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from dr2dist.config.schema import Config
 from dr2dist.errors import UserError, nearest
@@ -19,7 +21,8 @@ class _Loader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 line = node.start_mark.line + 1
@@ -35,13 +38,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     source = Path(path)
     try:
-        text = source.read_text()
+        text = source.read_text("utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        values = yaml.load(text, _Loader)  # noqa: S506  (a subclass of SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file in UTF-8") from None
+    values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no settings")
     for override in overrides:
@@ -63,6 +65,13 @@ def describe_config() -> str:
     return "\n".join(_describe(Config, ""))
 
 
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  (a subclass of SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     key, found, text = override.partition("=")
     if not found or not all(key.split(".")):
@@ -72,34 +81,38 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"override '{override}': {section} is not a section")
-    values[last] = yaml.safe_load(text)
+    values[last] = _parse(text, f"override '{override}'")
 
 
 def _line(error: Any) -> str:
+    """One error of pydantic as `key: what was found, what is allowed`."""
     place = [str(part) for part in error["loc"]]
+    # pydantic names the chosen kind of path behind `coefficients`: no key of the file.
+    shown = place[:1] + place[2:] if place[:1] == ["coefficients"] else place
+    key = ".".join(shown)
     section = _section(Config, place[:-1])
-    key = ".".join(p for p in place if p not in ("conserve", "paper", "constant", "piecewise"))
-    if error["type"] == "extra_forbidden" and section is not None:
-        allowed = ", ".join(section.model_fields)
-        hint = nearest(place[-1], section.model_fields)
-        return f"{key}: unknown key{hint}; allowed: {allowed}"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing":
-        return f"{key}: is missing"
-    if error["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    if error["type"] == "literal_error":
-        expected = [word.strip("'") for word in _words(error["ctx"]["expected"])]
-        message = f"allowed is {', '.join(expected)}{nearest(str(error['input']), expected)}"
-    if error["type"] == "union_tag_invalid":
-        expected = [word.strip("'") for word in _words(error["ctx"]["expected_tags"])]
-        hint = nearest(str(error["ctx"]["tag"]), expected)
-        return f"{key}.kind: found '{error['ctx']['tag']}', allowed is {', '.join(expected)}{hint}"
+    match error["type"]:
+        case "extra_forbidden" if section is not None:
+            hint = nearest(place[-1], section.model_fields) or ";"
+            return f"{key}: unknown key{hint} allowed: {', '.join(section.model_fields)}"
+        case "missing":
+            return f"{key}: is missing"
+        case "value_error":
+            return f"{key}: {message}" if key else message
+        case "literal_error":
+            message = _choose(error["input"], error["ctx"]["expected"])
+        case "union_tag_invalid":
+            tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"]
+            return f"{key}.kind: found {tag!r}; {_choose(tag, tags)}"
     return f"{key}: found {error['input']!r}; {message}"
 
 
-def _words(text: str) -> list[str]:
-    return text.replace(" or ", ", ").split(", ")
+def _choose(found: Any, expected: str) -> str:
+    """`expected`: pydantic's list of quoted names, the last one after `or`."""
+    names = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
+    hint = nearest(found, names) if isinstance(found, str) and found not in names else ""
+    return f"allowed is {', '.join(names)}{hint}"
 
 
 def _section(kind: Any, place: Sequence[str]) -> type[BaseModel] | None:
@@ -109,19 +122,19 @@ def _section(kind: Any, place: Sequence[str]) -> type[BaseModel] | None:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         field = kind.model_fields.get(place[0])
         return None if field is None else _section(field.annotation, place[1:])
-    for choice in _choices(kind):
-        tag = choice.model_fields.get("kind")
-        if tag is not None and place[0] in typing.get_args(tag.annotation):
+    for choice in _sections(kind):
+        if place[0] in typing.get_args(choice.model_fields["kind"].annotation):
             return _section(choice, place[1:])
     return None
 
 
-def _choices(kind: Any) -> list[Any]:
+def _sections(kind: Any) -> list[type[BaseModel]]:
+    """The sections that a field's type allows: none for a plain value."""
     if typing.get_origin(kind) is typing.Annotated:
-        return _choices(typing.get_args(kind)[0])
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return list(typing.get_args(kind))
-    return [kind]
+        return _sections(typing.get_args(kind)[0])
+    if typing.get_origin(kind) is types.UnionType:
+        return [section for choice in typing.get_args(kind) for section in _sections(choice)]
+    return [kind] if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
 def _without_idle(config: BaseModel, values: dict[str, Any]) -> dict[str, Any]:
@@ -137,11 +150,23 @@ def _without_idle(config: BaseModel, values: dict[str, Any]) -> dict[str, Any]:
 def _describe(kind: type[BaseModel], prefix: str) -> list[str]:
     lines = []
     for name, field in kind.model_fields.items():
-        for choice in _choices(field.annotation):
-            if isinstance(choice, type) and issubclass(choice, BaseModel):
-                lines.append(f"{prefix}{name}: {(choice.__doc__ or '').strip()}")
-                lines += _describe(choice, f"{prefix}{name}.")
+        for section in _sections(field.annotation):
+            kinds = section.model_fields.get("kind")
+            tag = "" if kinds is None else typing.get_args(kinds.annotation)[0]
+            of_kind = f" {{kind: {tag}}}" if tag else ""
+            lines.append(f"{prefix}{name}{of_kind}: {(section.__doc__ or '').strip()}")
+            lines += _describe(section, f"{prefix}{name}.")
         if field.description:
-            default = "" if field.is_required() else f" (default {field.default})"
-            lines.append(f"{prefix}{name}: {field.description}{default}")
+            lines.append(f"{prefix}{name}: {field.description}{_allowed(field)}")
     return lines
+
+
+def _allowed(field: FieldInfo) -> str:
+    """A setting's choices and its default, as YAML writes them."""
+    notes = []
+    if typing.get_origin(field.annotation) is typing.Literal:
+        notes.append(" | ".join(map(str, typing.get_args(field.annotation))))
+    if not field.is_required():
+        value = list(field.default) if isinstance(field.default, tuple) else field.default
+        notes.append(f"default {value if isinstance(value, str) else json.dumps(value)}")
+    return f" ({'; '.join(notes)})" if notes else ""

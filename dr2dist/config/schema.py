@@ -12,6 +12,7 @@ from dr2dist.reversible import Setting
 Unit = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Triple = tuple[float, float, float]
+Deviation = Annotated[float, Field(gt=0)]
 
 
 class Model(Section):
@@ -62,7 +63,9 @@ class Data(Section):
         (0.7, 1.0), description="range of the share of the area that a random crop keeps"
     )
     mean: Triple | None = Field(None, description="channel means; null: the model's")
-    std: Triple | None = Field(None, description="channel deviations; null: the model's")
+    std: tuple[Deviation, Deviation, Deviation] | None = Field(
+        None, description="channel deviations; null: the model's"
+    )
 
     @model_validator(mode="after")
     def _scale_in_order(self) -> Self:

@@ -8,74 +8,134 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, ValidationError
 
 from dr2dist.errors import UserError, nearest
 
-_TOP = {
-    "communication_data_type",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "gradient_predivide_factor",
-    "log_level",
-    "memory_breakdown",
-    "prescale_gradients",
-    "steps_per_print",
-    "wall_clock_breakdown",
-}
-_SECTIONS: dict[str, set[str]] = {
-    "zero_optimization": {f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()},
-    "comms_logger": set(CommsLoggerConfig.model_fields),
-    "bf16": {"enabled"},
-    "fp16": {"enabled"},
-    "timers": {"throughput"},
-}
+
+class _Precision(BaseModel):
+    enabled: StrictBool = False
+
+
+class _Timers(BaseModel):
+    throughput: DeepSpeedThroughputTimerConfig = None
+
+
+class _File(BaseModel):
+    """What a file may hold; DeepSpeed's own models stand for its sections."""
+
+    train_batch_size: StrictInt = 0
+    train_micro_batch_size_per_gpu: StrictInt = 0
+    gradient_accumulation_steps: StrictInt = 0
+    gradient_clipping: StrictInt | StrictFloat = 0
+    zero_allow_untested_optimizer: StrictBool = True
+    zero_optimization: DeepSpeedZeroConfig = None
+    bf16: _Precision = _Precision()
+    fp16: _Precision = _Precision()
+    comms_logger: CommsLoggerConfig = None
+    timers: _Timers = _Timers()
+    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
+    steps_per_print: StrictInt | None = Field(None, ge=1)
+    disable_python_gc: StrictBool = False
+    dump_state: StrictBool = False
+    memory_breakdown: StrictBool = False
+    wall_clock_breakdown: StrictBool = False
+
+
 _SAID_HERE = {
     "train_batch_size": "train.micro_batch, train.accumulate and the number of ranks",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.accumulate",
     "gradient_clipping": "optim.clip",
+    "zero_allow_untested_optimizer": "the optimiser is torch's",
 }
+
+_AVERAGE = "gradients are always averaged over the ranks"
+_OFFLOAD = "offloading is not supported yet"
+_PRECISION = "use train.precision"
+_RECORDS = "a run writes its own records"
+_SAMPLES = "the order of samples is set by the shards"
+_UNSUPPORTED = "it is not supported"
 _REFUSED = {
-    "optimizer": "the optimiser is set by optim in the YAML file",
-    "scheduler": "the learning rate is set by optim in the YAML file",
-    "pipeline": "pipeline stages are not supported yet",
     "activation_checkpointing": "use reversible.memory",
-    "elasticity": "elastic training is not supported",
-    "compression_training": "compression is not supported",
-    "data_efficiency": "the order of samples is set by the shards",
-    "curriculum_learning": "the order of samples is set by the shards",
-    "hybrid_engine": "it is for generation",
-    "autotuning": "it is not supported",
-    "amp": "use train.precision",
-    "torch_autocast": "use train.precision",
+    "aio": _OFFLOAD,
+    "amp": _PRECISION,
+    "autotuning": _UNSUPPORTED,
+    "checkpoint": _UNSUPPORTED,
+    "comet": _RECORDS,
+    "compile": _UNSUPPORTED,
+    "compression_training": _UNSUPPORTED,
+    "csv_monitor": _RECORDS,
+    "curriculum_learning": _SAMPLES,
+    "data_efficiency": _SAMPLES,
+    "data_types": _PRECISION,
+    "dataloader_drop_last": _SAMPLES,
+    "elasticity": _UNSUPPORTED,
+    "expert_parallel": _UNSUPPORTED,
     "flops_profiler": "a reversal runs functions a second time, which it would count wrongly",
-    "compile": "it is not supported",
-}
-_REFUSED_ZERO = {
-    "offload_param": "offloading is not supported yet",
-    "offload_optimizer": "offloading is not supported yet",
-    "cpu_offload": "offloading is not supported yet",
-    "cpu_offload_params": "offloading is not supported yet",
-    "zenflow": "it is not supported",
+    "gradient_allreduce_op": _AVERAGE,
+    "gradient_predivide_factor": _AVERAGE,
+    "hybrid_engine": "it is for generation",
+    "managed_gradient_accumulation": "use train.accumulate",
+    "optimizer": "the optimiser is set by optim in the YAML file",
+    "pipeline": "pipeline stages are not supported yet",
+    "prescale_gradients": _AVERAGE,
+    "scheduler": "the learning rate is set by optim in the YAML file",
+    "seq_parallel_communication_data_type": _UNSUPPORTED,
+    "sequence_parallel_size": _UNSUPPORTED,
+    "sparse_attention": _UNSUPPORTED,
+    "sparse_gradients": _UNSUPPORTED,
+    "tensor_parallel": _UNSUPPORTED,
+    "tensorboard": _RECORDS,
+    "torch_autocast": _PRECISION,
+    "wandb": _RECORDS,
+    "weight_quantization": _UNSUPPORTED,
+    "zero_force_ds_cpu_optimizer": "the optimiser is set by optim in the YAML file",
+    "zero_optimization.cpu_offload": _OFFLOAD,
+    "zero_optimization.cpu_offload_param": _OFFLOAD,
+    "zero_optimization.mics_shard_size": _UNSUPPORTED,
+    "zero_optimization.offload_optimizer": _OFFLOAD,
+    "zero_optimization.offload_param": _OFFLOAD,
+    "zero_optimization.zenflow": _UNSUPPORTED,
+    "zero_optimization.zero_hpz_partition_size": _UNSUPPORTED,
+    "zero_optimization.zero_quantized_gradients": _UNSUPPORTED,
+    "zero_optimization.zero_quantized_nontrainable_weights": _UNSUPPORTED,
+    "zero_optimization.zero_quantized_weights": _UNSUPPORTED,
 }
 
 
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """The file's settings. Raises UserError if it cannot be read or holds no JSON object."""
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(
+            Path(path).read_text("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant
+        )
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no JSON object")
     return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"key '{key}' is given twice")
+        values[key] = value
+    return values
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def deepspeed_config(
@@ -99,57 +159,55 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": clip or 0.0,
+        "zero_allow_untested_optimizer": True,
     }
     extra = dict(extra or {})
-    _check_keys(extra, source)
+    _check_keys(extra, _File, "", source)
+    _check_values(extra, source)
     for key, value in ours.items():
         if extra.get(key, value) != value:
             raise UserError(
-                f"{source}: {key} is {extra[key]}, but {_SAID_HERE[key]} say {value}: leave it out"
+                f"{source}: {key} is {extra[key]}, but the configuration says {value} "
+                f"({_SAID_HERE[key]}): leave it out"
             )
     _check_precision(extra, bf16, source)
-    section = dict(extra.get("zero_optimization", {}))
-    if section.get("stage", zero) != zero:
-        raise UserError(
-            f"{source}: zero_optimization.stage is {section['stage']}, but parallel.zero says "
-            f"{zero}: leave it out"
-        )
+    _check_stage(extra, zero, source)
     # Without ZeRO DeepSpeed keeps bf16 weights without fp32 masters, so there the weights stay
     # in fp32 and the engine casts while it computes.
     return {
         **extra,
         **ours,
-        "zero_optimization": {**section, "stage": zero},
+        "zero_optimization": {**extra.get("zero_optimization", {}), "stage": zero},
         "bf16": {"enabled": bf16 and zero > 0},
-        "zero_allow_untested_optimizer": True,
     }
 
 
-def _check_keys(extra: Mapping[str, Any], source: str) -> None:
-    known = _TOP | set(_SAID_HERE) | set(_SECTIONS)
-    for key, value in extra.items():
-        if key in _REFUSED:
-            raise UserError(f"{source}: {key} is refused: {_REFUSED[key]}")
-        if key not in known:
-            raise UserError(f"{source}: {key}: unknown or unsupported key{nearest(key, known)}")
-        if key in _SECTIONS:
-            _check_section(key, value, source)
-
-
-def _check_section(name: str, values: Any, source: str) -> None:
+def _check_keys(values: Any, kind: type[BaseModel], place: str, source: str) -> None:
+    """Refuses keys that `kind` has no field for, down to the last section."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{source}: {name} is {values!r}, allowed is an object")
-    for key in values:
-        if name == "zero_optimization" and key in _REFUSED_ZERO:
-            raise UserError(f"{source}: {name}.{key} is refused: {_REFUSED_ZERO[key]}")
-        if key not in _SECTIONS[name]:
-            hint = nearest(key, _SECTIONS[name])
-            raise UserError(f"{source}: {name}.{key}: unknown key{hint}")
-    if name == "zero_optimization":
-        try:
-            DeepSpeedZeroConfig(**values)
-        except ValueError as error:
-            raise UserError(f"{source}: {name}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{source}: {place.rstrip('.')} is {values!r}, allowed is an object")
+    fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+    for key, value in values.items():
+        if place + key in _REFUSED:
+            raise UserError(f"{source}: {place}{key} is refused: {_REFUSED[place + key]}")
+        if key not in fields:
+            raise UserError(f"{source}: {place}{key}: unknown key{nearest(key, fields)}")
+        more = fields[key].json_schema_extra
+        if isinstance(more, dict) and more.get("deprecated"):
+            raise UserError(f"{source}: {place}{key} is refused: it is deprecated")
+        section = fields[key].annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            _check_keys(value, section, f"{place}{key}.", source)
+
+
+def _check_values(extra: Mapping[str, Any], source: str) -> None:
+    try:
+        _File.model_validate(extra)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # A union's members follow the key itself; they mean nothing to a reader.
+        key = ".".join(p for p in map(str, first["loc"]) if not p.startswith(("int", "float")))
+        raise UserError(f"{source}: {key}: found {first['input']!r}; {first['msg']}") from None
 
 
 def _check_precision(extra: Mapping[str, Any], bf16: bool, source: str) -> None:
@@ -160,3 +218,15 @@ def _check_precision(extra: Mapping[str, Any], bf16: bool, source: str) -> None:
                 f"{source}: {key}.enabled is {enabled}, but train.precision is "
                 f"{'bf16' if bf16 else 'fp32'}: leave it out"
             )
+
+
+def _check_stage(extra: Mapping[str, Any], zero: int, source: str) -> None:
+    section = extra.get("zero_optimization", {})
+    if section.get("stage", zero) != zero:
+        raise UserError(
+            f"{source}: zero_optimization.stage is {section['stage']}, but parallel.zero says "
+            f"{zero}: leave it out, or set parallel.deepspeed to another file"
+        )
+    for key in section:
+        if key.startswith("stage3_") and zero != 3:
+            raise UserError(f"{source}: zero_optimization.{key} has no effect with ZeRO-{zero}")
