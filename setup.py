@@ -6,14 +6,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-found = re.search(r'__version__ = "(.+)"', (here / "dr2dist" / "version.py").read_text())
+version = (here / "dr2dist" / "version.py").read_text(encoding="utf-8")
+found = re.search(r'__version__ = "(.+)"', version)
 assert found is not None
 
 setup(
     name="dr2dist",
     version=found.group(1),
     description="Reversible finetuning of vision backbones: exact, and distributed on DeepSpeed",
-    long_description=(here / "README.md").read_text(),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["dr2dist", "dr2dist.*"]),

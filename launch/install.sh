@@ -4,24 +4,47 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 extras=${1:-demo}
+for extra in ${extras//,/ }; do
+    case $extra in
+        demo | test) ;;
+        *)
+            echo "install.sh: found the extra '$extra', allowed are demo and test" >&2
+            exit 2
+            ;;
+    esac
+done
+
 venv=$root/.venv
 stamp=$venv/installed-$extras
-wanted=$(cat "$root/setup.py" "$root/launch/constraints.txt" | sha256sum)
+# The folder counts too: an editable installation does not survive being copied elsewhere.
+wanted=$({ cat "$root"/{setup.py,pyproject.toml,launch/constraints.txt} && echo "$root"; } | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
 fi
-python=$(command -v python3.11 || command -v python3 || true)
-if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "dr2dist needs Python 3.11 or newer with its venv module" >&2
+
+usable() { # python, module: new enough, and has the module
+    "$1" -c "import sys, $2; sys.exit(sys.version_info < (3, 11))" 2>/dev/null
+}
+if [ ! -e "$venv" ]; then
+    for python in python3.11 python3.12 python3.13 python3 ""; do
+        if usable "$python" "ensurepip, venv"; then break; fi
+    done
+    if [ -z "$python" ]; then
+        echo "install.sh: found $(python3 --version 2>&1 | head -n 1), allowed is Python 3.11 or" \
+            "newer with its venv module (Debian: apt install python3-venv)" >&2
+        exit 2
+    fi
+    "$python" -m venv "$venv"
+elif ! usable "$venv/bin/python" pip; then
+    echo "install.sh: $venv lacks pip or Python 3.11 or newer; delete it and retry" >&2
     exit 2
 fi
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "installing into $venv (takes a minute or two)" >&2
 log=$venv/install.log
 if ! "$venv/bin/python" -m pip install -c "$root/launch/constraints.txt" -e "$root[$extras]" \
     >"$log" 2>&1; then
     tail -n 20 "$log" >&2
-    echo "installing failed; the whole log is $log" >&2
+    echo "install.sh: pip failed; its whole output is in $log" >&2
     exit 1
 fi
 echo "$wanted" >"$stamp"

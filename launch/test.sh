@@ -10,6 +10,8 @@ fi
 "$root/launch/install.sh" test
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
+# Ranks share the cores: more threads than cores would slow every test with several of them.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 ruff check .
 ruff format --check .
 mypy dr2dist

@@ -49,3 +49,50 @@ def make_chain(
 def tokens(batch: int = 5, length: int = 7, seed: int = 1) -> Tensor:
     """Random tokens [batch, length, WIDTH]."""
     return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def rough(output: Tensor, taps: list[Tensor]) -> Tensor:
+    """A loss whose gradient shows every bit of its input."""
+    return output.sin().sum() + sum(tap.cos().sum() for tap in taps)
+
+
+def smooth(output: Tensor, taps: list[Tensor]) -> Tensor:
+    """A loss that does not amplify what the grid rounds off."""
+    return output.square().mean() + sum(tap.square().mean() for tap in taps)
+
+
+def run(
+    chain: Chain, x: Tensor, bf16: bool = False, loss: Any = rough, **options: Any
+) -> dict[str, Any]:
+    """One training pass: output, gradients of input, side and parameters, RNG afterwards."""
+    chain.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    bias = torch.linspace(-1, 1, WIDTH).requires_grad_()
+    torch.manual_seed(11)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        result = chain(x, bias=bias, **options)
+    output, taps = result if options.get("taps") else (result, [])
+    loss(output, taps).backward()
+    grads = {name: p.grad.clone() for name, p in chain.named_parameters() if p.grad is not None}
+    return {
+        "output": output.detach(),
+        "taps": [tap.detach() for tap in taps],
+        "x": x.grad,
+        "bias": bias.grad,
+        "rng": torch.get_rng_state(),
+        "grads": grads,
+    }
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal in every bit."""
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert_same(value, other[key])
+    else:
+        assert len(one) == len(other)
+        for first, second in zip(one, other, strict=True):
+            assert_same(first, second)

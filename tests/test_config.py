@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from dr2dist.config import describe_config, dump_config, load_config
+from dr2dist.config.coefficients import Conserve
 from dr2dist.errors import UserError
 from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
 
@@ -70,10 +72,11 @@ def test_a_misspelt_key_is_found_at_every_place(path: Path) -> None:
 
 
 def test_numbers_may_be_written_as_yaml_1_1_reads_text(tmp_path: Path) -> None:
-    text = MAIN.read_text().replace("lr: 5.0e-5", "lr: 5e-5")
-    assert "lr: 5e-5" in text and yaml.safe_load("5e-5") == "5e-5"
+    assert yaml.safe_load("5e-5") == "5e-5"
+    text, count = re.subn(r"\blr: [^,]+,", "lr: 5e-5,", MAIN.read_text())
+    assert count == 1
     (tmp_path / "plain.yaml").write_text(text)
-    assert load_config(tmp_path / "plain.yaml") == load_config(MAIN)
+    assert load_config(tmp_path / "plain.yaml").optim.lr == 5.0e-5
 
 
 def test_sections_may_share_values_by_merge_keys(tmp_path: Path) -> None:
@@ -88,6 +91,7 @@ def test_sections_may_share_values_by_merge_keys(tmp_path: Path) -> None:
 def test_overrides_replace_values() -> None:
     config = load_config(MAIN, ["optim.lr=3e-5", "coefficients.beta=[0.2, 0.4]", "train.seed=7"])
     assert config.optim.lr == 3e-5
+    assert isinstance(config.coefficients, Conserve)
     assert config.coefficients.beta == (0.2, 0.4)
     assert config.train.seed == 7
 
@@ -98,7 +102,7 @@ def test_overrides_replace_values() -> None:
         (["optim.lrr=1"], "optim.lrr: unknown key; did you mean 'lr'"),
         (["modle.name=x"], "modle: unknown key; did you mean 'model'"),
         (["coefficients.betta=1"], "coefficients.betta: unknown key; did you mean 'beta'"),
-        (["coefficients.kind=conserv"], "found 'conserv', allowed is conserve, paper"),
+        (["coefficients.kind=conserv"], "found 'conserv'; allowed is conserve, paper"),
         (["reversible.memory=revers"], "did you mean 'reverse'"),
         (["train.precision=fp16"], "precision fp16 is not supported"),
         (["train.steps=5"], "give exactly one of steps and epochs"),

@@ -8,24 +8,19 @@ import torch
 from timm.models.beit import Beit, Block
 from torch import Tensor, nn
 
+from dr2dist.backbones.compute import (
+    SCALED_ATTENTION_NAMES,
+    SCALED_MLP_NAMES,
+    scaled_attention,
+    scaled_mlp,
+)
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
 from dr2dist.backbones.tokens import token_intermediates
 
-
-def _attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
-    branch = block.attn(block.norm1(x), **sides)
-    return block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch)
-
-
-def _mlp(block: Any, x: Tensor) -> Tensor:
-    branch = block.mlp(block.norm2(x))
-    return block.drop_path2(branch if block.gamma_2 is None else block.gamma_2 * branch)
-
-
 PARTS = {
     Block: (
-        Part(("norm1", "attn", "gamma_1", "drop_path1"), _attention, ("shared_rel_pos_bias",)),
-        Part(("norm2", "mlp", "gamma_2", "drop_path2"), _mlp),
+        Part(SCALED_ATTENTION_NAMES, scaled_attention, ("shared_rel_pos_bias",)),
+        Part(SCALED_MLP_NAMES, scaled_mlp),
     )
 }
 

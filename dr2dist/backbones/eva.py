@@ -7,38 +7,28 @@ from typing import Any
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
+from dr2dist.backbones.compute import (
+    SCALED_ATTENTION_NAMES,
+    SCALED_MLP_NAMES,
+    attention_post_norm,
+    mlp_post_norm,
+    scaled_attention,
+    scaled_mlp,
+)
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
 from dr2dist.backbones.tokens import batched_sides, token_intermediates
 
 SIDES = ("rope", "attn_mask", "is_causal")
 
 
-def _attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
-    branch = block.attn(block.norm1(x), **sides)
-    return block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch)
-
-
-def _mlp(block: Any, x: Tensor) -> Tensor:
-    branch = block.mlp(block.norm2(x))
-    return block.drop_path2(branch if block.gamma_2 is None else block.gamma_2 * branch)
-
-
-def _attention_post_norm(block: Any, x: Tensor, **sides: Any) -> Tensor:
-    return block.drop_path1(block.norm1(block.attn(x, **sides)))
-
-
-def _mlp_post_norm(block: Any, x: Tensor) -> Tensor:
-    return block.drop_path2(block.norm2(block.mlp(x)))
-
-
-ATTENTION_NAMES = ("norm1", "attn", "gamma_1", "drop_path1")
-MLP_NAMES = ("norm2", "mlp", "gamma_2", "drop_path2")
-
 PARTS = {
-    EvaBlock: (Part(ATTENTION_NAMES, _attention, SIDES), Part(MLP_NAMES, _mlp)),
+    EvaBlock: (
+        Part(SCALED_ATTENTION_NAMES, scaled_attention, SIDES),
+        Part(SCALED_MLP_NAMES, scaled_mlp),
+    ),
     EvaBlockPostNorm: (
-        Part(ATTENTION_NAMES, _attention_post_norm, SIDES),
-        Part(MLP_NAMES, _mlp_post_norm),
+        Part(SCALED_ATTENTION_NAMES, attention_post_norm, SIDES),
+        Part(SCALED_MLP_NAMES, mlp_post_norm),
     ),
 }
 

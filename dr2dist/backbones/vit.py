@@ -15,6 +15,7 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
+from dr2dist.backbones.compute import attention_post_norm, mlp_post_norm
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
 from dr2dist.backbones.tokens import batched_sides, token_intermediates
 
@@ -27,14 +28,6 @@ def _attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
 
 def _mlp(block: Any, x: Tensor) -> Tensor:
     return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-def _attention_post_norm(block: Any, x: Tensor, **sides: Any) -> Tensor:
-    return block.drop_path1(block.norm1(block.attn(x, **sides)))
-
-
-def _mlp_post_norm(block: Any, x: Tensor) -> Tensor:
-    return block.drop_path2(block.norm2(block.mlp(x)))
 
 
 def _whole_branch(block: Any, x: Tensor, **sides: Any) -> Tensor:
@@ -64,8 +57,8 @@ MLP_NAMES = ("norm2", "mlp", "ls2", "drop_path2")
 PARTS = {
     Block: (Part(ATTENTION_NAMES, _attention, MASK), Part(MLP_NAMES, _mlp)),
     ResPostBlock: (
-        Part(ATTENTION_NAMES, _attention_post_norm, MASK),
-        Part(MLP_NAMES, _mlp_post_norm),
+        Part(ATTENTION_NAMES, attention_post_norm, MASK),
+        Part(MLP_NAMES, mlp_post_norm),
     ),
     ParallelScalingBlock: (Part(None, _whole_branch, MASK),),
     DiffParallelScalingBlock: (Part(None, _whole_branch, MASK),),

@@ -41,6 +41,9 @@ class Chain(nn.Module):
     alpha, beta, arithmetic, memory, chunk_size, fraction_bits: see Setting.
     name: how the certificate calls the chain.
 
+    Parameters get their gradients by accumulation into `.grad` whenever the chain is
+    differentiated: `torch.autograd.grad` cannot return them, and adds to them too.
+
     Randomness inside functions is replayed exactly. Raises ValueError for a setting that is not
     allowed or cannot hold the chain's length.
     """
@@ -117,9 +120,8 @@ class Chain(nn.Module):
         in dim 0. until: run only that many functions. Returns x_L, or (x_L, [tapped tokens]) if
         taps are given, of x's shape and dtype (fp32 under autocast).
         """
-        if not x.is_floating_point():
-            raise ValueError(f"{self.name}: tokens are {x.dtype}, a floating dtype is needed")
         segment = Segment(list(self.functions)[:until], self.runner)
+        self._check_inputs(x, taps, len(segment.functions), batched, sides)
         taps = [range(len(segment.functions))[tap] for tap in taps]
         shared = Sides(sides, batched)
         if not torch.is_grad_enabled() or not self._anything_to_train(segment, shared, x):
@@ -131,9 +133,29 @@ class Chain(nn.Module):
             output, *tapped = _ChainFunction.apply(self, segment, shared, taps, anchor, x, *tensors)
         return (output, list(tapped)) if taps else output
 
+    def _check_inputs(
+        self, x: Tensor, taps: Sequence[int], count: int, batched: Collection[str], sides: Any
+    ) -> None:
+        if not x.is_floating_point():
+            raise ValueError(f"{self.name}: tokens are {x.dtype}, a floating dtype is needed")
+        for tap in taps:
+            if not -count <= tap < count:
+                raise ValueError(f"{self.name}: tap {tap} is outside the {count} functions run")
+        for name in batched:
+            if name not in sides:
+                raise ValueError(f"{self.name}: batched names {name!r}, which is not a side given")
+        for name, value in sides.items():
+            # Inside a container autograd would not find its way back to them.
+            if isinstance(value, tuple | list) and any(map(needs_grad, value)):
+                raise ValueError(
+                    f"{self.name}: side {name!r} holds tensors that require gradients in a "
+                    f"{type(value).__name__}: pass each as a side of its own"
+                )
+
     @staticmethod
     def _anything_to_train(segment: Segment, sides: Sides, x: Tensor) -> bool:
-        return segment.first_trained(sides, x.requires_grad) < len(segment.functions)
+        trains = segment.first_trained(sides, x.requires_grad) < len(segment.functions)
+        return x.requires_grad or trains
 
     @torch.no_grad()
     def record(self, x: Tensor, batched: Collection[str] = (), **sides: Any) -> Recorded:
@@ -217,6 +239,8 @@ class _ChainFunction(torch.autograd.Function):
             )
         tape: Tape = ctx.tape
         given = [g for g in (grad, *tap_grads) if g is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
         grad = given[0].new_zeros(ctx.shape) if grad is None else grad
         remainder_bytes = tape.remainder_bytes
         keep = torch._C._autograd._get_current_graph_task_keep_graph()

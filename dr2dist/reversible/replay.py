@@ -38,7 +38,7 @@ class Randomness:
     """One seed for all the functions of a forward pass, so that none keeps a state of its own.
 
     The seed is one draw from the global CPU stream. The draw is given back at the end if no
-    function used any randomness; otherwise it is all that the stream sees, in every memory mode.
+    function used any randomness; otherwise the stream moves alike in every memory mode.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,6 +47,7 @@ class Randomness:
             self._generators.append(torch.cuda.default_generators[device.index or 0])
         self._before: Tensor | None = torch.default_generator.get_state()
         self._seed = int(torch.randint(2**62, ()))
+        self._drawn = torch.default_generator.get_state()
 
     @contextmanager
     def at(self, function: int, part: int) -> Iterator[None]:
@@ -64,9 +65,10 @@ class Randomness:
 
     def close(self) -> None:
         """Ends the forward pass: an unused draw goes back to the global stream."""
-        if self._before is not None:
+        # Functions outside `at` (a frozen prefix) may have drawn from the stream since.
+        if self._before is not None and not _moved(torch.default_generator, self._drawn):
             torch.default_generator.set_state(self._before)
-            self._before = None
+        self._before = None
 
 
 def _moved(generator: torch.Generator, state: Tensor) -> bool:

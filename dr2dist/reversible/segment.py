@@ -88,10 +88,15 @@ class Segment:
         arithmetic, dtype = _arithmetic(h, setting)
         tape = self._new_tape(h, sides, setting, dtype, x_needs_grad)
         state = arithmetic.start(h)
+        exact = setting.arithmetic == "exact"
+        if exact:
+            tape.flags.note_state(0, state.current)
         handed = {}
         for index in range(len(self.functions)):
             if index < tape.first:
                 state = self._plain_step(index, state, sides, setting, arithmetic, dtype)
+                if exact:
+                    tape.flags.note_state(index, state.current)
             else:
                 if index == tape.first:
                     _note_start(tape, state)
@@ -348,8 +353,6 @@ def _arithmetic(h: Tensor, setting: Setting) -> tuple[Arithmetic, torch.dtype]:
 
 
 def _note_start(tape: Tape, state: State) -> None:
-    if tape.setting.arithmetic == "exact":
-        tape.flags.note_state(tape.first, state.current)
     if tape.setting.memory != "reverse":
         return
     if tape.setting.arithmetic == "float":

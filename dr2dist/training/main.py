@@ -41,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _stop(message: str, status: int) -> None:
-    """One line from one rank."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        sys.stderr.write(f"dr2dist: {message.strip().splitlines()[-1]}\n")
+    """One line: from rank 0 for what all ranks found, from the rank itself for its own."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank == 0 or message.startswith(f"rank {rank}: "):
+        sys.stderr.write(f"dr2dist: {message}\n")
     raise SystemExit(status)
 
 

@@ -61,6 +61,9 @@ def run(config: Config) -> dict[str, Any]:
         trainer.run()
     except UnprovenStepError as error:
         failure = error
+    except UserError as error:  # of this rank alone: an image that cannot be read
+        line = str(error).strip().splitlines()[-1].removeprefix("dr2dist.errors.UserError: ")
+        raise UserError(f"rank {rank}: {line}") from None
     summary = _summary(config, plan, trainer, time.monotonic() - start, failure)
     if records is not None:
         records.write_summary(summary)

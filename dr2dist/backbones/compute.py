@@ -1,0 +1,33 @@
+"""Branches that blocks of several families have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def scaled_attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    """Attention after the norm, with a scale that may be missing (EVA, BEiT)."""
+    branch = block.attn(block.norm1(x), **sides)
+    return block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch)
+
+
+def scaled_mlp(block: Any, x: Tensor) -> Tensor:
+    """MLP after the norm, with a scale that may be missing (EVA, BEiT)."""
+    branch = block.mlp(block.norm2(x))
+    return block.drop_path2(branch if block.gamma_2 is None else block.gamma_2 * branch)
+
+
+def attention_post_norm(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    """Attention before its norm."""
+    return block.drop_path1(block.norm1(block.attn(x, **sides)))
+
+
+def mlp_post_norm(block: Any, x: Tensor) -> Tensor:
+    """MLP before its norm."""
+    return block.drop_path2(block.norm2(block.mlp(x)))
+
+
+SCALED_ATTENTION_NAMES = ("norm1", "attn", "gamma_1", "drop_path1")
+SCALED_MLP_NAMES = ("norm2", "mlp", "gamma_2", "drop_path2")
