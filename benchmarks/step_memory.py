@@ -1,11 +1,10 @@
-"""Peak memory and time of one training step, each case in a process of its own.
+"""Peak memory of one training step, each case in a process of its own.
 
     python benchmarks/step_memory.py --depth 24 --batch 32
 
 A ViT of width 384 at 224 pixels, fp32, on the CPU. Growth is the peak of resident memory during
 a step less what was resident before it (weights and their gradients are there already), with an
-allocator that gives back at once what is freed. Time is measured apart, with the usual one. A
-token tensor is one fp32 [197, 384] per sample.
+allocator that gives back at once what is freed. A token tensor is one fp32 [197, 384] per sample.
 """
 
 from __future__ import annotations
@@ -13,12 +12,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
-import json
 import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,35 +57,30 @@ def status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure(case: str, depth: int, batch: int, beta: float, steps: int) -> dict[str, float]:
-    """Growth in bytes and the fastest step in seconds, after a first step that warms up."""
+def measure(case: str, depth: int, batch: int, beta: float) -> int:
+    """Growth in bytes, after a step of one sample that warms up."""
     model = build(case, depth, beta)
     images = torch.randn(batch, 3, 224, 224)
-    growths, times = [], []
-    for step in range(steps + 1):
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-        before, start = status("VmRSS"), time.perf_counter()
-        model(images if step else images[:1]).sum().backward()
-        if step:
-            times.append(time.perf_counter() - start)
-            growths.append(status("VmHWM") - before)
-    return {"growth": max(growths), "seconds": min(times)}
+    model(images[:1]).sum().backward()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    before = status("VmRSS")
+    model(images).sum().backward()
+    return status("VmHWM") - before
 
 
-def run_case(case: str, given: argparse.Namespace, eager: bool) -> dict[str, float]:
-    """Measures a case in a fresh process, whose allocator gives memory back if it is `eager`."""
+def run_case(case: str, given: argparse.Namespace) -> int:
+    """Measures a case in a fresh process."""
     limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    arguments = [f"--{k}={getattr(given, k)}" for k in ("depth", "batch", "beta", "steps")]
+    arguments = [f"--{k}={getattr(given, k)}" for k in ("depth", "batch", "beta")]
     done = subprocess.run(
         [sys.executable, __file__, "--case", case, *arguments],
-        env={**os.environ, **(limits if eager else {})},
+        env={**os.environ, **limits},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return int(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -97,25 +89,22 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=24, help="blocks, of two functions each")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--beta", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, default=1, help="measured steps")
     parser.add_argument("--case", choices=CASES, help="measure one case in this process")
     given = parser.parse_args()
     if given.case:
-        found = measure(given.case, given.depth, given.batch, given.beta, given.steps)
-        print(json.dumps(found))
+        print(measure(given.case, given.depth, given.batch, given.beta))
         return
     threads = torch.get_num_threads()
     print(
         f"{datetime.date.today()}, {platform.machine()}, {threads} threads, torch "
         f"{torch.__version__}: depth {given.depth}, batch {given.batch}, beta {given.beta}\n"
     )
-    print("| | growth of peak memory | token tensors per sample | seconds per step |")
-    print("|---|---|---|---|")
+    print("| | growth of peak memory | token tensors per sample |")
+    print("|---|---|---|")
     for case in CASES:
-        growth = run_case(case, given, eager=True)["growth"]
-        seconds = run_case(case, given, eager=False)["seconds"]
+        growth = run_case(case, given)
         tensors = growth / (given.batch * TOKENS * WIDTH * 4)
-        print(f"| {case} | {growth / 2**20:.0f} MiB | {tensors:.1f} | {seconds:.1f} |", flush=True)
+        print(f"| {case} | {growth / 2**20:.0f} MiB | {tensors:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ if [ ! -e "$venv" ]; then
         if usable "$python" "ensurepip, venv"; then break; fi
     done
     if [ -z "$python" ]; then
-        echo "install.sh: found $(python3 --version 2>&1 | head -n 1), allowed is Python 3.11 or" \
+        found=$(python3 --version 2>/dev/null || echo "no python3")
+        echo "install.sh: found $found, allowed is Python 3.11 or" \
             "newer with its venv module (Debian: apt install python3-venv)" >&2
         exit 2
     fi

@@ -1,4 +1,4 @@
-"""The arithmetic against its specification."""
+"""The arithmetic and its certificate against their specification."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dr2dist.reversible import Setting, State
+from dr2dist.reversible import Chain, Setting, State
 from dr2dist.reversible.exact import CPU_TILE, ExactArithmetic
 from dr2dist.reversible.packing import pack, packed_bytes, unpack
 from dr2dist.reversible.setting import growth, round_coefficient
+from tests.chain_helpers import Liar
+from tests.functions import Mlp, make_chain, tokens
 
 BETAS = [2.0**-16, 3 * 2.0**-16, 0.001, 0.03, 0.1, 0.125, 0.2, 0.37, 0.5, 0.63, 0.7, 0.99, 1.0]
 
@@ -40,9 +42,27 @@ def test_a_step_is_undone_bit_for_bit_with_the_least_bits(beta: float) -> None:
     assert remainders.nbytes == sum(bits * math.ceil(n / 8) for n in tiles)
     for x, image in zip(before[-90:].tolist(), out.current[-90:].tolist(), strict=True):
         assert image == math.floor(exact * x + Fraction(1, 2))
+    parts = zip(remainders.split([bits * -(-n // 8) for n in tiles]), tiles, strict=True)
+    rest = max(int(unpack(part, bits, n).max()) for part, n in parts)
+    assert rest < 1 / exact
+    if beta > 0.01:  # 200,000 random values meet every remainder
+        assert rest == math.ceil(1 / exact) - 1
     state = arithmetic.retreat(State(out.current.clone(), now.clone()), f, remainders)
     assert torch.equal(state.current, now)
     assert torch.equal(state.previous, before)
+
+
+def test_a_step_is_undone_for_any_multiple_of_the_coefficients_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, now = states(3000, 1), states(3000, 2)
+    f = torch.zeros(now.shape)
+    for step in torch.randint(1, 2**16 + 1, (200,), generator=generator).tolist():
+        arithmetic = ExactArithmetic(Setting(0.0, step * 2.0**-16), torch.float32)
+        out = State(torch.empty_like(now), now)
+        remainders = arithmetic.advance(State(now, before), f, out, keep=True)
+        assert remainders is not None
+        state = arithmetic.retreat(State(out.current, now.clone()), f, remainders)
+        assert torch.equal(state.previous, before), step
 
 
 def test_bits_for_known_betas() -> None:
@@ -107,3 +127,66 @@ def test_growth_is_that_of_the_recursion() -> None:
         Setting(1.0, 0.1).check_range(96)
     Setting(1.0, 0.1).check_range(24)
     Setting(0.9, 0.1).check_range(1000)
+
+
+def messages(chain: Chain) -> tuple[str, ...]:
+    certificate = chain.certificate()
+    assert certificate is not None
+    assert certificate.failures == len(certificate.messages)
+    return certificate.messages
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_one_deviating_element_names_its_function_wherever_it_is(bf16: bool) -> None:
+    for liar in range(8):
+        torch.manual_seed(0)
+        functions = [Liar() if index == liar else Mlp() for index in range(8)]
+        chain = Chain(functions, name="body")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = chain(tokens())
+        output.sum().backward()
+        assert messages(chain) == (
+            f"body: the recompute of function {liar} differs from its first run",
+        )
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_flipped_remainder_bit_is_found_at_any_of_many_functions(bf16: bool) -> None:
+    chain = make_chain(count=24, alpha=0.5, beta=0.5, name="body", chunk_size=2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for place in (1, 2, 3, 7, 12, 17, 21, 22, 23):
+            recorded = chain.record(tokens(5, 3))
+            recorded.tape.remainders[place][place % 3][place % 8] ^= 1 << place % 8
+            chain.reverse(recorded)
+            assert messages(chain), place
+
+
+def test_bad_values_are_reported_also_where_nothing_is_reversed() -> None:
+    nan = tokens()
+    nan[0, 0, 0] = torch.nan
+    for frozen in (0, 3):
+        # These coefficients bring any state back into the range within three functions.
+        chain = make_chain(count=4, alpha=0.3, beta=0.3, name="body")
+        for function in list(chain.functions)[:frozen]:
+            function.requires_grad_(False)
+        for x in (nan, tokens() * 1e9, -tokens() * 1e9):
+            chain(x).sum().backward()
+            assert messages(chain)[0].startswith("body: the state after function 0 left")
+        chain(tokens()).sum().backward()
+        assert messages(chain) == ()
+
+
+def test_inference_gives_nan_for_the_sample_that_left_the_range() -> None:
+    chain = make_chain(count=6, alpha=0.3, beta=0.3, chunk_size=2)
+    x = tokens()
+    with torch.no_grad():
+        good = chain(x)
+        for bad in (torch.nan, torch.inf, 1e9):
+            spoilt = x.clone()
+            spoilt[3, 1, 4] = bad
+            output, (tap,) = chain(spoilt, taps=[2])
+            others = [0, 1, 2, 4]
+            assert torch.equal(output[others], good[others])
+            assert output[3].isnan().all() and tap[3].isnan().all()
+        chain.functions[2].scale.data[0] = torch.nan
+        assert chain(x).isnan().all()

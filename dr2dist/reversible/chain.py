@@ -134,7 +134,12 @@ class Chain(nn.Module):
         return (output, list(tapped)) if taps else output
 
     def _check_inputs(
-        self, x: Tensor, taps: Sequence[int], count: int, batched: Collection[str], sides: Any
+        self,
+        x: Tensor,
+        taps: Sequence[int],
+        count: int,
+        batched: Collection[str],
+        sides: dict[str, Any],
     ) -> None:
         if not x.is_floating_point():
             raise ValueError(f"{self.name}: tokens are {x.dtype}, a floating dtype is needed")

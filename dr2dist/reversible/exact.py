@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dr2dist.reversible.packing import pack, packed_bytes, unpack
-from dr2dist.reversible.setting import Setting
+from dr2dist.reversible.setting import RANGE_BITS, Setting
 
 INT32 = torch.iinfo(torch.int32)
 CPU_TILE = 1 << 16
@@ -114,6 +114,12 @@ class ExactArithmetic:
             image = self._encode(now.double()).int()
             count += (after - self._function(branch, now)).ne(image).sum()
         return count
+
+    def outside(self, state: Tensor) -> Tensor:
+        """Which samples hold a value outside the range: bool [B, 1, ...]."""
+        low, high = torch.aminmax(state.unsqueeze(-1).flatten(1), dim=1)
+        limit = 1 << RANGE_BITS
+        return ((low <= -limit) | (high >= limit)).view(-1, *[1] * (state.ndim - 1))
 
     def _function(self, f: Tensor, x: Tensor) -> Tensor:
         """G of one tile, int32."""

@@ -33,6 +33,10 @@ class FloatArithmetic:
         """The tokens as a tensor that nothing here writes to again."""
         return state.to(dtype, copy=True)
 
+    def outside(self, state: Tensor) -> Tensor:
+        """False, a bool scalar: there is no range to leave."""
+        return torch.zeros((), dtype=torch.bool, device=state.device)
+
     def target(self, state: State, in_place: bool) -> State:
         """Where `advance` shall write the next state."""
         if in_place:

@@ -66,15 +66,22 @@ class Segment:
     def infer(
         self, h: Tensor, sides: Sides, setting: Setting, taps: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
-        """The chain without any bookkeeping: (output, taps)."""
+        """The chain without any bookkeeping: (output, taps).
+
+        No certificate speaks here, so a sample whose state leaves the range comes out as NaN.
+        """
         arithmetic, dtype = _arithmetic(h, setting)
         state = arithmetic.start(h)
+        outside = arithmetic.outside(state.current)
         handed: dict[int, Tensor] = {}
         for index in range(len(self.functions)):
             state = self._plain_step(index, state, sides, setting, arithmetic, dtype)
+            outside = outside | arithmetic.outside(state.current)
             if index in taps:
                 handed[index] = arithmetic.hand_out(state.current, dtype)
-        return arithmetic.hand_out(state.current, dtype), [handed[index] for index in taps]
+                handed[index].masked_fill_(outside, torch.nan)
+        output = arithmetic.hand_out(state.current, dtype).masked_fill_(outside, torch.nan)
+        return output, [handed[index] for index in taps]
 
     def forward(
         self,
