@@ -15,7 +15,7 @@ fi
 
 run() { # config, name
     rm -rf "runs/quickstart/$2"
-    dr2dist train "$1" --ranks 2 train.epochs=null train.steps=60 output="runs/quickstart/$2"
+    dr2dist train "$1" --ranks 2 train.epochs=null train.steps=50 output="runs/quickstart/$2"
 }
 echo "== exact reversal, beta from 0.1 to 0.5"
 run configs/elpv_vit_small.yaml exact
