@@ -22,6 +22,7 @@ setup(
     install_requires=[
         "braceexpand",
         "deepspeed>=0.19",
+        "matplotlib",
         "numpy",
         "pillow",
         "pydantic>=2.7",
@@ -37,9 +38,8 @@ setup(
         "webdataset>=1.0",
     ],
     extras_require={
-        "demo": ["matplotlib", "onnx"],
+        "demo": ["onnx"],
         "test": [
-            "matplotlib",
             "mypy",
             "onnx",
             "pytest",

@@ -3,6 +3,7 @@
 from dr2dist.backbones.family import Branch, Family, Stem
 from dr2dist.backbones.network import convert, register_backbone, supported_backbones
 from dr2dist.errors import UserError
+from dr2dist.inference.exported import load
 from dr2dist.reversible import Chain
 from dr2dist.version import __version__
 
@@ -14,6 +15,7 @@ __all__ = [
     "UserError",
     "__version__",
     "convert",
+    "load",
     "register_backbone",
     "supported_backbones",
 ]

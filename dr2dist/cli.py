@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shlex
 import socket
@@ -42,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_shards(commands)
+    _add_export(commands)
+    _add_evaluate(commands)
+    _add_predict(commands)
     _add_doctor(commands)
     return parser
 
@@ -90,13 +94,18 @@ def _positive(text: str) -> int:
 
 def _train(given: argparse.Namespace) -> int:
     from dr2dist.config import load_config
+    from dr2dist.training.folder import find_start, finished
     from dr2dist.training.plan import make_plan
-    from dr2dist.training.run import check_output
 
     config = load_config(given.config, given.overrides)
     ranks = given.ranks if given.hostfile is None else _slots(given.hostfile)
-    print(make_plan(config, ranks).describe())
-    check_output(config.output)
+    plan = make_plan(config, ranks)
+    print(plan.describe())
+    start = find_start(config, plan.global_batch)
+    if finished(config) is not None:
+        print(f"output        {config.output} is finished: nothing is left to do")
+        return 0
+    print(f"starts from   {start or config.model.weights or 'random weights'}")
     line = _launch_line(given)
     print(f"launch        {shlex.join(line)}", flush=True)
     if given.dry_run:
@@ -193,6 +202,101 @@ def _shards_verify(given: argparse.Namespace) -> int:
 
     index = verify_shards(given.shards)
     print(f"{given.shards}: {index.num_samples} samples in {len(index.shards)} shards are sound")
+    return 0
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = _add(
+        commands,
+        "export",
+        "Write a run's best or last checkpoint as one file for inference.",
+        "dr2dist export runs/photos --output photos.safetensors",
+    )
+    export.add_argument("run", type=Path, help="folder of a run")
+    export.add_argument("--output", type=_safetensors, required=True, help="FILE.safetensors")
+    export.add_argument("--which", choices=("best", "last"), default="best")
+    export.set_defaults(command=_export)
+
+
+def _safetensors(text: str) -> Path:
+    if not text.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"'{text}' does not end in .safetensors")
+    return Path(text)
+
+
+def _export(given: argparse.Namespace) -> int:
+    from dr2dist.inference.exported import export
+
+    facts = export(given.run, given.output, given.which)
+    print(
+        f"{given.output}: {facts.model} after {facts.step} steps, alpha {facts.alpha:.4f}, "
+        f"beta {facts.beta:.4f}, {len(facts.classes)} classes"
+    )
+    return 0
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    evaluate = _add(
+        commands,
+        "evaluate",
+        "Measure an exported model on all samples of labelled shards.",
+        "dr2dist evaluate photos.safetensors shards/photos/val --output report.json",
+    )
+    evaluate.add_argument("model", type=Path, help="a file of 'dr2dist export'")
+    evaluate.add_argument("shards", help="a folder, or a brace pattern")
+    evaluate.add_argument("--output", type=Path, help="report as JSON; a PNG is put beside it")
+    evaluate.add_argument("--batch", type=_positive, default=32)
+    evaluate.add_argument("--workers", type=int, default=0, help="loader processes")
+    evaluate.set_defaults(command=_evaluate)
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    from dr2dist.inference.evaluate import draw, evaluate
+
+    report = evaluate(given.model, given.shards, batch=given.batch, workers=given.workers)
+    for name in ("samples", "loss", "accuracy", "balanced_accuracy", "calibration_error"):
+        print(f"{name:18} {report[name]:.6g}")
+    for name, value in report["class_accuracy"].items():
+        print(f"  {name:16} {value:.4f}")
+    if given.output is not None:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        aside = given.output.with_name(f"{given.output.name}.tmp")
+        aside.write_text(json.dumps(report, indent=1) + "\n")
+        aside.replace(given.output)
+        draw(report, given.output.with_suffix(".png"))
+    return 0
+
+
+def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    predict = _add(
+        commands,
+        "predict",
+        "Classify image files by an exported model.",
+        "dr2dist predict photos.safetensors new_photos --output predictions.csv",
+    )
+    predict.add_argument("model", type=Path, help="a file of 'dr2dist export'")
+    predict.add_argument("images", nargs="+", help="image files, and folders of them")
+    predict.add_argument("--output", type=Path, required=True, help="FILE.csv or FILE.json")
+    predict.add_argument("--batch", type=_positive, default=32)
+    predict.add_argument(
+        "--skip-unreadable", action="store_true", help="give such an image a row with its error"
+    )
+    predict.set_defaults(command=_predict)
+
+
+def _predict(given: argparse.Namespace) -> int:
+    from dr2dist.inference.predict import check_output, find_images, predict, write_rows
+
+    check_output(given.output)
+    rows = predict(
+        given.model,
+        find_images(given.images),
+        batch=given.batch,
+        skip_unreadable=given.skip_unreadable,
+    )
+    write_rows(rows, given.output)
+    unreadable = sum("error" in row for row in rows)
+    print(f"{given.output}: {len(rows)} images, {unreadable} of them unreadable")
     return 0
 
 

@@ -74,7 +74,19 @@ def curve(kind: str, steps: int = 20, accumulate: int = 1, **options: Any) -> An
     verdicts = [take_step(engine, step, accumulate) for step in range(steps)]
     drifts = [verdict.drift for verdict in verdicts if verdict.drift is not None]
     assert engine.applied == steps
-    return [verdict.loss for verdict in verdicts], engine.full_state(), max(drifts, default=None)
+    return [verdict.loss for verdict in verdicts], full_state(engine), max(drifts, default=None)
+
+
+def full_state(engine: ReversibleEngine) -> dict[str, Tensor] | None:
+    """All masters and buffers by name, on rank 0; every rank must call it."""
+    parts = [(f.name, f.shape, f.start, f.values.float()) for f in engine.masters.fragments]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, parts)
+    state = {name: value.clone() for name, value in engine.buffers().items()}
+    for name, shape, start, values in (part for parts in found for part in parts):
+        whole = state.setdefault(name, torch.full(shape, torch.nan))
+        whole.view(-1)[start : start + len(values)] = values
+    return state if dist.get_rank() == 0 else None
 
 
 class ChangesOnRecompute(nn.Module):
@@ -106,7 +118,7 @@ def fault(kind: str, zero: int, memory: str = "reverse") -> dict[str, Any]:
     """A step with a fault on rank 0: the error's text and kinds, and whether weights changed."""
     engine = make_engine("vit", zero, memory=memory)
     take_step(engine, 0)
-    before = engine.full_state()
+    before = full_state(engine)
     chain = engine.chains[0]
     weight = next(p for n, p in engine.net.named_parameters() if n == "blocks.1.mlp.fc2.weight")
 
@@ -132,7 +144,7 @@ def fault(kind: str, zero: int, memory: str = "reverse") -> dict[str, Any]:
         take_step(engine, 1, between=between)
     except UnprovenStepError as error:
         text, kinds = str(error), set(error.verdict.kinds)
-    after = engine.full_state()
+    after = full_state(engine)
     changed = before is not None and [
         name
         for name, value in before.items()
@@ -148,7 +160,7 @@ def passing_fault(zero: int, accumulate: int) -> Any:
         engine = make_engine("vit", zero, accumulate=accumulate)
         _change_function(engine.chains[0], wrong_calls)
         losses = [take_step(engine, step, accumulate).loss for step in range(2)]
-        results.append((losses, engine.full_state()))
+        results.append((losses, full_state(engine)))
     return results
 
 
@@ -167,3 +179,26 @@ def ddp_gradients() -> dict[str, Tensor]:
 def run_config(path: str, overrides: list[str]) -> dict[str, Any]:
     """A whole run in this group."""
     return run(load_config(path, overrides))
+
+
+class BrokenOffError(Exception):
+    """Stands for whatever ends a process."""
+
+
+def run_until(path: str, overrides: list[str], step: int) -> None:
+    """A run that ends in the middle of the optimiser step after `step` applied ones."""
+    original = ReversibleEngine.step
+
+    def broken(self: ReversibleEngine, losses: Any, *rest: Any) -> Any:
+        if self.applied == step:
+            next(iter(losses()))
+            raise BrokenOffError
+        return original(self, losses, *rest)
+
+    ReversibleEngine.step = broken  # type: ignore[method-assign]
+    try:
+        run(load_config(path, overrides))
+    except BrokenOffError:
+        pass
+    finally:
+        ReversibleEngine.step = original  # type: ignore[method-assign]

@@ -21,3 +21,10 @@ def two_ranks() -> Iterator[Pool]:
     pool = Pool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def three_ranks() -> Iterator[Pool]:
+    pool = Pool(3)
+    yield pool
+    pool.close()

@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import dr2dist
-from dr2dist.data.order import validation_batches
-from dr2dist.data.stream import ShardDataset, loader
-from dr2dist.data.transforms import eval_transform
+from dr2dist.data.stream import ShardDataset
 from tests.images import make_small_shards
 from tests.pool import Pool
 
@@ -90,38 +84,6 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], sh
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 12
 
 
-def test_the_last_weights_give_the_runs_own_validation(
-    finished: tuple[Path, dict[str, Any]], shards: Path
-) -> None:
-    folder, summary = finished
-    path = folder / "weights" / "last.safetensors"
-    assert (folder / "weights" / "best.safetensors").exists()
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=32)
-    model.load_state_dict(load_file(path), strict=True)
-    net = dr2dist.convert(model, float(metadata["alpha"]), float(metadata["beta"])).eval()
-    mean, std = (json.loads(metadata[name]) for name in ("mean", "std"))
-    dataset = ShardDataset(shards / "val", eval_transform(32, mean, std))
-    batches = validation_batches(len(dataset), batch=5, rank=0, ranks=1)
-    hits: list[bool] = []
-    with torch.no_grad():
-        for batch in loader(dataset, [[(0, index) for index in b] for b in batches], 0):
-            hits += (net(batch["image"]).argmax(1) == batch["label"]).tolist()
-    assert sum(hits) / len(hits) == pytest.approx(summary["last"]["accuracy"], abs=1e-6)
-
-
-def test_one_rank_and_two_take_the_same_path(
-    finished: tuple[Path, dict[str, Any]], tmp_path: Path, shards: Path, one_rank: Pool
-) -> None:
-    path = write_config(tmp_path, shards)
-    overrides = ["train.micro_batch=8", "parallel.zero=0", "data.num_workers=0"]
-    (summary,) = one_rank.run("tests.cases:run_config", path=str(path), overrides=overrides)
-    assert losses(tmp_path / "run") == pytest.approx(losses(finished[0]), rel=1e-4)
-    for name, value in summary["last"].items():
-        assert value == pytest.approx(finished[1]["last"][name], rel=1e-3), name
-
-
 @pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_starts(
     config: Path, tmp_path: Path, shards: Path, two_ranks: Pool
@@ -155,7 +117,7 @@ def command(*arguments: str, timeout: float = 240) -> subprocess.CompletedProces
     )
 
 
-def test_train_runs_under_the_launcher_and_refuses_to_overwrite(
+def test_train_runs_under_the_launcher_and_leaves_a_finished_run_alone(
     tmp_path: Path, shards: Path
 ) -> None:
     path = write_config(tmp_path, shards)
@@ -163,9 +125,11 @@ def test_train_runs_under_the_launcher_and_refuses_to_overwrite(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "launch        deepspeed --num_accelerators 2" in done.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2
-    again = command("train", str(path), "--dry-run")
-    assert again.returncode == 2
-    assert again.stderr.strip().splitlines()[-1].endswith("is not empty; name another folder")
+    again = command("train", str(path), "--ranks", "2", "train.steps=2")
+    assert again.returncode == 0 and "is finished: nothing is left to do" in again.stdout
+    other = command("train", str(path), "--ranks", "2", "--dry-run")
+    assert other.returncode == 2
+    assert "holds a run with train.steps: 2, now it is 12" in other.stderr.splitlines()[-1]
 
 
 def test_the_launchers_own_entry_reports_a_users_error_once(tmp_path: Path, shards: Path) -> None:

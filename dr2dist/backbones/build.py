@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -52,9 +52,18 @@ def build_model(
 
 def _load(model: Any, path: Path) -> None:
     try:
+        with safe_open(path, "pt") as file:
+            trained = file.metadata() or {}
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.weights: {path} cannot be read: {error}") from None
+    if trained.get("beta", "0.0") != "0.0":
+        log.warning(
+            "%s was trained with alpha %s, beta %s: with others it starts as another network",
+            path,
+            trained["alpha"],
+            trained["beta"],
+        )
     state = _fitted(model, state)
     wanted = model.state_dict()
     head = {name for name in wanted if name.startswith(_head_names(model))}

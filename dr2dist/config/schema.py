@@ -111,6 +111,9 @@ class Train(Section):
         None, description="optimiser steps between validations; null: at every epoch's end"
     )
 
+    checkpoint_every: Positive = Field(500, description="optimiser steps between checkpoints")
+    keep: Positive = Field(2, description="checkpoints kept, beside the best one")
+
     @model_validator(mode="before")
     @classmethod
     def _no_fp16(cls, value: Any) -> Any:

@@ -8,10 +8,10 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dr2dist.parallel.gathered import GatheredRunner
+from dr2dist.parallel.masters import Masters
 from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
 from dr2dist.reversible import Chain, FunctionRunner, PlainRunner
 
@@ -53,6 +53,7 @@ class ReversibleEngine:
         self.device = torch.device(self._engine.device)
         self._autocast = bf16 and not self._engine.bfloat16_enabled()
         self._watch = GradientWatch(parameters, self.device)
+        self.masters = Masters(self._engine, self.zero)
         self.applied = 0
 
     @property
@@ -125,31 +126,20 @@ class ReversibleEngine:
             self._engine.optimizer.zero_grad()
         self._engine.zero_grad()
 
-    def full_state(self) -> dict[str, Tensor] | None:
-        """All weights in fp32 by name, persistent buffers too, on the CPU of rank 0.
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all parameters by name."""
+        named = self.net.named_parameters()
+        return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in named}
 
-        Every rank must call it. None on other ranks.
-        """
-        first = dist.get_rank() == 0
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.net.named_parameters():
-            value = self._full(parameter)
-            if first:
-                state[name] = value.detach().float().cpu().clone()
-        if first:
-            parameters = set(state)
-            for name, value in self.net.state_dict().items():
-                if name not in parameters:
-                    state[name] = value.detach().cpu().clone()
-        return state if first else None
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers by name, themselves."""
+        parameters = dict(self.net.named_parameters())
+        state = self.net.state_dict(keep_vars=True)
+        return {name: value for name, value in state.items() if name not in parameters}
 
-    def _full(self, parameter: nn.Parameter) -> Tensor:
-        if self.zero:
-            master = deepspeed.utils.safe_get_full_fp32_param(parameter)
-            if master is not None:
-                return master
-        with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero == 3):
-            return parameter.detach().clone()
+    def go_on_from(self, step: int) -> None:
+        """Takes `step` optimiser steps for applied, as after reading a checkpoint."""
+        self.applied = step
 
 
 def _runner(chains: tuple[Chain, ...], zero: int) -> FunctionRunner:

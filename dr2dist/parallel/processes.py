@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import deepspeed
 import torch
@@ -35,3 +37,18 @@ def largest(value: float) -> float:
         tensor = tensor.cuda()
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return float(tensor)
+
+
+@contextmanager
+def agree(kind: type[Exception]) -> Iterator[None]:
+    """An exception of this kind on any rank is raised on all, once every rank has come here."""
+    failure: Exception | None = None
+    try:
+        yield
+    except kind as error:
+        failure = error
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if failure is None else str(failure))
+    first = next((message for message in found if message is not None), None)
+    if first is not None:
+        raise kind(first)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+)
 
 
 class Classification:
@@ -29,3 +33,16 @@ class Classification:
                 "balanced_accuracy": MulticlassAccuracy(self.num_classes, average="macro"),
             }
         )
+
+    def report(self) -> MetricCollection:
+        """All of metrics(), with class_accuracy [C], confusion [C, C] and calibration_error.
+
+        confusion: counts, row the label, column the prediction. calibration_error: expected
+        |confidence - accuracy| over 15 bins.
+        """
+        more = {
+            "class_accuracy": MulticlassAccuracy(self.num_classes, average="none"),
+            "confusion": MulticlassConfusionMatrix(self.num_classes),
+            "calibration_error": MulticlassCalibrationError(self.num_classes, n_bins=15),
+        }
+        return MetricCollection({**dict(self.metrics().items()), **more})

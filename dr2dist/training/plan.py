@@ -40,6 +40,11 @@ class Plan:
     lengths: dict[str, int]
     parameters: int
 
+    @property
+    def global_batch(self) -> int:
+        """Samples of an optimiser step, over all ranks."""
+        return int(self.deepspeed["train_batch_size"])
+
     def describe(self) -> str:
         """A few lines for people."""
         chains = ", ".join(f"{name}: {count} functions" for name, count in self.lengths.items())
@@ -52,7 +57,7 @@ class Plan:
                 f"coefficients  ({first.alpha:.4f}, {first.beta:.4f}) to "
                 f"({last.alpha:.4f}, {last.beta:.4f})",
                 f"samples       {self.train.num_samples} for training, {held_out} for validation",
-                f"steps         {self.steps} of {self.deepspeed['train_batch_size']} samples on "
+                f"steps         {self.steps} of {self.global_batch} samples on "
                 f"{self.ranks} rank(s), {self.steps_per_epoch} an epoch",
                 f"ZeRO          {self.deepspeed['zero_optimization']['stage']}",
             ]

@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard, summary.json, weights."""
+"""What a run writes for people: metrics.jsonl, TensorBoard, summary.json."""
 
 from __future__ import annotations
 
@@ -11,19 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 
 class Records:
-    """The files of a run's folder; made on rank 0 only."""
+    """The files of a run's folder; made on rank 0 only.
 
-    def __init__(self, folder: Path) -> None:
+    config: the resolved configuration, by which a folder is known as a run's. step: the applied
+    one that the run starts from; what was written of later ones is dropped.
+    """
+
+    def __init__(self, folder: Path, config: str, step: int = 0) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self.write_text("config.yaml", config)
+        self._cut_back(step)
         self._lines = (folder / "metrics.jsonl").open("a")
-        self._board: Any = SummaryWriter(str(folder / "tensorboard"))
+        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def _cut_back(self, step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            whole = path.read_text().rpartition("\n")[0].splitlines()  # the last may be cut off
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            self.write_text(path.name, "".join(f"{line}\n" for line in kept))
 
     def log(self, step: int, **values: Any) -> None:
         """One object in metrics.jsonl, its numbers in TensorBoard too. NaN becomes null."""
@@ -44,14 +56,6 @@ class Records:
         """summary.json: how the run ended."""
         plain = {name: _plain(value) for name, value in values.items()}
         self.write_text("summary.json", json.dumps(plain, indent=2) + "\n")
-
-    def save_weights(self, name: str, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """weights/NAME.safetensors, fp32 by timm's names, written aside and renamed."""
-        folder = self.folder / "weights"
-        folder.mkdir(exist_ok=True)
-        aside = folder / f"{name}.tmp"
-        save_file({key: value.contiguous() for key, value in state.items()}, aside, metadata)
-        os.replace(aside, folder / f"{name}.safetensors")
 
     def close(self) -> None:
         """Ends the files."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from functools import partial
@@ -22,6 +21,8 @@ from dr2dist.errors import UserError
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
 from dr2dist.parallel.processes import join, largest, share_cores
 from dr2dist.tasks.classification import Classification
+from dr2dist.training.folder import find_start, finished
+from dr2dist.training.keeper import Keeper, Progress
 from dr2dist.training.plan import Plan, make_plan
 from dr2dist.training.records import Records, peak_memory
 from dr2dist.training.schedule import learning_rate
@@ -31,30 +32,37 @@ from dr2dist.version import __version__
 log = logging.getLogger(__name__)
 
 
-def check_output(folder: str | Path) -> None:
-    """Raises UserError if a run's folder holds something already."""
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"output: {path} exists already and is not empty; name another folder")
-
-
 def run(config: Config) -> dict[str, Any]:
     """Trains in the launcher's process group and writes the run's folder; returns its summary.
 
-    Raises UserError for what cannot work and UnprovenStepError for a step that cannot be proven.
+    A folder that holds the run so far is gone on with, a finished one is left alone. Raises
+    UserError for what cannot work and UnprovenStepError for a step that cannot be proven.
     """
     share_cores()
     join()
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    if rank:
+        logging.getLogger("dr2dist").setLevel(logging.WARNING)  # rank 0 speaks for all
     plan = make_plan(config, ranks)
-    check_output(config.output)
-    dist.barrier()  # no rank makes the folder before all have looked
-    records = Records(Path(config.output)) if rank == 0 else None
-    if records is not None:
-        records.write_text("config.yaml", dump_config(config))
+    checkpoint = find_start(config, plan.global_batch)
+    before = finished(config)
+    dist.barrier()  # no rank writes to the folder before all have looked
+    if before is not None:
+        log.info("%s is finished: nothing is left to do", config.output)
+        return before
     engine = _engine(config, plan)
-    torch.manual_seed(config.train.seed + 1 + rank)
-    trainer = _trainer(config, plan, engine, records, rank)
+    keeper = Keeper(Path(config.output), config.train.keep, _facts(config, plan))
+    progress = Progress() if checkpoint is None else keeper.restore(checkpoint, engine)
+    if checkpoint is not None:
+        log.info("going on from %s", checkpoint)
+    records = None
+    if rank == 0:
+        records = Records(Path(config.output), dump_config(config), engine.applied)
+    trainer = _trainer(config, plan, engine, records, keeper, progress)
+    return _train(config, plan, trainer)
+
+
+def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
     start = time.monotonic()
     failure: UnprovenStepError | None = None
     try:
@@ -63,11 +71,11 @@ def run(config: Config) -> dict[str, Any]:
         failure = error
     except UserError as error:  # of this rank alone: an image that cannot be read
         line = str(error).strip().splitlines()[-1].removeprefix("dr2dist.errors.UserError: ")
-        raise UserError(f"rank {rank}: {line}") from None
+        raise UserError(f"rank {dist.get_rank()}: {line}") from None
     summary = _summary(config, plan, trainer, time.monotonic() - start, failure)
-    if records is not None:
-        records.write_summary(summary)
-        records.close()
+    if trainer.records is not None:
+        trainer.records.write_summary(summary)
+        trainer.records.close()
     dist.barrier()
     if failure is not None:
         raise failure
@@ -108,8 +116,29 @@ def _optimizer(config: Config, net: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, part.lr, betas=part.betas, weight_decay=part.weight_decay)
 
 
+def _facts(config: Config, plan: Plan) -> dict[str, Any]:
+    """What every checkpoint says of the run: all that the exported model needs."""
+    return {
+        "model": config.model.name,
+        "image_size": config.model.image_size,
+        "arithmetic": config.reversible.arithmetic,
+        "fraction_bits": config.setting().fraction_bits,
+        "classes": list(plan.train.classes),
+        "input_size": plan.image_size,
+        "mean": list(plan.mean),
+        "std": list(plan.std),
+        "global_batch": plan.global_batch,
+        "dr2dist": __version__,
+    }
+
+
 def _trainer(
-    config: Config, plan: Plan, engine: ReversibleEngine, records: Records | None, rank: int
+    config: Config,
+    plan: Plan,
+    engine: ReversibleEngine,
+    records: Records | None,
+    keeper: Keeper,
+    progress: Progress,
 ) -> Trainer:
     optim = config.optim
     pace = Pace(
@@ -117,6 +146,7 @@ def _trainer(
         accumulate=config.train.accumulate,
         log_every=config.train.log_every,
         validate_every=config.train.validate_every or plan.steps_per_epoch,
+        checkpoint_every=config.train.checkpoint_every,
         schedule=plan.schedule,
         learning_rate=partial(
             learning_rate,
@@ -126,22 +156,14 @@ def _trainer(
             end=optim.min_lr,
         ),
     )
-    metadata = {
-        "model": config.model.name,
-        "arithmetic": config.reversible.arithmetic,
-        "classes": json.dumps(plan.train.classes),
-        "image_size": str(plan.image_size),
-        "mean": json.dumps(plan.mean),
-        "std": json.dumps(plan.std),
-        "dr2dist": __version__,
-        "warning": "trained with reversible residuals: plain timm computes other outputs",
-    }
     task = Classification(config.task.num_classes)
-    train, val = _streams(config, plan, rank)
-    return Trainer(engine, task, pace, train, val, records, metadata)
+    rank = dist.get_rank()
+    train, val = _streams(config, plan, rank, engine.applied)
+    seed = (config.train.seed, rank)
+    return Trainer(engine, task, pace, train, val, records, keeper, progress, seed)
 
 
-def _streams(config: Config, plan: Plan, rank: int) -> Any:
+def _streams(config: Config, plan: Plan, rank: int, start: int) -> Any:
     data, train = config.data, config.train
     shape = (plan.image_size, plan.mean, plan.std)
     transform = train_transform(*shape, hflip=data.hflip, vflip=data.vflip, scale=data.scale)
@@ -154,6 +176,7 @@ def _streams(config: Config, plan: Plan, rank: int) -> Any:
         accumulate=train.accumulate,
         rank=rank,
         ranks=plan.ranks,
+        start=start,
     )
     stream = iter(loader(dataset, batches, data.num_workers))
     if data.val is None:
@@ -180,10 +203,10 @@ def _summary(
         "arithmetic": config.reversible.arithmetic,
         "memory": config.reversible.memory,
         "certificate_failures": 0 if failure is None else len(failure.verdict.messages),
-        "worst_drift": trainer.worst_drift,
-        "loss": trainer.losses[-1] if trainer.losses else None,
-        "best": trainer.best,
-        "last": trainer.last,
+        "worst_drift": trainer.progress.worst_drift,
+        "loss": trainer.progress.loss,
+        "best": trainer.progress.best,
+        "last": trainer.progress.last,
         "peak_memory_bytes": int(largest(peak_memory())),
         "seconds": seconds,
     }

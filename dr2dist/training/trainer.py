@@ -19,6 +19,7 @@ from dr2dist.data.stream import Batch
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
 from dr2dist.parallel.verdict import Verdict
 from dr2dist.tasks.classification import Classification
+from dr2dist.training.keeper import Keeper, Progress
 from dr2dist.training.records import Records, peak_memory
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Pace:
     accumulate: int
     log_every: int
     validate_every: int
+    checkpoint_every: int
     schedule: Schedule
     learning_rate: Callable[[int], float]
 
@@ -43,7 +45,9 @@ class Trainer:
     """Runs the steps of one rank.
 
     train: endless micro-batches. val: this rank's share, gone through at each validation.
-    records: on rank 0, None elsewhere. metadata: goes into every weights file.
+    records: on rank 0, None elsewhere. keeper: of the run's checkpoints. progress: what an
+    engine that goes on from a checkpoint has reached. seed: of dropout and the like, this
+    rank's own; each step draws from a stream of its own, so a repeated step is the same.
     """
 
     def __init__(
@@ -54,26 +58,29 @@ class Trainer:
         train: Iterator[Batch],
         val: Iterable[Batch] | None,
         records: Records | None,
-        metadata: dict[str, str],
+        keeper: Keeper,
+        progress: Progress,
+        seed: tuple[int, ...],
     ) -> None:
         self.engine, self.task, self.pace = engine, task, pace
         self.train, self.val = train, val
-        self.records, self.metadata = records, metadata
-        self.best: dict[str, Any] | None = None
-        self.last: dict[str, Any] | None = None
-        self.worst_drift: float | None = None
-        self.losses: list[float] = []
+        self.records, self.keeper, self.progress = records, keeper, progress
+        self.seed = seed
         self._seen, self._since = 0, time.monotonic()
 
     def run(self) -> None:
         """All steps. Raises UnprovenStepError, before applying it, at one that is not proven."""
-        bar = tqdm(total=self.pace.steps, unit="step", disable=self.records is None)
+        done, steps = self.engine.applied, self.pace.steps
+        bar = tqdm(initial=done, total=steps, unit="step", disable=self.records is None)
         with bar:
-            while self.engine.applied < self.pace.steps:
+            while self.engine.applied < steps:
                 self._step(bar)
+                better = False
                 if self._due(self.pace.validate_every) and self.val is not None:
-                    self._validate(self.val)
-        self._save("last")
+                    better = self._validate(self.val)
+                if better or self._due(self.pace.checkpoint_every):
+                    self.keeper.save(self.engine, self.progress)
+                    self._since = time.monotonic()
 
     def _due(self, every: int) -> bool:
         done = self.engine.applied
@@ -93,7 +100,7 @@ class Trainer:
         except UnprovenStepError as failure:
             self._log(failure.verdict, rate)
             raise
-        self.losses.append(verdict.loss)
+        self.progress.loss = verdict.loss
         self._seen += sum(batch["count"] for batch in batches)
         self._note_drift(verdict)
         bar.update()
@@ -105,6 +112,7 @@ class Trainer:
         return [rate] * self.engine.num_groups
 
     def _losses(self, batches: list[Batch]) -> Iterator[Tensor]:
+        torch.manual_seed(hash((*self.seed, self.engine.applied)) & (2**63 - 1))
         for batch in batches:
             output = self.engine.forward(batch["image"])
             yield self.task.loss(output, batch["label"].to(self.engine.device))
@@ -112,16 +120,16 @@ class Trainer:
     def _note_drift(self, verdict: Verdict) -> None:
         if verdict.drift is None:
             return
+        known = self.progress.worst_drift
         large = not verdict.drift < LARGE_DRIFT
-        if large and not (self.worst_drift is not None and not self.worst_drift < LARGE_DRIFT):
+        if large and (known is None or known < LARGE_DRIFT):
             log.warning(
                 "step %d: the reversal has drifted by %.2g of its states, so gradients are "
                 "wrong; use arithmetic: exact, or a larger beta",
                 self.engine.applied,
                 verdict.drift,
             )
-        known = self.worst_drift
-        self.worst_drift = verdict.drift if known is None else max(known, verdict.drift)
+        self.progress.worst_drift = verdict.drift if known is None else max(known, verdict.drift)
 
     def _log(self, verdict: Verdict, rate: float) -> None:
         alpha, beta = self.engine.coefficients
@@ -142,8 +150,8 @@ class Trainer:
                 peak_memory_bytes=peak_memory(),
             )
 
-    def _validate(self, batches: Iterable[Batch]) -> None:
-        """All held-out samples, each counted once over all ranks."""
+    def _validate(self, batches: Iterable[Batch]) -> bool:
+        """All held-out samples, each counted once over all ranks. True if none was better."""
         device = self.engine.device
         metrics = self.task.metrics().to(device)
         loss, count = MeanMetric().to(device), SumMetric().to(device)
@@ -159,22 +167,15 @@ class Trainer:
                     count.update(batch["count"])
         self.engine.net.train()
         found = {"loss": loss.compute(), "samples": count.compute(), **metrics.compute()}
-        self._keep({name: float(value) for name, value in found.items()})
         self._since = time.monotonic()
+        return self._note({name: float(value) for name, value in found.items()})
 
-    def _keep(self, found: dict[str, float]) -> None:
-        step = self.engine.applied
-        self.last = {"step": step, **found}
+    def _note(self, found: dict[str, float]) -> bool:
+        step, progress = self.engine.applied, self.progress
+        progress.last = {"step": step, **found}
         if self.records is not None:
             self.records.log(step, **{f"val_{name}": value for name, value in found.items()})
-        if self.best is None or found[self.task.best] > self.best[self.task.best]:
-            self.best = self.last
-            self._save("best")
-
-    def _save(self, name: str) -> None:
-        state = self.engine.full_state()
-        if self.records is not None and state is not None:
-            alpha, beta = self.engine.coefficients
-            step = str(self.engine.applied)
-            metadata = {**self.metadata, "step": step, "alpha": str(alpha), "beta": str(beta)}
-            self.records.save_weights(name, state, metadata)
+        better = progress.best is None or found[self.task.best] > progress.best[self.task.best]
+        if better:
+            progress.best = progress.last
+        return better

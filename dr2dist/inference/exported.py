@@ -1,0 +1,150 @@
+"""An exported model: one safetensors file that says what it needs to be run rightly.
+
+The tensors have timm's names. The metadata carry, as strings, every field of `Facts`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dr2dist.backbones.build import build_model
+from dr2dist.backbones.network import convert
+from dr2dist.errors import UserError
+from dr2dist.training.checkpoint import Checkpoint, checkpoint_folder, checkpoints
+
+WARNING = (
+    "alpha {alpha}, beta {beta}: plain timm loads these weights WITHOUT AN ERROR and computes "
+    "OTHER OUTPUTS; use dr2dist.load"
+)
+
+
+class Facts(BaseModel):
+    """What an exported file says of its model.
+
+    model, image_size: how timm builds it. alpha, beta, arithmetic, fraction_bits: how its
+    residual functions are joined. classes: names, by label. input_size: side in pixels. mean,
+    std: of the three channels. step: applied optimiser steps. dr2dist: the version that trained it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    model: str
+    image_size: int | None
+    alpha: float
+    beta: float
+    arithmetic: Literal["exact", "float"]
+    fraction_bits: int
+    classes: tuple[str, ...]
+    input_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    step: int
+    dr2dist: str
+
+    @property
+    def conventional(self) -> bool:
+        """Whether plain timm computes the same."""
+        return self.beta == 0
+
+    def metadata(self) -> dict[str, str]:
+        """For the file."""
+        values = {name: json.dumps(value) for name, value in self.model_dump(mode="json").items()}
+        warning = WARNING.format(alpha=self.alpha, beta=self.beta)
+        return values if self.conventional else {"WARNING": warning, **values}
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Raises UserError if the file cannot be read or was not exported by dr2dist."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
+        if "alpha" not in metadata:
+            raise UserError(
+                f"{path}: does not say under which alpha and beta it was trained, so its outputs "
+                "would be a guess; make it with 'dr2dist export', or load it with timm"
+            )
+        try:
+            values = {name: json.loads(metadata[name]) for name in cls.model_fields}
+            return cls.model_validate(values)
+        except (KeyError, ValueError, ValidationError) as error:
+            raise UserError(f"{path}: its metadata are not dr2dist's: {error}") from None
+
+
+def export(run: str | Path, output: str | Path, which: Literal["best", "last"] = "best") -> Facts:
+    """Writes the best or last checkpoint of a run's folder as one file, aside and renamed.
+
+    The best is the one with the best validation; without validation there is only the last.
+    Raises UserError if there is none, or the output exists.
+    """
+    output = Path(output)
+    if output.exists():
+        raise UserError(f"{output}: exists already; name another file")
+    saved = Checkpoint(_chosen(Path(run), which))
+    saved.verify()
+    facts = Facts.model_validate(saved.state)
+    tensors: dict[str, Tensor] = {
+        name: saved.tensor("master", name) for name in saved.names("master")
+    }
+    tensors |= {name: saved.tensor("buffer", name) for name in saved.names("buffer")}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f"{output.name}.tmp")
+    save_file(tensors, aside, facts.metadata())
+    aside.replace(output)
+    return facts
+
+
+def _chosen(run: Path, which: Literal["best", "last"]) -> Path:
+    found = checkpoints(run)
+    if not found:
+        raise UserError(f"{run}: holds no checkpoint")
+    if which == "last":
+        return found[-1]
+    best: Any = Checkpoint(found[-1]).state["progress"]["best"]
+    if best is None:
+        raise UserError(f"{run}: was never validated, so there is no best; use --which last")
+    return checkpoint_folder(run, best["step"])
+
+
+def load(path: str | Path) -> nn.Module:
+    """The model of an exported file, converted, in evaluation mode, fp32 on the CPU.
+
+    `pretrained_cfg` holds input_size, mean, std and label_names, as timm's own models do.
+    Needs no DeepSpeed. Raises UserError if the file is not one of `export`.
+    """
+    facts = Facts.read(path)
+    model = build_model(
+        facts.model,
+        weights=None,
+        image_size=facts.image_size,
+        num_classes=len(facts.classes),
+    )
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except RuntimeError as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path}: does not fit {facts.model}: {line}") from None
+    net = convert(
+        model,
+        facts.alpha,
+        facts.beta,
+        facts.arithmetic,
+        "store" if facts.conventional else "reverse",
+        fraction_bits=facts.fraction_bits,
+    )
+    net.pretrained_cfg = {
+        **net.pretrained_cfg,
+        "input_size": (3, facts.input_size, facts.input_size),
+        "mean": facts.mean,
+        "std": facts.std,
+        "num_classes": len(facts.classes),
+        "label_names": facts.classes,
+    }
+    return net.eval()

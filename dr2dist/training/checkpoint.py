@@ -1,0 +1,151 @@
+"""Checkpoints that know no layout: every rank writes its ranges, any layout reads them.
+
+A checkpoint is a folder: `rank-K.safetensors` from each rank, whose keys are KIND/NAME/START (a
+range of a flattened parameter; kinds: master, the optimiser's moments, buffer), and
+`checkpoint.json` with the state, the shapes and the files' checksums. It is written aside and
+renamed, so a folder that has its name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dr2dist.errors import UserError
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, Any],
+) -> None:
+    """Writes a checkpoint; every rank must call it, with its own tensors.
+
+    tensors: by KIND/NAME/START, flat. shapes: of all parameters and buffers. state: JSON values.
+    """
+    rank = dist.get_rank()
+    aside = folder.with_name(f"{folder.name}.tmp")
+    if rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    path = aside / f"rank-{rank:05d}.safetensors"
+    save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, path)
+    _to_disk(path)
+    sums: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sums, (path.name, _sha256(path)))
+    if rank == 0:
+        values = {"format": FORMAT, **state, "shapes": shapes, "files": dict(sums)}
+        (aside / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
+        _to_disk(aside / MANIFEST)
+        aside.rename(folder)
+    dist.barrier()
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Checkpoint:
+    """A written checkpoint, read range by range.
+
+    Raises UserError, naming file and fault, for what is missing, damaged or of another format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.state: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from None
+        if self.state.get("format") != FORMAT:
+            found = self.state.get("format")
+            raise UserError(f"{folder / MANIFEST}: format {found}, allowed is {FORMAT}")
+        self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
+        self._files: dict[str, Any] = {}
+        self._ranges: dict[tuple[str, str], list[tuple[int, str, str]]] = defaultdict(list)
+        for file in self.state["files"]:
+            for key in self._open(file).keys():  # noqa: SIM118  (not a dict)
+                kind, name, start = key.split("/")
+                self._ranges[kind, name].append((int(start), file, key))
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(self.folder / file, "pt").__enter__()
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.folder / file}: cannot be read: {error}") from None
+        return self._files[file]
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compares every `parts`-th file, from the one numbered `part` on, with its checksum."""
+        for file, wanted in sorted(self.state["files"].items())[part::parts]:
+            if _sha256(self.folder / file) != wanted:
+                raise UserError(
+                    f"{self.folder / file}: checksum differs; delete the folder "
+                    f"{self.folder} to go on from the checkpoint before it"
+                )
+
+    def kinds(self, name: str) -> list[str]:
+        """What is there of a parameter: master, exp_avg, ..."""
+        return sorted(kind for kind, other in self._ranges if other == name)
+
+    def names(self, kind: str) -> list[str]:
+        """The parameters of which there is a kind."""
+        return [name for name in self.shapes if (kind, name) in self._ranges]
+
+    def read(self, kind: str, name: str, start: int = 0, count: int | None = None) -> Tensor:
+        """The range [start, start + count) of a flattened tensor; a scalar is []."""
+        found = self._ranges[kind, name]
+        if len(found) == 1 and not self._open(found[0][1]).get_slice(found[0][2]).get_shape():
+            scalar: Tensor = self._open(found[0][1]).get_tensor(found[0][2])
+            return scalar
+        end = start + (math.prod(self.shapes[name]) if count is None else count)
+        parts, place = [], start
+        for first, file, key in sorted(found):
+            values = self._open(file).get_slice(key)
+            last = first + values.get_shape()[0]
+            if first <= place < min(last, end):
+                parts.append(values[place - first : min(last, end) - first])
+                place = min(last, end)
+        if place != end:
+            raise UserError(f"{self.folder}: {kind} of {name} lacks values from {place} to {end}")
+        return torch.cat(parts)
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """A whole tensor in its shape."""
+        return self.read(kind, name).view(self.shapes[name])
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` applied steps lies in a run's folder."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = (run / "checkpoints").glob("step-*/" + MANIFEST)
+    return sorted(path.parent for path in found if not path.parent.name.endswith(".tmp"))

@@ -1,0 +1,119 @@
+"""When a run keeps what: its state to a checkpoint, and back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dr2dist.errors import UserError
+from dr2dist.parallel.engine import ReversibleEngine
+from dr2dist.parallel.processes import agree
+from dr2dist.training.checkpoint import (
+    Checkpoint,
+    checkpoint_folder,
+    checkpoints,
+    write_checkpoint,
+)
+
+
+@dataclass
+class Progress:
+    """What a run has reached, beside its weights.
+
+    loss: of the last step. best, last: validations, each with its step. worst_drift: of float
+    arithmetic, over all steps.
+    """
+
+    loss: float | None = None
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    worst_drift: float | None = None
+
+
+class Keeper:
+    """The checkpoints of a run's folder: the last `keep`, and the best one.
+
+    facts: what every checkpoint says of the run (model, classes, preprocessing, ...). The
+    order of samples and all randomness are functions of the run's seed and the applied step, so
+    the step is their whole state.
+    """
+
+    def __init__(self, run: Path, keep: int, facts: Mapping[str, Any]) -> None:
+        self.run, self.keep, self.facts = run, keep, facts
+
+    def save(self, engine: ReversibleEngine, progress: Progress) -> None:
+        """Writes a checkpoint after the applied step; every rank must call it."""
+        alpha, beta = engine.coefficients
+        state = {
+            **self.facts,
+            "step": engine.applied,
+            "alpha": alpha,
+            "beta": beta,
+            "progress": asdict(progress),
+        }
+        shapes = {name: tuple(value.shape) for name, value in engine.buffers().items()}
+        folder = checkpoint_folder(self.run, engine.applied)
+        write_checkpoint(folder, _tensors(engine), {**engine.shapes(), **shapes}, state)
+        if dist.get_rank() == 0:
+            self._forget(progress)
+
+    def _forget(self, progress: Progress) -> None:
+        best = None if progress.best is None else progress.best["step"]
+        for folder in checkpoints(self.run)[: -self.keep]:
+            if best is None or folder != checkpoint_folder(self.run, best):
+                shutil.rmtree(folder)
+
+    def restore(self, folder: Path, engine: ReversibleEngine) -> Progress:
+        """Brings an engine, on any layout, to a checkpoint; every rank must call it.
+
+        Raises UserError, on all ranks, if a file is damaged or the model is another one.
+        """
+        saved = Checkpoint(folder)
+        with agree(UserError):
+            saved.verify(dist.get_rank(), dist.get_world_size())
+        wanted = {*engine.shapes(), *engine.buffers()}
+        if wanted != saved.shapes.keys():
+            strange = sorted(wanted ^ saved.shapes.keys())
+            raise UserError(f"{folder}: is of another model: {', '.join(strange[:3])}")
+        _read_into(engine, saved)
+        engine.go_on_from(saved.state["step"])
+        return Progress(**saved.state["progress"])
+
+
+def _tensors(engine: ReversibleEngine) -> dict[str, Tensor]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    tensors = {}
+    for fragment in engine.masters.fragments:
+        share = fragment.share(rank, ranks)
+        start = fragment.start + share.start
+        if share.start == share.stop:
+            continue
+        tensors[f"master/{fragment.name}/{start}"] = fragment.values[share].float()
+        for kind, value in engine.masters.moments(fragment).items():
+            if value.dim():
+                tensors[f"{kind}/{fragment.name}/{start}"] = value[share]
+            elif start == 0:
+                tensors[f"{kind}/{fragment.name}/0"] = value
+    if rank == 0:
+        for name, buffer in engine.buffers().items():
+            tensors[f"buffer/{name}/0"] = buffer.reshape(-1)
+    # A copy each: what safetensors writes must not share memory, and views of one tensor do.
+    return {key: value.clone() for key, value in tensors.items()}
+
+
+def _read_into(engine: ReversibleEngine, saved: Checkpoint) -> None:
+    for fragment in engine.masters.fragments:
+        place = fragment.name, fragment.start, len(fragment.values)
+        fragment.values.copy_(saved.read("master", *place))
+        for kind in saved.kinds(fragment.name):
+            if kind != "master":
+                engine.masters.add_moment(fragment, kind, saved.read(kind, *place))
+    for name, buffer in engine.buffers().items():
+        buffer.copy_(saved.tensor("buffer", name))
+    engine.masters.publish()

@@ -1,0 +1,165 @@
+"""Checkpoints and going on: whatever ends a run, and whatever layout goes on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dr2dist.errors import UserError
+from dr2dist.training.checkpoint import Checkpoint, checkpoints
+from tests.images import make_small_shards
+from tests.pool import Pool
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+model: {name: vit_tiny_patch16_224, image_size: 32, drop_path: 0.1, dropout: 0.1}
+coefficients: {kind: conserve, beta: [0.1, 0.5], every: 2}
+task: {name: classification, num_classes: 2}
+data: {train: SHARDS/train, val: SHARDS/val, num_workers: 0}
+optim: {name: adamw, lr: 1.0e-4}
+train: {steps: 8, micro_batch: 6, log_every: 1, validate_every: 4, checkpoint_every: 3}
+output: OUTPUT
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_shards(tmp_path_factory.mktemp("data"))
+
+
+def write_config(tmp_path: Path, shards: Path, name: str = "run", text: str = CONFIG) -> Path:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(text.replace("SHARDS", str(shards)).replace("OUTPUT", str(tmp_path / name)))
+    return path
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """What a run logged, without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    volatile = ("samples_per_second", "peak_memory_bytes")
+    return [{k: v for k, v in line.items() if k not in volatile} for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    saved = Checkpoint(checkpoints(run)[-1])
+    return {name: saved.tensor("master", name) for name in saved.names("master")}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_run_that_breaks_off_anywhere_goes_on_to_the_same_bits(
+    zero: int, tmp_path: Path, shards: Path, two_ranks: Pool
+) -> None:
+    quiet, broken = (write_config(tmp_path, shards, name) for name in ("quiet", "broken"))
+    stage = [f"parallel.zero={zero}"]
+    two_ranks.run("tests.cases:run_config", path=str(quiet), overrides=stage)
+    for step in (2, 5, 7):  # before the first checkpoint, and after others
+        two_ranks.run("tests.cases:run_until", path=str(broken), overrides=stage, step=step)
+        assert not (tmp_path / "broken" / "summary.json").exists()
+    results = two_ranks.run("tests.cases:run_config", path=str(broken), overrides=stage)
+    assert results[0]["steps"] == 8
+    assert_same_run(tmp_path / "quiet", tmp_path / "broken")
+    kept = [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path / "broken")]
+    assert kept == sorted({6, 8, results[0]["best"]["step"]})
+
+
+@pytest.mark.parametrize(
+    "zero", [2, *(pytest.param(zero, marks=pytest.mark.slow) for zero in (0, 1, 3))]
+)
+def test_a_killed_run_goes_on_by_the_same_command(zero: int, tmp_path: Path, shards: Path) -> None:
+    """SIGKILL to the whole tree of processes, at times that nobody chose."""
+    quiet, broken = (write_config(tmp_path, shards, name) for name in ("quiet", "broken"))
+    more = [f"parallel.zero={zero}", "train.checkpoint_every=1", "data.num_workers=1"]
+    _command(quiet, more).wait(240)
+    for lines in (2, 6):
+        process = _command(broken, more)
+        _wait_for_lines(tmp_path / "broken" / "metrics.jsonl", lines)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+    last = _command(broken, more)
+    assert last.wait(240) == 0
+    assert_same_run(tmp_path / "quiet", tmp_path / "broken")
+    assert not list((tmp_path / "broken" / "checkpoints").glob("*.tmp"))
+
+
+def _command(config: Path, more: list[str]) -> subprocess.Popen[bytes]:
+    line = [sys.executable, "-m", "dr2dist.cli", "train", str(config), "--ranks", "2", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output = config.with_suffix(".log").open("ab")
+    return subprocess.Popen(
+        line, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+    )
+
+
+def _wait_for_lines(path: Path, count: int) -> None:
+    end = time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < end, f"{path} has no {count} lines"
+        time.sleep(0.01)
+
+
+PLAIN = CONFIG.replace(", drop_path: 0.1, dropout: 0.1", "").replace("steps: 8", "steps: 20")
+
+
+def test_another_layout_goes_on_along_the_same_curve(
+    tmp_path: Path, shards: Path, one_rank: Pool, two_ranks: Pool, three_ranks: Pool
+) -> None:
+    def go(pool: Pool, name: str, ranks: int, zero: int, step: int | None = None) -> None:
+        overrides = [f"parallel.zero={zero}", f"train.micro_batch={12 // ranks}"]
+        path = write_config(tmp_path, shards, name, PLAIN)
+        case = "run_config" if step is None else "run_until"
+        more = {} if step is None else {"step": step}
+        pool.run(f"tests.cases:{case}", path=str(path), overrides=overrides, **more)
+
+    go(two_ranks, "quiet", 2, 3)
+    for name, pool, ranks, zero in (("one", one_rank, 1, 0), ("three", three_ranks, 3, 1)):
+        go(two_ranks, name, 2, 3, step=7)
+        go(pool, name, ranks, zero)
+        for line, wanted in zip(metrics(tmp_path / name), metrics(tmp_path / "quiet"), strict=True):
+            for key in ("loss", "val_loss", "lr", "alpha"):
+                if key in wanted:
+                    assert line[key] == pytest.approx(wanted[key], rel=1e-4), (name, line)
+
+
+def test_what_cannot_be_gone_on_with_is_refused(
+    tmp_path: Path, shards: Path, one_rank: Pool
+) -> None:
+    path = write_config(tmp_path, shards)
+    one_rank.run("tests.cases:run_until", path=str(path), overrides=[], step=4)
+
+    def refusal(*overrides: str) -> str:
+        with pytest.raises(AssertionError) as caught:
+            one_rank.run("tests.cases:run_config", path=str(path), overrides=list(overrides))
+        return str(caught.value)
+
+    assert "holds a run with optim.lr: 0.0001, now it is 0.01" in refusal("optim.lr=0.01")
+    assert "was written with 6" in refusal("train.micro_batch=4")
+    newest = checkpoints(tmp_path / "run")[-1]
+    file = newest / "rank-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert f"{file}: checksum differs; delete the folder {newest}" in refusal()
+    (newest / "checkpoint.json").write_text("{}")
+    with pytest.raises(UserError, match="format None, allowed is 1"):
+        Checkpoint(newest)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("mine")
+    assert "is not empty and holds no run" in refusal(f"output={other}")

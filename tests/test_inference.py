@@ -1,0 +1,223 @@
+"""From a run's folder to an exported file, its evaluation and predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+import dr2dist
+from dr2dist.data.stream import ShardDataset
+from dr2dist.data.transforms import eval_transform
+from dr2dist.inference.exported import export
+from tests.images import make_small_shards
+from tests.pool import Pool
+
+CONFIG = """
+model: {name: vit_tiny_patch16_224, image_size: 32}
+coefficients: COEFFICIENTS
+task: {name: classification, num_classes: 2}
+data: {train: SHARDS/train, val: SHARDS/val}
+optim: {name: adamw, lr: 1.0e-4}
+train: {steps: 4, micro_batch: 4, validate_every: 2}
+output: OUTPUT
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_shards(tmp_path_factory.mktemp("data"))
+
+
+def _run(folder: Path, shards: Path, pool: Pool, coefficients: str, *more: str) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    text = CONFIG.replace("SHARDS", str(shards)).replace("OUTPUT", str(folder / "run"))
+    path.write_text(text.replace("COEFFICIENTS", coefficients))
+    summary: dict[str, Any] = pool.run(
+        "tests.cases:run_config", path=str(path), overrides=list(more)
+    )[0]
+    return summary
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, shards: Path, two_ranks: Pool
+) -> tuple[Path, dict[str, Any]]:
+    """A run of two ranks under ZeRO-3: its folder and summary."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = "{kind: conserve, beta: [0.1, 0.5], every: 1}"
+    summary = _run(folder, shards, two_ranks, path, "parallel.zero=3")
+    return folder / "run", summary
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, finished: Any) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "model.safetensors"
+    export(finished[0], path, "last")
+    return path
+
+
+def command(capfd: Any, *arguments: str) -> tuple[int, str, str]:
+    from dr2dist.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    found = capfd.readouterr()
+    return int(ended.value.code or 0), found.out, found.err
+
+
+def test_evaluate_gives_the_runs_own_validation(
+    finished: tuple[Path, dict[str, Any]], shards: Path, tmp_path: Path, capfd: Any
+) -> None:
+    run, summary = finished
+    for which in ("best", "last"):
+        file, report = tmp_path / f"{which}.safetensors", tmp_path / f"{which}.json"
+        status, out, _ = command(capfd, "export", str(run), "--output", str(file), "--which", which)
+        assert status == 0 and f"after {summary[which]['step']} steps" in out
+        again = command(capfd, "export", str(run), "--output", str(file))
+        assert again[0] == 2 and "exists already" in again[2]
+        held_out = str(shards / "val")
+        status, out, _ = command(
+            capfd, "evaluate", str(file), held_out, "--output", str(report), "--batch", "5"
+        )
+        assert status == 0
+        found = json.loads(report.read_text())
+        for name, value in summary[which].items():
+            if name != "step":
+                assert found[name] == pytest.approx(value, rel=1e-5), name
+        assert report.with_suffix(".png").stat().st_size > 1000
+
+
+def test_the_report_is_that_of_plain_counting(
+    exported: Path, shards: Path, tmp_path: Path, capfd: Any
+) -> None:
+    report = tmp_path / "report.json"
+    command(capfd, "evaluate", str(exported), str(shards / "val"), "--output", str(report))
+    found = json.loads(report.read_text())
+    net = dr2dist.load(exported)
+    cfg = net.pretrained_cfg
+    dataset = ShardDataset(shards / "val", eval_transform(32, cfg["mean"], cfg["std"]))
+    samples = [dataset[0, index] for index in range(len(dataset))]
+    labels = torch.tensor([sample["label"] for sample in samples])
+    with torch.no_grad():
+        output = net(torch.stack([sample["image"] for sample in samples]))
+    chosen = output.argmax(1)
+    confusion = [[int(((labels == i) & (chosen == j)).sum()) for j in (0, 1)] for i in (0, 1)]
+    assert found["confusion"] == confusion
+    assert found["samples"] == len(dataset) == sum(map(sum, confusion))
+    assert found["loss"] == pytest.approx(cross_entropy(output, labels).item(), rel=1e-5)
+    each = [confusion[k][k] / sum(confusion[k]) for k in (0, 1)]
+    assert list(found["class_accuracy"].values()) == pytest.approx(each)
+    assert found["balanced_accuracy"] == pytest.approx(sum(each) / 2)
+    confidence, right = output.softmax(1).max(1).values, chosen == labels
+    bins = (confidence * 15).ceil().long()
+    gaps = [(confidence[bins == b] - right[bins == b].float()).sum().abs() for b in bins.unique()]
+    assert found["calibration_error"] == pytest.approx(float(sum(gaps)) / len(labels), abs=1e-5)
+
+
+def test_plain_timm_would_be_wrong_and_the_file_says_so(exported: Path) -> None:
+    with safe_open(exported, "pt") as file:
+        assert "OTHER OUTPUTS" in file.metadata()["WARNING"]
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=32).eval()
+    model.load_state_dict(load_file(exported), strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    net = dr2dist.load(exported)
+    assert not net.training
+    with torch.no_grad():
+        assert (model(images) - net(images)).abs().max() > 1e-2
+        again = dr2dist.convert(model, *net.coefficients).eval()
+        assert torch.equal(again(images), net(images))
+
+
+def test_a_conventional_run_exports_plain_timm_weights(
+    tmp_path: Path, shards: Path, one_rank: Pool
+) -> None:
+    more = ["reversible={arithmetic: float, memory: store}"]
+    _run(tmp_path, shards, one_rank, "{kind: constant, alpha: 1, beta: 0}", *more)
+    path = tmp_path / "plain.safetensors"
+    export(tmp_path / "run", path)
+    with safe_open(path, "pt") as file:
+        assert "WARNING" not in file.metadata()
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=32).eval()
+    model.load_state_dict(load_file(path), strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(dr2dist.load(path)(images), model(images))
+
+
+def test_what_is_not_an_exported_file_is_refused(
+    exported: Path, tmp_path: Path, shards: Path, capfd: Any
+) -> None:
+    plain, cut = tmp_path / "plain.safetensors", tmp_path / "cut.safetensors"
+    save_file(load_file(exported), plain)
+    cut.write_bytes(exported.read_bytes()[:1000])
+    for path, message in (
+        (plain, "does not say under which alpha and beta"),
+        (cut, "cannot be read as safetensors"),
+        (tmp_path / "none.safetensors", "cannot be read as safetensors"),
+    ):
+        with pytest.raises(dr2dist.UserError, match=message):
+            dr2dist.load(path)
+    status, _, err = command(capfd, "export", str(tmp_path), "--output", "x.safetensors")
+    assert status == 2 and "holds no checkpoint" in err
+    index = shards / "val" / "index.json"
+    other = tmp_path / "shards"
+    other.mkdir()
+    (other / "index.json").write_text(index.read_text().replace('"bright"', '"light"'))
+    status, _, err = command(capfd, "evaluate", str(exported), str(other))
+    assert status == 2 and "has the classes light, dark" in err
+
+
+def test_predictions_of_files_and_folders(
+    exported: Path, shards: Path, tmp_path: Path, capfd: Any
+) -> None:
+    images = shards.parent / "images"
+    gray = tmp_path / "gray.png"
+    Image.new("I;16", (50, 37), 40000).save(gray)
+    output = tmp_path / "predictions.csv"
+    arguments = ("predict", str(exported), str(images), str(gray), "--output")
+    status, out, _ = command(capfd, *arguments, str(output), "--batch", "7")
+    assert status == 0 and "61 images, 0 of them unreadable" in out
+    rows = list(csv.DictReader(output.open()))
+    assert [row["path"] for row in rows] == [*map(str, sorted(images.rglob("*.*g"))), str(gray)]
+    net = dr2dist.load(exported)
+    cfg = net.pretrained_cfg
+    transform = eval_transform(32, cfg["mean"], cfg["std"])
+    for row in rows[::20]:
+        with torch.no_grad(), Image.open(row["path"]) as image:
+            shares = net(transform(image)[None]).softmax(1)[0]
+        assert float(row["p_dark"]) == pytest.approx(float(shares[1]), abs=1e-4)
+        assert row["class"] == cfg["label_names"][int(shares.argmax())]
+    assert command(capfd, *arguments, str(tmp_path / "p.txt"))[0] == 2
+
+
+def test_an_unreadable_image_is_named_or_gets_a_row(
+    exported: Path, shards: Path, tmp_path: Path, capfd: Any
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "broken.png").write_bytes(b"nothing")
+    Image.new("RGB", (40, 40)).save(images / "whole.png")
+    output = tmp_path / "predictions.json"
+    arguments = ("predict", str(exported), str(images), "--output", str(output))
+    status, _, err = command(capfd, *arguments)
+    assert status == 2 and f"{images / 'broken.png'}: is not a readable image" in err
+    assert not output.exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        status, out, _ = command(capfd, *arguments, "--skip-unreadable")
+    assert status == 0 and "2 images, 1 of them unreadable" in out
+    broken, whole = json.loads(output.read_text())
+    assert "error" in broken and "class" not in broken and whole["class"] in ("bright", "dark")
+    status, _, err = command(capfd, "predict", str(exported), "nowhere", "--output", str(output))
+    assert status == 2 and "nowhere: does not exist" in err
