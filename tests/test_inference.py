@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -221,3 +225,36 @@ def test_an_unreadable_image_is_named_or_gets_a_row(
     assert "error" in broken and "class" not in broken and whole["class"] in ("bright", "dark")
     status, _, err = command(capfd, "predict", str(exported), "nowhere", "--output", str(output))
     assert status == 2 and "nowhere: does not exist" in err
+
+
+def test_the_readmes_way_from_a_folder_to_predictions_works(tmp_path: Path) -> None:
+    """Its five lines as they stand; only the model is made small and random."""
+    root = Path(__file__).parent.parent
+    generator = np.random.default_rng(0)
+    for label in range(5):
+        for index in range(12):
+            folder = tmp_path / "photos" / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 60, (40, 40, 3)) + 40 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.jpg")
+    (tmp_path / "new_photos").symlink_to(tmp_path / "photos" / "class1")
+    (tmp_path / "configs").symlink_to(root / "configs")
+    (tmp_path / "ds_configs").symlink_to(root / "ds_configs")
+    block = (root / "README.md").read_text().split("CSV of predictions")[1].split("```")[1]
+    lines = [line.split() for line in block.strip().splitlines()]
+    assert [line[1] for line in lines] == ["shards", "train", "export", "evaluate", "predict"]
+    lines[1] += ["model.name=vit_tiny_patch16_224", "model.weights=null", "model.image_size=32"]
+    lines[1] += ["train.micro_batch=4"]
+    for line in lines:
+        done = subprocess.run(
+            [sys.executable, "-m", "dr2dist.cli", *line[1:]],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    assert len(rows) == 12 and {"path", "class", "p_class4"} <= rows[0].keys()
