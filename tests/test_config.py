@@ -139,7 +139,7 @@ def test_overrides_replace_values() -> None:
         (["train.seed=yes"], "seed is true: true and false are not allowed here"),
         (["parallel.zero=off"], "zero is false: true and false are not allowed here"),
         (["data.std=[0, 1, 1]"], "data.std.0: found 0"),
-        (["train.checkpoint_every=5"], "train.checkpoint_every: unknown key"),
+        (["train.chekpoint_every=5"], "did you mean 'checkpoint_every'"),
         (["optim.layer_decay=0.75"], "optim.layer_decay: unknown key"),
         (["output=null"], "output: found None"),
     ],
