@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dr2dist.errors import UserError
+from dr2dist.files import replaced
 from dr2dist.version import __version__
 
 
@@ -259,10 +260,8 @@ def _evaluate(given: argparse.Namespace) -> int:
     for name, value in report["class_accuracy"].items():
         print(f"  {name:16} {value:.4f}")
     if given.output is not None:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        aside = given.output.with_name(f"{given.output.name}.tmp")
-        aside.write_text(json.dumps(report, indent=1) + "\n")
-        aside.replace(given.output)
+        with replaced(given.output) as aside:
+            aside.write_text(json.dumps(report, indent=1) + "\n")
         draw(report, given.output.with_suffix(".png"))
     return 0
 

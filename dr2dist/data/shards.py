@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tarfile
@@ -15,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import webdataset
-from PIL import Image
 from tqdm import tqdm
 
 from dr2dist.data.index import INDEX_NAME, Index, Sample, Shard, read_index
-from dr2dist.data.sources import Record
+from dr2dist.data.sources import Record, open_image
 from dr2dist.errors import UserError
+from dr2dist.files import sha256
 
 STREAMS = 64
 
@@ -129,15 +128,14 @@ def _write_shard(item: tuple[Path, list[Record]]) -> Shard:
         for key, extension, member in _members(path)
         if extension != "cls"
     )
-    return Shard(name=path.name, bytes=path.stat().st_size, sha256=_sha256(path), samples=samples)
+    return Shard(name=path.name, bytes=path.stat().st_size, sha256=sha256(path), samples=samples)
 
 
 def _readable_image(path: Path) -> bytes:
     try:
-        with Image.open(path) as image:
-            image.load()
+        open_image(path)
         return path.read_bytes()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: is not a readable image: {error}") from None
 
 
@@ -146,11 +144,6 @@ def _members(path: Path) -> Iterable[tuple[str, str, tarfile.TarInfo]]:
         for member in tar:
             key, _, extension = member.name.partition(".")
             yield key, extension, member
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_shards(pattern: str | Path, workers: int | None = None, progress: bool = True) -> Index:
@@ -184,7 +177,7 @@ def _fault(item: tuple[Path, Shard]) -> str | None:
         return f"{path}: is missing"
     if path.stat().st_size != shard.bytes:
         return f"{path}: has {path.stat().st_size} bytes, the index says {shard.bytes}"
-    if _sha256(path) != shard.sha256:
+    if sha256(path) != shard.sha256:
         return f"{path}: checksum differs from the index"
     found = {
         key: (extension, member.offset_data, member.size)

@@ -6,10 +6,29 @@ import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
 
 from dr2dist.errors import UserError, nearest
 
 IMAGE_TYPES = ("bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All files under a folder that are images by their names, in order."""
+    files = sorted(folder.rglob("*"))
+    return [file for file in files if file.suffix.lower().lstrip(".") in IMAGE_TYPES]
+
+
+def open_image(source: Path | BinaryIO) -> Image.Image:
+    """A whole image, decoded. Raises ValueError for whatever is wrong with it."""
+    try:
+        with Image.open(source) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError) as error:
+        raise ValueError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -31,10 +50,7 @@ def image_folder(path: Path) -> Source:
         raise UserError(f"{path}: is not a folder of images")
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     found = [
-        (image, label)
-        for label, name in enumerate(classes)
-        for image in sorted((path / name).rglob("*"))
-        if image.suffix.lower().lstrip(".") in IMAGE_TYPES
+        (image, label) for label, name in enumerate(classes) for image in image_files(path / name)
     ]
     return _records(path, found), classes
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dr2dist.data.index import Sample, read_index
 from dr2dist.data.order import Item
-from dr2dist.data.sources import IMAGE_TYPES
+from dr2dist.data.sources import IMAGE_TYPES, open_image
 from dr2dist.data.transforms import Transform
 from dr2dist.errors import UserError
 
@@ -73,10 +73,8 @@ def _decode(path: Path, sample: Sample) -> Image.Image:
     try:
         with path.open("rb") as file:
             file.seek(sample.offset)
-            image = Image.open(io.BytesIO(file.read(sample.size)))
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError) as error:
+            return open_image(io.BytesIO(file.read(sample.size)))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: sample '{sample.key}' cannot be read: {error}") from None
 
 

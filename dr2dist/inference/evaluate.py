@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from dr2dist.data.order import validation_batches
 from dr2dist.data.stream import ShardDataset, loader
-from dr2dist.data.transforms import eval_transform
 from dr2dist.errors import UserError
-from dr2dist.inference.exported import load
+from dr2dist.inference.exported import ready
 from dr2dist.tasks.classification import Classification
 
 
@@ -32,11 +31,8 @@ def evaluate(
     (counts, rows labels, columns predictions), calibration_error, classes. Raises UserError if
     the shards have other classes than the model.
     """
-    net = load(path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net.to(device)
+    net, transform, device = ready(path)
     cfg: Any = net.pretrained_cfg
-    transform = eval_transform(cfg["input_size"][-1], cfg["mean"], cfg["std"])
     dataset = ShardDataset(shards, transform)
     if dataset.index.classes != tuple(cfg["label_names"]):
         raise UserError(

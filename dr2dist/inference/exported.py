@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from dr2dist.backbones.build import build_model
 from dr2dist.backbones.network import convert
+from dr2dist.data.transforms import Transform, eval_transform
 from dr2dist.errors import UserError
-from dr2dist.training.checkpoint import Checkpoint, checkpoint_folder, checkpoints
+from dr2dist.files import replaced
+from dr2dist.training.checkpoint import Checkpoint, checkpoint_folder, checkpoints, read_state
 
 WARNING = (
     "alpha {alpha}, beta {beta}: plain timm loads these weights WITHOUT AN ERROR and computes "
@@ -94,10 +97,8 @@ def export(run: str | Path, output: str | Path, which: Literal["best", "last"] =
         name: saved.tensor("master", name) for name in saved.names("master")
     }
     tensors |= {name: saved.tensor("buffer", name) for name in saved.names("buffer")}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f"{output.name}.tmp")
-    save_file(tensors, aside, facts.metadata())
-    aside.replace(output)
+    with replaced(output) as aside:
+        save_file(tensors, aside, facts.metadata())
     return facts
 
 
@@ -107,7 +108,7 @@ def _chosen(run: Path, which: Literal["best", "last"]) -> Path:
         raise UserError(f"{run}: holds no checkpoint")
     if which == "last":
         return found[-1]
-    best: Any = Checkpoint(found[-1]).state["progress"]["best"]
+    best: Any = read_state(found[-1])["progress"]["best"]
     if best is None:
         raise UserError(f"{run}: was never validated, so there is no best; use --which last")
     return checkpoint_folder(run, best["step"])
@@ -148,3 +149,11 @@ def load(path: str | Path) -> nn.Module:
         "label_names": facts.classes,
     }
     return net.eval()
+
+
+def ready(path: str | Path) -> tuple[nn.Module, Transform, torch.device]:
+    """An exported model on the device at hand, how its images are prepared, and the device."""
+    net = load(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cfg: Any = net.pretrained_cfg
+    return net.to(device), eval_transform(cfg["input_size"][-1], cfg["mean"], cfg["std"]), device

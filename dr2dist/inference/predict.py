@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dr2dist.data.sources import IMAGE_TYPES
-from dr2dist.data.transforms import Transform, eval_transform
+from dr2dist.data.sources import IMAGE_TYPES, image_files, open_image
+from dr2dist.data.transforms import Transform
 from dr2dist.errors import UserError
-from dr2dist.inference.exported import load
+from dr2dist.files import replaced
+from dr2dist.inference.exported import ready
 
 Row = dict[str, Any]
 """path, class, probability, and p_NAME for each class; or path and error."""
@@ -30,8 +30,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files = sorted(path.rglob("*"))
-            images = [file for file in files if file.suffix.lower().lstrip(".") in IMAGE_TYPES]
+            images = image_files(path)
             if not images:
                 raise UserError(f"{path}: holds no image ({', '.join(IMAGE_TYPES)})")
             found += images
@@ -55,11 +54,8 @@ def predict(
     Raises UserError naming the first image that cannot be read, unless they are to be skipped:
     then their rows hold the error.
     """
-    net = load(path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net.to(device)
+    net, transform, device = ready(path)
     cfg: Any = net.pretrained_cfg
-    transform = eval_transform(cfg["input_size"][-1], cfg["mean"], cfg["std"])
     rows: list[Row] = []
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for part in _parts(images, batch):
@@ -83,9 +79,8 @@ def _parts(images: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
 
 def _read(path: Path, transform: Transform, skip: bool) -> Tensor | str:
     try:
-        with Image.open(path) as image:
-            return transform(image)
-    except (OSError, SyntaxError, ValueError) as error:
+        return transform(open_image(path))
+    except ValueError as error:
         if skip:
             return " ".join(str(error).split())
         raise UserError(f"{path}: is not a readable image: {error}") from None
@@ -102,17 +97,15 @@ def write_rows(rows: Sequence[Row], output: str | Path) -> None:
     """Writes .csv or .json, aside and renamed. Raises UserError for another ending."""
     output = Path(output)
     check_output(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f"{output.name}.tmp")
-    if output.suffix == ".json":
-        aside.write_text(json.dumps(list(rows), indent=1) + "\n")
-    else:
+    with replaced(output) as aside:
+        if output.suffix == ".json":
+            aside.write_text(json.dumps(list(rows), indent=1) + "\n")
+            return
         columns = dict.fromkeys(name for row in rows for name in row)
         with aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-    aside.replace(output)
 
 
 def check_output(output: str | Path) -> None:

@@ -8,7 +8,6 @@ renamed, so a folder that has its name is whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dr2dist.errors import UserError
+from dr2dist.files import sha256
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -50,7 +50,7 @@ def write_checkpoint(
     save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, path)
     _to_disk(path)
     sums: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(sums, (path.name, _sha256(path)))
+    dist.all_gather_object(sums, (path.name, sha256(path)))
     if rank == 0:
         values = {"format": FORMAT, **state, "shapes": shapes, "files": dict(sums)}
         (aside / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
@@ -64,9 +64,15 @@ def _to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises UserError if it cannot be read."""
+    try:
+        state: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from None
+    if state.get("format") != FORMAT:
+        raise UserError(f"{folder / MANIFEST}: format {state.get('format')}, allowed is {FORMAT}")
+    return state
 
 
 class Checkpoint:
@@ -77,13 +83,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self.state: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from None
-        if self.state.get("format") != FORMAT:
-            found = self.state.get("format")
-            raise UserError(f"{folder / MANIFEST}: format {found}, allowed is {FORMAT}")
+        self.state = read_state(folder)
         self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
         self._files: dict[str, Any] = {}
         self._ranges: dict[tuple[str, str], list[tuple[int, str, str]]] = defaultdict(list)
@@ -103,7 +103,7 @@ class Checkpoint:
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compares every `parts`-th file, from the one numbered `part` on, with its checksum."""
         for file, wanted in sorted(self.state["files"].items())[part::parts]:
-            if _sha256(self.folder / file) != wanted:
+            if sha256(self.folder / file) != wanted:
                 raise UserError(
                     f"{self.folder / file}: checksum differs; delete the folder "
                     f"{self.folder} to go on from the checkpoint before it"

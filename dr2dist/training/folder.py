@@ -10,7 +10,7 @@ import yaml
 
 from dr2dist.config import Config, dump_config
 from dr2dist.errors import UserError
-from dr2dist.training.checkpoint import checkpoints
+from dr2dist.training.checkpoint import checkpoints, read_state
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
@@ -85,8 +85,7 @@ def _flat(values: Any, prefix: str) -> dict[str, Any]:
 
 
 def _same_batch(checkpoint: Path, global_batch: int) -> None:
-    state = json.loads((checkpoint / "checkpoint.json").read_text())
-    before = state["global_batch"]
+    before = read_state(checkpoint)["global_batch"]
     if before != global_batch:
         raise UserError(
             f"train.micro_batch x train.accumulate x ranks is {global_batch}, but {checkpoint} "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 from pathlib import Path
@@ -13,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from dr2dist.files import replaced
+from dr2dist.training.folder import CONFIG, SUMMARY
 
 
 class Records:
@@ -25,7 +27,7 @@ class Records:
     def __init__(self, folder: Path, config: str, step: int = 0) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.write_text("config.yaml", config)
+        self.write_text(CONFIG, config)
         self._cut_back(step)
         self._lines = (folder / "metrics.jsonl").open("a")
         self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -48,14 +50,13 @@ class Records:
 
     def write_text(self, name: str, text: str) -> None:
         """A whole file, written aside and renamed."""
-        aside = self.folder / f"{name}.tmp"
-        aside.write_text(text)
-        os.replace(aside, self.folder / name)
+        with replaced(self.folder / name) as aside:
+            aside.write_text(text)
 
     def write_summary(self, values: dict[str, Any]) -> None:
         """summary.json: how the run ended."""
         plain = {name: _plain(value) for name, value in values.items()}
-        self.write_text("summary.json", json.dumps(plain, indent=2) + "\n")
+        self.write_text(SUMMARY, json.dumps(plain, indent=2) + "\n")
 
     def close(self) -> None:
         """Ends the files."""
