@@ -248,14 +248,30 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     evaluate.add_argument("--output", type=Path, help="report as JSON; a PNG is put beside it")
     evaluate.add_argument("--batch", type=_positive, default=32)
     evaluate.add_argument("--workers", type=int, default=0, help="loader processes")
+    evaluate.add_argument(
+        "--skip-unreadable", action="store_true", help="leave such images out, and count them"
+    )
     evaluate.set_defaults(command=_evaluate)
 
 
 def _evaluate(given: argparse.Namespace) -> int:
     from dr2dist.inference.evaluate import draw, evaluate
 
-    report = evaluate(given.model, given.shards, batch=given.batch, workers=given.workers)
-    for name in ("samples", "loss", "accuracy", "balanced_accuracy", "calibration_error"):
+    report = evaluate(
+        given.model,
+        given.shards,
+        batch=given.batch,
+        workers=given.workers,
+        skip_unreadable=given.skip_unreadable,
+    )
+    for name in (
+        "samples",
+        "skipped",
+        "loss",
+        "accuracy",
+        "balanced_accuracy",
+        "calibration_error",
+    ):
         print(f"{name:18} {report[name]:.6g}")
     for name, value in report["class_accuracy"].items():
         print(f"  {name:16} {value:.4f}")

@@ -68,14 +68,11 @@ def try_recompute(
 ) -> tuple[list[str], bool]:
     """One exact training pass of a model with random weights; (lines, whether it was proven)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(
-        name, weights=None, image_size=image_size, num_classes=10, drop_path=0.1
-    ).to(device)
-    net = convert(model, 0.9, 0.1).train()
-    channels, height, width = net.pretrained_cfg["input_size"]
-    if image_size is not None:
-        height = width = image_size
-    images = torch.randn(batch, channels, height, width, device=device)
+    size = None if image_size is None else (image_size, image_size)
+    model = build_model(name, weights=None, image_size=size, num_classes=10, drop_path=0.1)
+    net = convert(model.to(device), 0.9, 0.1).train()
+    channels, *own = net.pretrained_cfg["input_size"]
+    images = torch.randn(batch, channels, *(size or own), device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         output = net(images)
     output.float().square().mean().backward()

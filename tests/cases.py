@@ -30,7 +30,7 @@ def make_engine(
     ranks = dist.get_world_size()
     config = deepspeed_config(
         zero=zero,
-        bf16=bf16,
+        precision="bf16" if bf16 else "fp32",
         micro_batch=GLOBAL_BATCH // ranks // accumulate,
         accumulate=accumulate,
         replicas=ranks,
@@ -41,7 +41,7 @@ def make_engine(
         optimizer: Any = torch.optim.SGD(net.parameters(), 1e-2, momentum=0.9)
     else:
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
-    return ReversibleEngine(net.train(), net.chains, optimizer, config, bf16)
+    return ReversibleEngine(net.train(), net.chains, optimizer, config, "bf16" if bf16 else "fp32")
 
 
 def micro_batches(step: int, accumulate: int) -> list[tuple[Tensor, Tensor]]:

@@ -24,9 +24,9 @@ def make_folder(root: Path, count: int = 23, size: int = 40) -> Path:
     return root
 
 
-def make_small_shards(root: Path, count: int = 60) -> Path:
+def make_small_shards(root: Path, count: int = 60, size: int = 40) -> Path:
     """root/shards/{train,val} from such a folder."""
-    records, classes = image_folder(make_folder(root / "images", count))
+    records, classes = image_folder(make_folder(root / "images", count, size))
     output = root / "shards"
     make_shards(records, classes, output, samples_per_shard=16, val_fraction=0.3, progress=False)
     return output

@@ -45,7 +45,7 @@ def write_config(tmp_path: Path, shards: Path, name: str = "run", text: str = CO
 def metrics(run: Path) -> list[dict[str, Any]]:
     """What a run logged, without what depends on the clock and the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    volatile = ("samples_per_second", "peak_memory_bytes")
+    volatile = {"samples_per_second", "peak_memory_bytes", "data_wait", "model_flops_per_second"}
     return [{k: v for k, v in line.items() if k not in volatile} for line in lines]
 
 

@@ -104,7 +104,8 @@ def test_overrides_replace_values() -> None:
         (["coefficients.betta=1"], "coefficients.betta: unknown key; did you mean 'beta'"),
         (["coefficients.kind=conserv"], "found 'conserv'; allowed is conserve, paper"),
         (["reversible.memory=revers"], "did you mean 'reverse'"),
-        (["train.precision=fp16"], "precision fp16 is not supported"),
+        (["train.precision=fp61"], "found 'fp61'; allowed is fp32, bf16, fp16"),
+        (["train.precision=fp16", "parallel.zero=0"], "precision fp16 needs parallel.zero 1, 2"),
         (["train.steps=5"], "give exactly one of steps and epochs"),
         (["train.epochs=null"], "give exactly one of steps and epochs"),
         (["optim.momentum=0.9"], "momentum has no effect with adamw"),
@@ -140,7 +141,22 @@ def test_overrides_replace_values() -> None:
         (["parallel.zero=off"], "zero is false: true and false are not allowed here"),
         (["data.std=[0, 1, 1]"], "data.std.0: found 0"),
         (["train.chekpoint_every=5"], "did you mean 'checkpoint_every'"),
-        (["optim.layer_decay=0.75"], "optim.layer_decay: unknown key"),
+        (["optim.layer_decay=1.5"], "optim.layer_decay: found 1.5"),
+        (["optim.power=2"], "power has no effect with cosine"),
+        (["optim.schedule=poly", "optim.decay_at=[0.5]"], "decay_at has no effect with poly"),
+        (["optim.schedule=multistep", "optim.min_lr=1e-6"], "min_lr has no effect with multistep"),
+        (["optim.schedule=multistep", "optim.decay_at=[0.5, 0.2]"], "allowed is a rising order"),
+        (["optim.groups=[{mtch: x}]"], "groups.0.mtch: unknown key; did you mean 'match'"),
+        (["data.rand_augment={magntude: 1}"], "magntude: unknown key; did you mean 'magnitude'"),
+        (["task.class_weights=[1, 2, 3]"], "class_weights has 3 values, allowed is one for each"),
+        (["task.class_weights=[1, 2]", "task.balance_classes=true"], "class_weights has no effect"),
+        (["task.mixup=0.8", "train.micro_batch=3"], "train.micro_batch is 3: task.mixup and"),
+        (["data.val=null", "train.patience=2"], "train.patience has no effect without data.val"),
+        (["train.profile=[3, 3]"], "profile is [3, 3], allowed is 0 <= first < last"),
+        (["train.ema=1"], "train.ema: found 1"),
+        (["parallel.offload_optimizer=true", "parallel.zero=0"], "offload_optimizer needs zero 1"),
+        (["data.unreadable=ignore"], "found 'ignore'; allowed is fail, skip"),
+        (["model.image_size=[0, 8]"], "model.image_size.0: found 0"),
         (["output=null"], "output: found None"),
     ],
 )
@@ -204,7 +220,7 @@ def test_every_setting_is_described() -> None:
 
 
 def deepspeed(extra: dict[str, Any], **options: Any) -> dict[str, Any]:
-    run: dict[str, Any] = {"zero": 2, "bf16": False, "micro_batch": 4, "accumulate": 2}
+    run: dict[str, Any] = {"zero": 2, "precision": "fp32", "micro_batch": 4, "accumulate": 2}
     return deepspeed_config(
         **{**run, "replicas": 3, "clip": 1.0, **options}, extra=extra, source="my.json"
     )
@@ -308,7 +324,9 @@ def test_a_misspelt_key_is_found_at_every_place_of_a_deepspeed_file() -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_deepspeed_itself_reads_the_result_so(stage: int, bf16: bool) -> None:
     extra = read_deepspeed_json(ROOT / "ds_configs" / f"zero{stage}.json")
-    found = DeepSpeedConfig(deepspeed(extra, zero=stage, bf16=bf16, replicas=1))
+    found = DeepSpeedConfig(
+        deepspeed(extra, zero=stage, precision="bf16" if bf16 else "fp32", replicas=1)
+    )
     assert found.zero_optimization_stage == stage
     assert (found.train_batch_size, found.gradient_accumulation_steps) == (8, 2)
     assert found.gradient_clipping == 1.0 and found.zero_allow_untested_optimizer

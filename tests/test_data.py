@@ -137,7 +137,7 @@ def test_pickles_in_a_shard_are_never_loaded(tmp_path: Path) -> None:
     index = json.loads((shards / "index.json").read_text())
     index["shards"][0]["samples"][0][1] = "pickle"
     (shards / "index.json").write_text(json.dumps(index))
-    dataset = ShardDataset(shards, eval_transform(8, *NORMAL))
+    dataset = ShardDataset(shards, eval_transform((8, 8), *NORMAL))
     with pytest.raises(UserError, match=r"\.pickle: allowed types are"):
         dataset[0, 0]
 
@@ -205,7 +205,7 @@ def test_validation_counts_each_sample_once(samples: int, ranks: int) -> None:
 
 def test_augmentation_is_keyed_by_the_sample(tmp_path: Path) -> None:
     shards = make_small_shards(tmp_path) / "train"
-    transform = train_transform(16, *NORMAL, hflip=True, vflip=True, scale=(0.3, 1.0))
+    transform = train_transform((16, 16), *NORMAL, hflip=True, vflip=True, scale=(0.3, 1.0))
     dataset = ShardDataset(shards, transform, seed=1)
     items = [[(0, 3), (1, 3)], [(0, 5)], []]
     state = torch.get_rng_state()
@@ -228,7 +228,7 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     with (shards / index.shards[0].name).open("r+b") as file:
         file.seek(sample.offset)
         file.write(b"x" * 50)
-    dataset = ShardDataset(shards, eval_transform(8, *NORMAL))
+    dataset = ShardDataset(shards, eval_transform((8, 8), *NORMAL))
     with pytest.raises(UserError, match=rf"shard-000000\.tar: sample '{sample.key}' cannot"):
         dataset[0, 2]
 

@@ -110,7 +110,7 @@ def test_the_report_is_that_of_plain_counting(
     found = json.loads(report.read_text())
     net = dr2dist.load(exported)
     cfg = net.pretrained_cfg
-    dataset = ShardDataset(shards / "val", eval_transform(32, cfg["mean"], cfg["std"]))
+    dataset = ShardDataset(shards / "val", eval_transform((32, 32), cfg["mean"], cfg["std"]))
     samples = [dataset[0, index] for index in range(len(dataset))]
     labels = torch.tensor([sample["label"] for sample in samples])
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_predictions_of_files_and_folders(
     assert [row["path"] for row in rows] == [*map(str, sorted(images.rglob("*.*g"))), str(gray)]
     net = dr2dist.load(exported)
     cfg = net.pretrained_cfg
-    transform = eval_transform(32, cfg["mean"], cfg["std"])
+    transform = eval_transform((32, 32), cfg["mean"], cfg["std"])
     for row in rows[::20]:
         with torch.no_grad(), Image.open(row["path"]) as image:
             shares = net(transform(image)[None]).softmax(1)[0]

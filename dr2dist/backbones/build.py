@@ -21,7 +21,7 @@ def build_model(
     name: str,
     *,
     weights: str | None,
-    image_size: int | None,
+    image_size: tuple[int, int] | None,
     num_classes: int,
     drop_path: float = 0.0,
     dropout: float = 0.0,
@@ -30,8 +30,8 @@ def build_model(
 
     weights: None for random ones from torch's global stream, "hub" for timm's own, otherwise
     the path of a .safetensors file with timm's names; position embeddings and windows are
-    resized to `image_size` pixels, and a head of another number of classes starts anew.
-    Raises UserError for an unknown name, a bad file, or weights that do not fit.
+    resized to `image_size`, height and width in pixels, and a head of another number of classes
+    starts anew. Raises UserError for an unknown name, a bad file, or weights that do not fit.
     """
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())

@@ -5,34 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from dr2dist.coefficients import Knot, Schedule
+from dr2dist.config.section import Section
 from dr2dist.reversible.setting import COEFFICIENT_STEP
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Alpha = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=COEFFICIENT_STEP, le=1)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, values: Any) -> Any:
-        """pydantic would take `true` (which YAML 1.1 also writes `on` and `yes`) for 1."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(
-                    f"{name} is {str(value).lower()}: true and false are not allowed here"
-                )
-        return values
 
 
 class Moving(Section):

@@ -56,8 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML, with what was left out filled in."""
-    values = config.model_dump(mode="json", exclude_unset=False)
-    return yaml.safe_dump(_without_idle(config, values), sort_keys=False)
+    return yaml.safe_dump(config.effective(), sort_keys=False)
 
 
 def describe_config() -> str:
@@ -117,34 +116,28 @@ def _choose(found: Any, expected: str) -> str:
 
 def _section(kind: Any, place: Sequence[str]) -> type[BaseModel] | None:
     """The section that a place in the configuration lies in."""
+    choices = _sections(kind)
     if not place:
-        return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        field = kind.model_fields.get(place[0])
-        return None if field is None else _section(field.annotation, place[1:])
-    for choice in _sections(kind):
-        if place[0] in typing.get_args(choice.model_fields["kind"].annotation):
-            return _section(choice, place[1:])
-    return None
+        return choices[0] if len(choices) == 1 else None
+    if len(choices) > 1:  # one of several kinds of path, named by pydantic
+        for choice in choices:
+            if place[0] in typing.get_args(choice.model_fields["kind"].annotation):
+                return _section(choice, place[1:])
+    if not choices:
+        return None
+    if place[0].isdecimal():  # a member of a list of sections
+        return _section(choices[0], place[1:])
+    field = choices[0].model_fields.get(place[0])
+    return None if field is None else _section(field.annotation, place[1:])
 
 
 def _sections(kind: Any) -> list[type[BaseModel]]:
     """The sections that a field's type allows: none for a plain value."""
-    if typing.get_origin(kind) is typing.Annotated:
+    if typing.get_origin(kind) in (typing.Annotated, tuple):
         return _sections(typing.get_args(kind)[0])
     if typing.get_origin(kind) is types.UnionType:
         return [section for choice in typing.get_args(kind) for section in _sections(choice)]
     return [kind] if isinstance(kind, type) and issubclass(kind, BaseModel) else []
-
-
-def _without_idle(config: BaseModel, values: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what would be refused as without effect if it were given."""
-    idle = {"sgd": ("optim", "betas"), "adamw": ("optim", "momentum")}
-    section, key = idle[values["optim"]["name"]]
-    values[section].pop(key)
-    if values["reversible"]["arithmetic"] == "float":
-        values["reversible"].pop("fraction_bits")
-    return values
 
 
 def _describe(kind: type[BaseModel], prefix: str) -> list[str]:

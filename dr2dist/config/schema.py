@@ -6,13 +6,22 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dr2dist.config.coefficients import CoefficientPath, Conserve, Constant, Section, with_kind
+from dr2dist.config.coefficients import CoefficientPath, Conserve, Constant, with_kind
+from dr2dist.config.data import Data
+from dr2dist.config.optim import Optim
+from dr2dist.config.section import Positive, Section, Unit
 from dr2dist.reversible import Setting
 
-Unit = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(ge=1)]
-Triple = tuple[float, float, float]
-Deviation = Annotated[float, Field(gt=0)]
+
+def _square(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+Size = Annotated[tuple[Positive, Positive], BeforeValidator(_square)]
+"""Height and width in pixels; one number is both."""
+
+
+Weight = Annotated[float, Field(gt=0)]
 
 
 class Model(Section):
@@ -22,9 +31,14 @@ class Model(Section):
     weights: str | None = Field(
         None, description="null: random; hub: timm's own; otherwise a .safetensors file"
     )
-    image_size: Positive | None = Field(None, description="side in pixels; null: the model's own")
+    image_size: Size | None = Field(
+        None, description="side, or [height, width], in pixels; null: the model's own"
+    )
     drop_path: Unit = Field(0.0, description="stochastic depth of the last block")
     dropout: Unit = Field(0.0, description="dropout after projections")
+    freeze: tuple[str, ...] = Field(
+        (), description="patterns of parameter names that stay as they are, such as blocks.0.*"
+    )
 
 
 class Reversible(Section):
@@ -37,11 +51,9 @@ class Reversible(Section):
     chunk_size: Positive | None = Field(None, description="samples per slice; null: all at once")
     fraction_bits: int = Field(18, ge=0, le=28, description="resolution of exact states, 2^-bits")
 
-    @model_validator(mode="after")
-    def _no_idle_setting(self) -> Self:
-        if self.arithmetic == "float" and "fraction_bits" in self.model_fields_set:
-            raise ValueError("fraction_bits has no effect with arithmetic float: leave it out")
-        return self
+    def idle(self) -> dict[str, str]:
+        """See Section."""
+        return {"fraction_bits": "arithmetic float"} if self.arithmetic == "float" else {}
 
 
 class Task(Section):
@@ -49,51 +61,27 @@ class Task(Section):
 
     name: Literal["classification"] = Field("classification", description="the task")
     num_classes: int = Field(ge=2, description="classes of the head")
-
-
-class Data(Section):
-    """Shards and how their images are prepared."""
-
-    train: str = Field(description="a folder of shards, or a brace pattern of shards")
-    val: str | None = Field(None, description="the same for validation; null: none")
-    num_workers: int = Field(0, ge=0, description="loader processes of each rank")
-    hflip: bool = Field(True, description="random left-right flips")
-    vflip: bool = Field(False, description="random upside-down flips")
-    scale: tuple[float, float] = Field(
-        (0.7, 1.0), description="range of the share of the area that a random crop keeps"
+    label_smoothing: Unit = Field(0.0, description="share of a label spread over all classes")
+    class_weights: tuple[Weight, ...] | None = Field(
+        None, description="a factor of each class's losses in training; null: 1"
     )
-    mean: Triple | None = Field(None, description="channel means; null: the model's")
-    std: tuple[Deviation, Deviation, Deviation] | None = Field(
-        None, description="channel deviations; null: the model's"
+    balance_classes: bool = Field(
+        False, description="factors by which every class counts equally over the training data"
     )
+    mixup: float = Field(0.0, ge=0, description="alpha of timm's mixup in a micro-batch; 0: none")
+    cutmix: float = Field(0.0, ge=0, description="alpha of timm's cutmix; with both, either")
+
+    def idle(self) -> dict[str, str]:
+        """See Section."""
+        return {"class_weights": "balance_classes"} if self.balance_classes else {}
 
     @model_validator(mode="after")
-    def _scale_in_order(self) -> Self:
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"scale is {list(self.scale)}, allowed is 0 < low <= high <= 1")
-        return self
-
-
-class Optim(Section):
-    """The optimiser and its learning rate."""
-
-    name: Literal["adamw", "sgd"] = Field("adamw", description="torch's optimiser")
-    lr: float = Field(gt=0, description="peak learning rate")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw")
-    betas: tuple[Unit, Unit] = Field((0.9, 0.999), description="adamw's decay rates")
-    momentum: Unit = Field(0.0, description="sgd's momentum")
-    warmup: float = Field(0.1, ge=0, le=1, description="share of the run that warms up linearly")
-    min_lr: float = Field(0.0, ge=0, description="where the cosine ends")
-    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
-
-    @model_validator(mode="after")
-    def _no_idle_setting(self) -> Self:
-        idle = {"adamw": "momentum", "sgd": "betas"}[self.name]
-        if idle in self.model_fields_set:
-            raise ValueError(f"{idle} has no effect with {self.name}: leave it out")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr is {self.min_lr}, allowed is up to lr, {self.lr}")
+    def _one_weight_a_class(self) -> Self:
+        if self.class_weights is not None and len(self.class_weights) != self.num_classes:
+            raise ValueError(
+                f"class_weights has {len(self.class_weights)} values, allowed is one for each of "
+                f"num_classes, {self.num_classes}"
+            )
         return self
 
 
@@ -104,24 +92,25 @@ class Train(Section):
     epochs: float | None = Field(None, gt=0, description="passes over the data; or steps")
     micro_batch: Positive = Field(description="samples of a rank in one forward pass")
     accumulate: Positive = Field(1, description="micro-batches of a rank in one optimiser step")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="what F computes in")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="what F computes in; fp16 is untested and needs a GPU"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of averaged weights, which are validated and exported"
+    )
     seed: int = Field(0, ge=0, description="of the data's order, augmentation and new weights")
     log_every: Positive = Field(10, description="optimiser steps between logged ones")
     validate_every: Positive | None = Field(
         None, description="optimiser steps between validations; null: at every epoch's end"
     )
-
+    patience: Positive | None = Field(
+        None, description="validations without a better one after which the run ends; null: never"
+    )
     checkpoint_every: Positive = Field(500, description="optimiser steps between checkpoints")
+    profile: tuple[int, int] | None = Field(
+        None, description="[first, last]: torch's profiler after first up to last applied steps"
+    )
     keep: Positive = Field(2, description="checkpoints kept, beside the best one")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_fp16(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("precision") == "fp16":
-            raise ValueError(
-                "precision fp16 is not supported: its gradients need loss scaling; use bf16"
-            )
-        return value
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -129,12 +118,25 @@ class Train(Section):
             raise ValueError("give exactly one of steps and epochs")
         return self
 
+    @model_validator(mode="after")
+    def _window_in_order(self) -> Self:
+        if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
+            raise ValueError(f"profile is {list(self.profile)}, allowed is 0 <= first < last")
+        return self
+
 
 class Parallel(Section):
     """How the model is spread over ranks."""
 
     zero: Literal[0, 1, 2, 3] = Field(2, description="ZeRO stage")
+    offload_optimizer: bool = Field(False, description="keep masters and moments in host memory")
     deepspeed: str | None = Field(None, description="a JSON file of DeepSpeed's own settings")
+
+    @model_validator(mode="after")
+    def _sharded(self) -> Self:
+        if self.offload_optimizer and self.zero == 0:
+            raise ValueError("offload_optimizer needs zero 1, 2 or 3: without ZeRO nothing moves")
+        return self
 
 
 class Config(Section):
@@ -161,8 +163,20 @@ class Config(Section):
                 self.reversible.memory,
                 self.reversible.chunk_size,
             )
-        if self.train.validate_every is not None and self.data.val is None:
-            raise ValueError("train.validate_every has no effect without data.val")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for name in ("validate_every", "patience"):
+            if getattr(self.train, name) is not None and self.data.val is None:
+                raise ValueError(f"train.{name} has no effect without data.val")
+        if (self.task.mixup or self.task.cutmix) and self.train.micro_batch % 2:
+            raise ValueError(
+                f"train.micro_batch is {self.train.micro_batch}: task.mixup and task.cutmix mix "
+                "pairs, allowed is an even number"
+            )
+        if self.train.precision == "fp16" and self.parallel.zero == 0:
+            raise ValueError("train.precision fp16 needs parallel.zero 1, 2 or 3")
         return self
 
     def setting(self) -> Setting:

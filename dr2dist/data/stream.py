@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import io
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from PIL import Image
@@ -16,31 +17,48 @@ from torch.utils.data import DataLoader, Dataset
 
 from dr2dist.data.index import Sample, read_index
 from dr2dist.data.order import Item
+from dr2dist.data.randomness import keyed
 from dr2dist.data.sources import IMAGE_TYPES, open_image
 from dr2dist.data.transforms import Transform
 from dr2dist.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 class Batch(TypedDict):
-    """image: fp32 [B, 3, H, W]. label: int64 [B]. keys: B names. count: samples that count."""
+    """image: fp32 [B, 3, H, W]. label: int64 [B]. keys: B names.
+
+    count: samples that count: all, or none of a batch that only fills in. skipped: images left
+    out as unreadable.
+    """
 
     image: Tensor
     label: Tensor
     keys: list[str]
     count: int
+    skipped: int
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
     """Samples of a folder of shards by (epoch, index), read by seeking: nothing is unpickled.
 
     pattern: see read_index. transform: image to tensor. Randomness in it is keyed by
-    (seed, epoch, sample), whatever rank or worker reads the sample.
+    (seed, epoch, sample), whatever rank or worker reads the sample. unreadable: what becomes of
+    an image that cannot be read: "fail" raises UserError, "next" takes the next readable one,
+    "blank" gives zeros that do not count.
     """
 
-    def __init__(self, pattern: str | Path, transform: Transform, seed: int = 0) -> None:
+    def __init__(
+        self,
+        pattern: str | Path,
+        transform: Transform,
+        seed: int = 0,
+        unreadable: Literal["fail", "next", "blank"] = "fail",
+    ) -> None:
         self.folder, self.index = read_index(pattern)
         self.transform = transform
         self.seed = seed
+        self.unreadable = unreadable
         self._ends = list(accumulate(len(shard.samples) for shard in self.index.shards))
 
     def __len__(self) -> int:
@@ -49,21 +67,45 @@ class ShardDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, item: Item) -> dict[str, Any]:
         """A sample; one of a negative epoch does not count.
 
-        Raises UserError naming shard and sample if the image cannot be read.
+        Raises UserError naming shard and sample if the image cannot be read and must be.
         """
-        epoch, index = item
-        path, sample = self._locate(index)
-        image = _decode(path, sample)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, epoch, index)) & (2**63 - 1))
-            tensor = self.transform(image)
-        return {"image": tensor, "label": sample.label, "key": sample.key, "count": epoch >= 0}
+        epoch, first = item
+        for skipped in range(len(self)):
+            index = (first + skipped) % len(self)
+            path, sample = self._locate(index)
+            try:
+                image = _decode(path, sample)
+            except UserError as error:
+                if self.unreadable == "fail":
+                    raise
+                log.warning("left out: %s", error)
+                if self.unreadable == "blank":
+                    blank = self._transformed(Image.new("RGB", (8, 8)), epoch, index)
+                    return _item(torch.zeros_like(blank), sample, count=False, skipped=1)
+                continue
+            tensor = self._transformed(image, epoch, index)
+            return _item(tensor, sample, count=epoch >= 0, skipped=skipped)
+        raise UserError(f"{self.folder}: no image can be read")
+
+    def _transformed(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+        with keyed(self.seed, epoch, index):
+            return self.transform(image)
 
     def _locate(self, index: int) -> tuple[Path, Sample]:
         number = bisect.bisect_right(self._ends, index)
         shard = self.index.shards[number]
         start = self._ends[number] - len(shard.samples)
         return self.folder / shard.name, shard.samples[index - start]
+
+
+def _item(image: Tensor, sample: Sample, *, count: bool, skipped: int) -> dict[str, Any]:
+    return {
+        "image": image,
+        "label": sample.label,
+        "key": sample.key,
+        "count": count,
+        "skipped": skipped,
+    }
 
 
 def _decode(path: Path, sample: Sample) -> Image.Image:
@@ -83,8 +125,8 @@ def loader(
 ) -> Iterable[Batch]:
     """The batches in order, as often as it is iterated. Workers stay alive in between.
 
-    An empty batch becomes one sample that does not count. Torch's global random stream is left
-    alone.
+    A batch of which nothing counts becomes one sample that does not. Torch's global random stream
+    is left alone.
     """
     return DataLoader(
         dataset,
@@ -107,9 +149,12 @@ class _Filled:
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:
+    counting = [sample for sample in samples if sample["count"]]
+    kept = counting or samples[:1]
     return Batch(
-        image=torch.stack([sample["image"] for sample in samples]),
-        label=torch.tensor([sample["label"] for sample in samples]),
-        keys=[sample["key"] for sample in samples],
-        count=sum(sample["count"] for sample in samples),
+        image=torch.stack([sample["image"] for sample in kept]),
+        label=torch.tensor([sample["label"] for sample in kept]),
+        keys=[sample["key"] for sample in kept],
+        count=len(counting),
+        skipped=sum(sample["skipped"] for sample in samples),
     )

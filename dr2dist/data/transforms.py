@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
+from dr2dist.config.data import RandAugment
+
 Transform = Callable[[Image.Image], Tensor]
+
+_BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -24,35 +32,55 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def train_transform(
-    size: int,
+    size: tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
     *,
     hflip: bool,
     vflip: bool,
     scale: tuple[float, float],
+    rand_augment: RandAugment | None = None,
+    erase: float = 0.0,
 ) -> Transform:
-    """Random crop, flips, then fp32 [3, size, size]; draws from torch's global stream."""
-    steps: list[torch.nn.Module] = [
-        v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC)
-    ]
+    """Random crop, flips, RandAugment, then fp32 [3, *size], in which rectangles are erased.
+
+    size: height, width. scale: range of the area's share that a crop keeps. erase: a
+    probability. Draws from the global streams of torch, numpy and random.
+    """
+    height, width = size
+    shape = width / height
+    crop = v2.RandomResizedCrop(
+        size, scale=scale, ratio=(3 / 4 * shape, 4 / 3 * shape), interpolation=_BICUBIC
+    )
+    steps: list[Any] = [to_rgb, crop]
     if hflip:
         steps.append(v2.RandomHorizontalFlip())
     if vflip:
         steps.append(v2.RandomVerticalFlip())
-    return v2.Compose([to_rgb, *steps, *_to_tensor(mean, std)])
+    if rand_augment is not None:
+        part = rand_augment
+        name = f"rand-m{part.magnitude:g}-n{part.layers}-mstd{part.noise:g}-inc1"
+        colour = tuple(round(255 * value) for value in mean)
+        options = {"img_mean": colour, "translate_const": int(0.45 * min(size))}
+        steps.append(rand_augment_transform(name, options))
+    steps += _to_tensor(mean, std)
+    if erase:
+        steps.append(RandomErasing(erase, mode="pixel", device="cpu"))
+    return v2.Compose(steps)
 
 
-def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """The whole shorter side, centred: fp32 [3, size, size]."""
-    return v2.Compose(
-        [
-            to_rgb,
-            v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC),
-            v2.CenterCrop(size),
-            *_to_tensor(mean, std),
-        ]
-    )
+def eval_transform(size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Transform:
+    """The centre of the image that just covers `size` (height, width): fp32 [3, *size]."""
+    steps = [to_rgb, partial(_cover, size=size), v2.CenterCrop(size), *_to_tensor(mean, std)]
+    return v2.Compose(steps)
+
+
+def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    width, height = image.size
+    scale = max(size[0] / height, size[1] / width)
+    wanted = [max(size[0], int(height * scale)), max(size[1], int(width * scale))]
+    resized: Image.Image = v2.functional.resize(image, wanted, interpolation=_BICUBIC)
+    return resized
 
 
 def _to_tensor(mean: Sequence[float], std: Sequence[float]) -> list[torch.nn.Module]:

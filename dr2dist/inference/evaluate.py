@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,17 +23,20 @@ def evaluate(
     *,
     batch: int = 32,
     workers: int = 0,
+    skip_unreadable: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """The report of an exported file on all samples of the shards, each counted once.
 
-    Returns samples, loss, accuracy, balanced_accuracy, class_accuracy by class name, confusion
-    (counts, rows labels, columns predictions), calibration_error, classes. Raises UserError if
-    the shards have other classes than the model.
+    Returns samples, skipped (images that cannot be read, if these may be left out), loss,
+    accuracy, balanced_accuracy, class_accuracy by class name, confusion (counts, rows labels,
+    columns predictions), calibration_error, classes. Raises UserError if the shards have other
+    classes than the model.
     """
     net, transform, device = ready(path)
     cfg: Any = net.pretrained_cfg
-    dataset = ShardDataset(shards, transform)
+    unreadable: Literal["fail", "blank"] = "blank" if skip_unreadable else "fail"
+    dataset = ShardDataset(shards, transform, unreadable=unreadable)
     if dataset.index.classes != tuple(cfg["label_names"]):
         raise UserError(
             f"{shards}: has the classes {', '.join(dataset.index.classes[:10])}; "
@@ -42,7 +45,7 @@ def evaluate(
     found = _measure(net, dataset, device, batch, workers, progress)
     classes = list(cfg["label_names"])
     by_class = dict(zip(classes, found.pop("class_accuracy"), strict=True))
-    return {"samples": len(dataset), **found, "class_accuracy": by_class, "classes": classes}
+    return {**found, "class_accuracy": by_class, "classes": classes}
 
 
 def _measure(
@@ -55,17 +58,25 @@ def _measure(
 ) -> dict[str, Any]:
     task = Classification(len(dataset.index.classes))
     metrics, loss = task.report().to(device), MeanMetric().to(device)
+    samples = skipped = 0
     batches = validation_batches(len(dataset), batch=batch, rank=0, ranks=1)
     items = [[(0, index) for index in part] for part in batches]
     bar = tqdm(loader(dataset, items, workers), total=len(items), disable=not progress)
     with torch.inference_mode():
         for found in bar:
+            skipped += found["skipped"]
+            if not found["count"]:
+                continue
+            samples += found["count"]
             labels = found["label"].to(device)
             output = net(found["image"].to(device))
             metrics.update(output.float(), labels)
             loss.update(task.loss(output, labels), weight=len(labels))
+    if not samples:
+        raise UserError(f"{dataset.folder}: no image can be read")
     values = {"loss": loss.compute(), **metrics.compute()}
-    return {name: value.tolist() for name, value in values.items()}
+    plain = {name: value.tolist() for name, value in values.items()}
+    return {"samples": samples, "skipped": skipped, **plain}
 
 
 def draw(report: dict[str, Any], path: str | Path) -> None:

@@ -20,7 +20,7 @@ from dr2dist.backbones.network import convert
 from dr2dist.data.transforms import Transform, eval_transform
 from dr2dist.errors import UserError
 from dr2dist.files import replaced
-from dr2dist.training.checkpoint import Checkpoint, checkpoint_folder, checkpoints, read_state
+from dr2dist.training.checkpoint import EMA, Checkpoint, checkpoint_folder, checkpoints, read_state
 
 WARNING = (
     "alpha {alpha}, beta {beta}: plain timm loads these weights WITHOUT AN ERROR and computes "
@@ -31,20 +31,21 @@ WARNING = (
 class Facts(BaseModel):
     """What an exported file says of its model.
 
-    model, image_size: how timm builds it. alpha, beta, arithmetic, fraction_bits: how its
-    residual functions are joined. classes: names, by label. input_size: side in pixels. mean,
-    std: of the three channels. step: applied optimiser steps. dr2dist: the version that trained it.
+    model, image_size (height, width): how timm builds it. alpha, beta, arithmetic, fraction_bits:
+    how its residual functions are joined. classes: names, by label. input_size: height, width.
+    mean, std: of the three channels. step: applied optimiser steps. dr2dist: the version that
+    trained it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     model: str
-    image_size: int | None
+    image_size: tuple[int, int] | None
     alpha: float
     beta: float
     arithmetic: Literal["exact", "float"]
     fraction_bits: int
     classes: tuple[str, ...]
-    input_size: int
+    input_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     step: int
@@ -84,7 +85,8 @@ class Facts(BaseModel):
 def export(run: str | Path, output: str | Path, which: Literal["best", "last"] = "best") -> Facts:
     """Writes the best or last checkpoint of a run's folder as one file, aside and renamed.
 
-    The best is the one with the best validation; without validation there is only the last.
+    Averaged weights take the place of trained ones in a run that has them (train.ema). The best
+    is the one with the best validation; without validation there is only the last.
     Raises UserError if there is none, or the output exists.
     """
     output = Path(output)
@@ -93,8 +95,10 @@ def export(run: str | Path, output: str | Path, which: Literal["best", "last"] =
     saved = Checkpoint(_chosen(Path(run), which))
     saved.verify()
     facts = Facts.model_validate(saved.state)
+    averaged = set(saved.names(EMA))
     tensors: dict[str, Tensor] = {
-        name: saved.tensor("master", name) for name in saved.names("master")
+        name: saved.tensor(EMA if name in averaged else "master", name)
+        for name in saved.names("master")
     }
     tensors |= {name: saved.tensor("buffer", name) for name in saved.names("buffer")}
     with replaced(output) as aside:
@@ -142,7 +146,7 @@ def load(path: str | Path) -> nn.Module:
     )
     net.pretrained_cfg = {
         **net.pretrained_cfg,
-        "input_size": (3, facts.input_size, facts.input_size),
+        "input_size": (3, *facts.input_size),
         "mean": facts.mean,
         "std": facts.std,
         "num_classes": len(facts.classes),
@@ -156,4 +160,4 @@ def ready(path: str | Path) -> tuple[nn.Module, Transform, torch.device]:
     net = load(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg: Any = net.pretrained_cfg
-    return net.to(device), eval_transform(cfg["input_size"][-1], cfg["mean"], cfg["std"]), device
+    return net.to(device), eval_transform(cfg["input_size"][1:], cfg["mean"], cfg["std"]), device

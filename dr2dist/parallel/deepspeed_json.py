@@ -17,6 +17,11 @@ from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, Valid
 
 from dr2dist.errors import UserError, nearest
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
+FP16_LOSS_SCALE = 1024
+"""Fixed, since a scale that is found by overflowing would need steps that cannot be proven."""
+
 
 class _Precision(BaseModel):
     enabled: StrictBool = False
@@ -57,7 +62,7 @@ _SAID_HERE = {
 }
 
 _AVERAGE = "gradients are always averaged over the ranks"
-_OFFLOAD = "offloading is not supported yet"
+_OFFLOAD = "of offloading there is parallel.offload_optimizer in the YAML file"
 _PRECISION = "use train.precision"
 _RECORDS = "a run writes its own records"
 _SAMPLES = "the order of samples is set by the shards"
@@ -141,18 +146,20 @@ def _no_constant(name: str) -> None:
 def deepspeed_config(
     *,
     zero: int,
-    bf16: bool,
+    precision: Precision,
     micro_batch: int,
     accumulate: int,
     replicas: int,
     clip: float | None,
+    offload_optimizer: bool = False,
     extra: Mapping[str, Any] | None = None,
     source: str = "deepspeed JSON",
 ) -> dict[str, Any]:
     """The whole configuration for `deepspeed.initialize`.
 
-    replicas: data-parallel ranks. extra: a user's own settings, from `source`.
-    Raises UserError for an unknown key, a refused one, or one that contradicts the run.
+    replicas: data-parallel ranks. offload_optimizer: masters and moments in host memory. extra: a
+    user's own settings, from `source`. Raises UserError for an unknown key, a refused one, or one
+    that contradicts the run.
     """
     ours = {
         "train_batch_size": micro_batch * accumulate * replicas,
@@ -170,15 +177,21 @@ def deepspeed_config(
                 f"{source}: {key} is {extra[key]}, but the configuration says {value} "
                 f"({_SAID_HERE[key]}): leave it out"
             )
-    _check_precision(extra, bf16, source)
+    _check_precision(extra, precision, source)
     _check_stage(extra, zero, source)
+    section = {**extra.get("zero_optimization", {}), "stage": zero}
+    if offload_optimizer:
+        # torch's own optimisers: DeepSpeed's for the CPU would have to be compiled first.
+        section["offload_optimizer"] = {"device": "cpu"}
+        ours["zero_force_ds_cpu_optimizer"] = False
     # Without ZeRO DeepSpeed keeps bf16 weights without fp32 masters, so there the weights stay
     # in fp32 and the engine casts while it computes.
     return {
         **extra,
         **ours,
-        "zero_optimization": {**extra.get("zero_optimization", {}), "stage": zero},
-        "bf16": {"enabled": bf16 and zero > 0},
+        "zero_optimization": section,
+        "bf16": {"enabled": precision == "bf16" and zero > 0},
+        "fp16": {"enabled": precision == "fp16", "loss_scale": FP16_LOSS_SCALE},
     }
 
 
@@ -210,13 +223,13 @@ def _check_values(extra: Mapping[str, Any], source: str) -> None:
         raise UserError(f"{source}: {key}: found {first['input']!r}; {first['msg']}") from None
 
 
-def _check_precision(extra: Mapping[str, Any], bf16: bool, source: str) -> None:
-    for key, wanted in (("bf16", bf16), ("fp16", False)):
-        enabled = extra.get(key, {}).get("enabled", wanted)
-        if enabled != wanted:
+def _check_precision(extra: Mapping[str, Any], precision: Precision, source: str) -> None:
+    for key in ("bf16", "fp16"):
+        enabled = extra.get(key, {}).get("enabled", key == precision)
+        if enabled != (key == precision):
             raise UserError(
-                f"{source}: {key}.enabled is {enabled}, but train.precision is "
-                f"{'bf16' if bf16 else 'fp32'}: leave it out"
+                f"{source}: {key}.enabled is {enabled}, but train.precision is {precision}: "
+                "leave it out"
             )
 
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
+from dr2dist.parallel.average import Average
+from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.parallel.masters import Masters
 from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
 from dr2dist.reversible import Chain, FunctionRunner, PlainRunner
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +39,9 @@ class ReversibleEngine:
     """Runs optimiser steps of a network with reversible chains; applies only proven ones.
 
     net: a converted network, before any sharding. chains: its chains. optimizer: over its
-    parameters. config: DeepSpeed's configuration, complete. bf16: functions compute in bf16,
-    with fp32 master weights on every ZeRO stage. The process group must exist.
+    parameters. config: DeepSpeed's configuration, complete. precision: what functions compute in,
+    with fp32 master weights on every ZeRO stage. ema: decay of averaged weights, if they are
+    wanted. The process group must exist.
     """
 
     def __init__(
@@ -40,7 +50,8 @@ class ReversibleEngine:
         chains: tuple[Chain, ...],
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
-        bf16: bool = False,
+        precision: Precision = "fp32",
+        ema: float | None = None,
     ) -> None:
         self.chains = chains
         self.zero = int(config["zero_optimization"]["stage"])
@@ -51,15 +62,15 @@ class ReversibleEngine:
         for chain in chains:
             chain.runner = runner
         self.device = torch.device(self._engine.device)
-        self._autocast = bf16 and not self._engine.bfloat16_enabled()
+        self._autocast = precision == "bf16" and not self._engine.bfloat16_enabled()
+        # What parameters are held in.
+        self._held = torch.float32 if self._autocast else DTYPES[precision]
         self._watch = GradientWatch(parameters, self.device)
         self.masters = Masters(self._engine, self.zero)
+        self.average = None if ema is None else Average(self.masters, ema)
+        self.gradient_norm: Any = None
+        """2-norm of the last applied step's gradient before clipping."""
         self.applied = 0
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """The dtype that parameters are held in."""
-        return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
 
     def step(
         self, losses: Callable[[], Iterable[Tensor]], count: int, learning_rates: list[float]
@@ -81,8 +92,12 @@ class ReversibleEngine:
             raise UnprovenStepError(verdict)
         for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
+        norm = self._whole_norm() if self.zero == 0 else None
         self._engine.step()
+        self.gradient_norm = self._engine.get_global_grad_norm() if norm is None else norm
         self.applied += 1
+        if self.average is not None:
+            self.average.update()
         return verdict
 
     def _attempt(self, losses: Callable[[], Iterable[Tensor]], count: int) -> Verdict:
@@ -93,6 +108,11 @@ class ReversibleEngine:
             total += loss.detach().double() / count
         report = Report(total, self._watch.take(), self.chains)
         return decide(report, self.coefficients, self.applied)
+
+    def _whole_norm(self) -> Tensor:
+        """Of gradients that every rank holds whole, where DeepSpeed keeps no norm."""
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     @property
     def coefficients(self) -> tuple[float, float]:
@@ -118,13 +138,39 @@ class ReversibleEngine:
     def forward(self, images: Tensor) -> Any:
         """The network's output for images [B, C, H, W] of any float dtype and device."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            return self._engine(images.to(self.device, self._dtype))
+            return self._engine(images.to(self.device, self._held))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, if there are any."""
+        if self.average is None:
+            yield
+        else:
+            with self.average.in_place():
+                yield
 
     def _discard(self) -> None:
         """Forgets the gradients of a step that is not applied."""
         if hasattr(self._engine.optimizer, "zero_grad"):
             self._engine.optimizer.zero_grad()
         self._engine.zero_grad()
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes that this rank holds between steps, by kind.
+
+        weights: what the network computes with. masters: fp32 copies beside them. moments: of the
+        optimiser. average: of the weights.
+        """
+        fragments = self.masters.fragments
+        shards = (getattr(p, "ds_tensor", p) for p in self.net.parameters())
+        trained = [f for f in fragments if f.owner is not None]
+        moments = (m for f in trained for m in self.masters.moments(f).values() if m.dim())
+        return {
+            "weights": sum(shard.nbytes for shard in shards),
+            "masters": sum(f.values.nbytes for f in trained) if self.zero else 0,
+            "moments": sum(moment.nbytes for moment in moments),
+            "average": 0 if self.average is None else self.average.nbytes,
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all parameters by name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import deepspeed
 import torch
@@ -32,10 +33,19 @@ def share_cores() -> None:
 
 def largest(value: float) -> float:
     """The largest of all ranks' values."""
+    return _reduced(value, dist.ReduceOp.MAX)
+
+
+def total(value: float) -> float:
+    """The sum of all ranks' values."""
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def _reduced(value: float, how: Any) -> float:
     tensor = torch.tensor(value, dtype=torch.float64)
     if dist.get_backend() == "nccl":
         tensor = tensor.cuda()
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, how)
     return float(tensor)
 
 

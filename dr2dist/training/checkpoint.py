@@ -1,7 +1,7 @@
 """Checkpoints that know no layout: every rank writes its ranges, any layout reads them.
 
 A checkpoint is a folder: `rank-K.safetensors` from each rank, whose keys are KIND/NAME/START (a
-range of a flattened parameter; kinds: master, the optimiser's moments, buffer), and
+range of a flattened parameter; kinds: master, ema, the optimiser's moments, buffer), and
 `checkpoint.json` with the state, the shapes and the files' checksums. It is written aside and
 renamed, so a folder that has its name is whole.
 """
@@ -28,6 +28,8 @@ from dr2dist.files import sha256
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
+EMA = "ema"
+"""The kind of averaged weights."""
 
 
 def write_checkpoint(

@@ -26,6 +26,7 @@ _FREE = (
     "train.keep",
     "train.log_every",
     "train.micro_batch",
+    "train.profile",
 )
 """What may change when a run goes on: it does not change what the run computes."""
 

@@ -15,6 +15,7 @@ from dr2dist.errors import UserError
 from dr2dist.parallel.engine import ReversibleEngine
 from dr2dist.parallel.processes import agree
 from dr2dist.training.checkpoint import (
+    EMA,
     Checkpoint,
     checkpoint_folder,
     checkpoints,
@@ -26,14 +27,17 @@ from dr2dist.training.checkpoint import (
 class Progress:
     """What a run has reached, beside its weights.
 
-    loss: of the last step. best, last: validations, each with its step. worst_drift: of float
-    arithmetic, over all steps.
+    loss: of the last step. best, last: validations, each with its step; stale: how many there
+    were since the best. worst_drift: of float arithmetic, over all steps. skipped: unreadable
+    training images that were left out, on all ranks.
     """
 
     loss: float | None = None
     best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     worst_drift: float | None = None
+    stale: int = 0
+    skipped: int = 0
 
 
 class Keeper:
@@ -95,6 +99,9 @@ def _tensors(engine: ReversibleEngine) -> dict[str, Tensor]:
         if share.start == share.stop:
             continue
         tensors[f"master/{fragment.name}/{start}"] = fragment.values[share].float()
+        average = None if engine.average is None else engine.average.share(fragment.name, start)
+        if average is not None:
+            tensors[f"{EMA}/{fragment.name}/{start}"] = average
         for kind, value in engine.masters.moments(fragment).items():
             if value.dim():
                 tensors[f"{kind}/{fragment.name}/{start}"] = value[share]
@@ -112,8 +119,11 @@ def _read_into(engine: ReversibleEngine, saved: Checkpoint) -> None:
         place = fragment.name, fragment.start, len(fragment.values)
         fragment.values.copy_(saved.read("master", *place))
         for kind in saved.kinds(fragment.name):
-            if kind != "master":
+            if kind not in ("master", EMA):
                 engine.masters.add_moment(fragment, kind, saved.read(kind, *place))
     for name, buffer in engine.buffers().items():
         buffer.copy_(saved.tensor("buffer", name))
     engine.masters.publish()
+    if engine.average is not None:
+        for (name, start), values in engine.average.shares():
+            values.copy_(saved.read(EMA, name, start, len(values)))

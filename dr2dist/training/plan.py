@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,20 @@ from dr2dist.config import Config
 from dr2dist.data.index import Index, read_index
 from dr2dist.errors import UserError
 from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
+from dr2dist.tasks.classification import balanced_weights
+from dr2dist.training.groups import freeze, parameter_groups
+from dr2dist.training.speed import model_flops
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a configuration comes to on a number of data-parallel ranks.
 
-    steps: optimiser steps. steps_per_epoch: whole global batches of an epoch. image_size in
-    pixels; mean, std of the three channels. deepspeed: DeepSpeed's configuration. lengths:
-    functions of each chain. parameters: of the model.
+    steps: optimiser steps. steps_per_epoch: whole global batches of an epoch. class_weights:
+    factors of the classes' losses, None for 1. image_size: height and width in pixels; mean, std
+    of the three channels. deepspeed: DeepSpeed's configuration. lengths: functions of each chain.
+    parameters, trained: of the model, in numbers. groups: of the optimiser. flops: of training on
+    one image.
     """
 
     ranks: int
@@ -33,12 +39,16 @@ class Plan:
     schedule: Schedule
     train: Index
     val: Index | None
-    image_size: int
+    class_weights: tuple[float, ...] | None
+    image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     deepspeed: dict[str, Any]
     lengths: dict[str, int]
     parameters: int
+    trained: int
+    groups: int
+    flops: int
 
     @property
     def global_batch(self) -> int:
@@ -52,7 +62,8 @@ class Plan:
         held_out = "none" if self.val is None else str(self.val.num_samples)
         return "\n".join(
             [
-                f"parameters    {self.parameters:,}",
+                f"parameters    {self.parameters:,}, {self.trained:,} of them trained in "
+                f"{self.groups} group(s)",
                 f"chains        {chains}",
                 f"coefficients  ({first.alpha:.4f}, {first.beta:.4f}) to "
                 f"({last.alpha:.4f}, {last.beta:.4f})",
@@ -69,26 +80,27 @@ def make_plan(config: Config, ranks: int) -> Plan:
 
     Builds no weights. Raises UserError for the first thing that cannot work.
     """
+    _check_precision(config.train.precision)
     train, val = _indices(config)
-    size = config.train.micro_batch * config.train.accumulate * ranks
-    per_epoch = train.num_samples // size
+    batch = config.train.micro_batch * config.train.accumulate * ranks
+    per_epoch = train.num_samples // batch
     if not per_epoch:
         raise UserError(
             f"{config.data.train}: holds {train.num_samples} samples, fewer than a global batch "
-            f"of {size} (train.micro_batch x train.accumulate x {ranks} ranks)"
+            f"of {batch} (train.micro_batch x train.accumulate x {ranks} ranks)"
         )
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * per_epoch))
     schedule = config.coefficients.schedule(steps)
     model = _model(config)
+    optim = config.optim
+    groups = parameter_groups(model, optim.weight_decay, optim.layer_decay, optim.groups)
     with _as_user_error("coefficients"):
         setting = config.setting()
         net = convert(model)
         lengths = {chain.name: len(chain.functions) for chain in net.chains}
         schedule.check(setting, list(lengths.values()))
     normalised = model.pretrained_cfg
-    height, width = normalised["input_size"][1:]
-    if config.model.image_size is None and height != width:
-        raise UserError("model.image_size: the model's own is not square; give one")
+    size = config.model.image_size or tuple(normalised["input_size"][1:])
     return Plan(
         ranks=ranks,
         steps=steps,
@@ -96,13 +108,35 @@ def make_plan(config: Config, ranks: int) -> Plan:
         schedule=schedule,
         train=train,
         val=val,
-        image_size=config.model.image_size or height,
+        class_weights=_class_weights(config, train),
+        image_size=size,
         mean=config.data.mean or normalised["mean"],
         std=config.data.std or normalised["std"],
         deepspeed=_deepspeed(config, ranks),
         lengths=lengths,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        groups=len(groups),
+        flops=model_flops(model, size),
     )
+
+
+def _check_precision(precision: str) -> None:
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError(
+            "train.precision: fp16 needs a GPU: DeepSpeed does not support it on the CPU; "
+            "use bf16 or fp32"
+        )
+
+
+def _class_weights(config: Config, train: Index) -> tuple[float, ...] | None:
+    if not config.task.balance_classes:
+        return config.task.class_weights
+    labels = Counter(sample.label for shard in train.shards for sample in shard.samples)
+    for label, name in enumerate(train.classes):
+        if not labels[label]:
+            raise UserError(f"task.balance_classes: data.train has no sample of class '{name}'")
+    return tuple(balanced_weights([labels[label] for label in range(len(train.classes))]))
 
 
 def _indices(config: Config) -> tuple[Index, Index | None]:
@@ -124,7 +158,7 @@ def _model(config: Config) -> Any:
     if weights not in (None, "hub") and not Path(str(weights)).is_file():
         raise UserError(f"model.weights: {weights} does not exist")
     with torch.device("meta"):
-        return build_model(
+        model = build_model(
             config.model.name,
             weights=None,
             image_size=config.model.image_size,
@@ -132,17 +166,20 @@ def _model(config: Config) -> Any:
             drop_path=config.model.drop_path,
             dropout=config.model.dropout,
         )
+    freeze(model, config.model.freeze)
+    return model
 
 
 def _deepspeed(config: Config, ranks: int) -> dict[str, Any]:
     path = config.parallel.deepspeed
     return deepspeed_config(
         zero=config.parallel.zero,
-        bf16=config.train.precision == "bf16",
+        precision=config.train.precision,
         micro_batch=config.train.micro_batch,
         accumulate=config.train.accumulate,
         replicas=ranks,
         clip=config.optim.clip,
+        offload_optimizer=config.parallel.offload_optimizer,
         extra=None if path is None else read_deepspeed_json(path),
         source=path or "",
     )

@@ -6,26 +6,30 @@ import json
 import math
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dr2dist.files import replaced
 from dr2dist.training.folder import CONFIG, SUMMARY
+from dr2dist.training.validation import Look
 
 
 class Records:
     """The files of a run's folder; made on rank 0 only.
 
-    config: the resolved configuration, by which a folder is known as a run's. step: the applied
+    config: the resolved configuration, by which a folder is known as a run's. classes: names by
+    label. step: the applied
     one that the run starts from; what was written of later ones is dropped.
     """
 
-    def __init__(self, folder: Path, config: str, step: int = 0) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, config: str, classes: Sequence[str], step: int = 0) -> None:
+        self.folder, self._classes = folder, classes
         folder.mkdir(parents=True, exist_ok=True)
         self.write_text(CONFIG, config)
         self._cut_back(step)
@@ -48,6 +52,21 @@ class Records:
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
 
+    def show(self, step: int, look: Look) -> None:
+        """Held-out images with labels and predictions, for TensorBoard."""
+        low, high = look.images.amin((1, 2, 3)), look.images.amax((1, 2, 3))
+        figure = Figure(figsize=(2 * len(look.images), 2.4), layout="constrained")
+        parts = zip(look.images, look.labels, look.predicted, low, high, strict=True)
+        for place, (image, label, predicted, least, most) in enumerate(parts):
+            axes = figure.add_subplot(1, len(look.images), place + 1)
+            axes.imshow(((image - least) / (most - least).clamp(min=1e-6)).permute(1, 2, 0).numpy())
+            names = self._classes[int(label)], self._classes[int(predicted)]
+            axes.set_title(names[1], color="black" if names[0] == names[1] else "red")
+            axes.set_xlabel(names[0])
+            axes.set_xticks([], [])
+            axes.set_yticks([], [])
+        self._board.add_figure("held_out", figure, step)
+
     def write_text(self, name: str, text: str) -> None:
         """A whole file, written aside and renamed."""
         with replaced(self.folder / name) as aside:
@@ -64,12 +83,21 @@ class Records:
         self._board.close()
 
 
-def peak_memory() -> int:
-    """Peak bytes of this process: allocated on its GPU, or resident where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of this process by kind.
+
+    peak_memory_bytes: allocated on its GPU, or resident where there is none. On a GPU also
+    peak_reserved_bytes, which its allocator took, and peak_host_bytes, resident.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if not torch.cuda.is_available():
+        return {"peak_memory_bytes": resident}
+    return {
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "peak_host_bytes": resident,
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from dr2dist.backbones.build import build_model
 from dr2dist.backbones.network import convert
 from dr2dist.config import Config, dump_config
+from dr2dist.config.optim import Optim
 from dr2dist.data.order import train_batches, validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.data.transforms import eval_transform, train_transform
@@ -22,10 +22,13 @@ from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
 from dr2dist.parallel.processes import join, largest, share_cores
 from dr2dist.tasks.classification import Classification
 from dr2dist.training.folder import find_start, finished
+from dr2dist.training.groups import ParameterGroup, freeze, parameter_groups
 from dr2dist.training.keeper import Keeper, Progress
 from dr2dist.training.plan import Plan, make_plan
+from dr2dist.training.profile import Profile
 from dr2dist.training.records import Records, peak_memory
 from dr2dist.training.schedule import learning_rate
+from dr2dist.training.speed import Speed, device_peak
 from dr2dist.training.trainer import Pace, Trainer
 from dr2dist.version import __version__
 
@@ -50,15 +53,16 @@ def run(config: Config) -> dict[str, Any]:
     if before is not None:
         log.info("%s is finished: nothing is left to do", config.output)
         return before
-    engine = _engine(config, plan)
+    engine, lr_scales = _engine(config, plan)
     keeper = Keeper(Path(config.output), config.train.keep, _facts(config, plan))
     progress = Progress() if checkpoint is None else keeper.restore(checkpoint, engine)
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
     records = None
     if rank == 0:
-        records = Records(Path(config.output), dump_config(config), engine.applied)
-    trainer = _trainer(config, plan, engine, records, keeper, progress)
+        text = dump_config(config)
+        records = Records(Path(config.output), text, plan.train.classes, engine.applied)
+    trainer = _trainer(config, plan, engine, lr_scales, records, keeper, progress)
     return _train(config, plan, trainer)
 
 
@@ -82,7 +86,8 @@ def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
     return summary
 
 
-def _engine(config: Config, plan: Plan) -> ReversibleEngine:
+def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, ...]]:
+    """The engine, and the learning-rate scale of each of its groups."""
     torch.manual_seed(config.train.seed)
     model = build_model(
         config.model.name,
@@ -91,6 +96,10 @@ def _engine(config: Config, plan: Plan) -> ReversibleEngine:
         num_classes=config.task.num_classes,
         drop_path=config.model.drop_path,
         dropout=config.model.dropout,
+    )
+    freeze(model, config.model.freeze)
+    groups = parameter_groups(
+        model, config.optim.weight_decay, config.optim.layer_decay, config.optim.groups
     )
     setting = config.setting()
     net = convert(
@@ -102,18 +111,24 @@ def _engine(config: Config, plan: Plan) -> ReversibleEngine:
         setting.chunk_size,
         setting.fraction_bits,
     )
-    bf16 = config.train.precision == "bf16"
-    return ReversibleEngine(net.train(), net.chains, _optimizer(config, net), plan.deepspeed, bf16)
+    engine = ReversibleEngine(
+        net.train(),
+        net.chains,
+        _optimizer(config.optim, groups),
+        plan.deepspeed,
+        config.train.precision,
+        config.train.ema,
+    )
+    return engine, tuple(group.lr_scale for group in groups)
 
 
-def _optimizer(config: Config, net: torch.nn.Module) -> torch.optim.Optimizer:
-    part = config.optim
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    if part.name == "sgd":
-        return torch.optim.SGD(
-            parameters, part.lr, momentum=part.momentum, weight_decay=part.weight_decay
-        )
-    return torch.optim.AdamW(parameters, part.lr, betas=part.betas, weight_decay=part.weight_decay)
+def _optimizer(optim: Optim, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+    options = [
+        {"params": list(group.parameters), "weight_decay": group.weight_decay} for group in groups
+    ]
+    if optim.name == "sgd":
+        return torch.optim.SGD(options, optim.lr, momentum=optim.momentum)
+    return torch.optim.AdamW(options, optim.lr, betas=optim.betas)
 
 
 def _facts(config: Config, plan: Plan) -> dict[str, Any]:
@@ -136,38 +151,59 @@ def _trainer(
     config: Config,
     plan: Plan,
     engine: ReversibleEngine,
+    lr_scales: tuple[float, ...],
     records: Records | None,
     keeper: Keeper,
     progress: Progress,
 ) -> Trainer:
-    optim = config.optim
     pace = Pace(
         steps=plan.steps,
         accumulate=config.train.accumulate,
         log_every=config.train.log_every,
         validate_every=config.train.validate_every or plan.steps_per_epoch,
         checkpoint_every=config.train.checkpoint_every,
+        patience=config.train.patience,
         schedule=plan.schedule,
-        learning_rate=partial(
-            learning_rate,
-            steps=plan.steps,
-            peak=optim.lr,
-            warmup=optim.warmup,
-            end=optim.min_lr,
-        ),
+        learning_rate=learning_rate(config.optim, plan.steps),
+        lr_scales=lr_scales,
     )
-    task = Classification(config.task.num_classes)
+    task = Classification(
+        config.task.num_classes,
+        label_smoothing=config.task.label_smoothing,
+        class_weights=plan.class_weights,
+        mixup=config.task.mixup,
+        cutmix=config.task.cutmix,
+    )
     rank = dist.get_rank()
     train, val = _streams(config, plan, rank, engine.applied)
-    seed = (config.train.seed, rank)
-    return Trainer(engine, task, pace, train, val, records, keeper, progress, seed)
+    return Trainer(
+        engine,
+        task,
+        pace,
+        train,
+        val,
+        records,
+        keeper,
+        progress,
+        Speed(plan.flops, device_peak(config.train.precision), engine.replicas),
+        Profile(Path(config.output) / "profile", config.train.profile),
+        seed=(config.train.seed, rank),
+    )
 
 
 def _streams(config: Config, plan: Plan, rank: int, start: int) -> Any:
     data, train = config.data, config.train
     shape = (plan.image_size, plan.mean, plan.std)
-    transform = train_transform(*shape, hflip=data.hflip, vflip=data.vflip, scale=data.scale)
-    dataset = ShardDataset(data.train, transform, train.seed)
+    transform = train_transform(
+        *shape,
+        hflip=data.hflip,
+        vflip=data.vflip,
+        scale=data.scale,
+        rand_augment=data.rand_augment,
+        erase=data.erase,
+    )
+    skip = data.unreadable == "skip"
+    dataset = ShardDataset(data.train, transform, train.seed, "next" if skip else "fail")
     batches = train_batches(
         len(dataset),
         dataset.index.streams,
@@ -181,7 +217,9 @@ def _streams(config: Config, plan: Plan, rank: int, start: int) -> Any:
     stream = iter(loader(dataset, batches, data.num_workers))
     if data.val is None:
         return stream, None
-    held_out = ShardDataset(data.val, eval_transform(*shape), train.seed)
+    held_out = ShardDataset(
+        data.val, eval_transform(*shape), unreadable="blank" if skip else "fail"
+    )
     own = validation_batches(len(held_out), batch=train.micro_batch, rank=rank, ranks=plan.ranks)
     items = [[(0, index) for index in batch] for batch in own]
     return stream, loader(held_out, items, data.num_workers)
@@ -194,6 +232,7 @@ def _summary(
     alpha, beta = trainer.engine.coefficients
     return {
         "status": "finished" if failure is None else "stopped",
+        "stopped_early": failure is None and trainer.engine.applied < plan.steps,
         "reason": None if failure is None else str(failure),
         "model": config.model.name,
         "steps": trainer.engine.applied,
@@ -207,6 +246,8 @@ def _summary(
         "loss": trainer.progress.loss,
         "best": trainer.progress.best,
         "last": trainer.progress.last,
-        "peak_memory_bytes": int(largest(peak_memory())),
+        "skipped": trainer.progress.skipped,
+        "state_bytes": trainer.engine.state_bytes(),
+        **{kind: int(largest(value)) for kind, value in peak_memory().items()},
         "seconds": seconds,
     }

@@ -3,42 +3,54 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import MeanMetric, SumMetric
 from tqdm import tqdm
 
 from dr2dist.coefficients import Schedule
+from dr2dist.data.randomness import keyed
 from dr2dist.data.stream import Batch
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
+from dr2dist.parallel.processes import total
 from dr2dist.parallel.verdict import Verdict
 from dr2dist.tasks.classification import Classification
 from dr2dist.training.keeper import Keeper, Progress
+from dr2dist.training.profile import Profile
 from dr2dist.training.records import Records, peak_memory
+from dr2dist.training.speed import Speed
+from dr2dist.training.validation import validate
 
 log = logging.getLogger(__name__)
 
 LARGE_DRIFT = 1e-2
 """Relative error of a reconstruction above which gradients are not to be trusted."""
+NAMED = 8
+"""Samples that a message names at most."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """When things happen, in optimiser steps; all pure functions of the applied step."""
+    """When things happen, in optimiser steps; all pure functions of the applied step.
+
+    lr_scales: of each parameter group. patience: validations without a better one after which
+    the run ends; None: never.
+    """
 
     steps: int
     accumulate: int
     log_every: int
     validate_every: int
     checkpoint_every: int
+    patience: int | None
     schedule: Schedule
     learning_rate: Callable[[int], float]
+    lr_scales: tuple[float, ...]
 
 
 class Trainer:
@@ -46,7 +58,7 @@ class Trainer:
 
     train: endless micro-batches. val: this rank's share, gone through at each validation.
     records: on rank 0, None elsewhere. keeper: of the run's checkpoints. progress: what an
-    engine that goes on from a checkpoint has reached. seed: of dropout and the like, this
+    engine that goes on from a checkpoint has reached. seed: of mixing, dropout and the like, this
     rank's own; each step draws from a stream of its own, so a repeated step is the same.
     """
 
@@ -60,27 +72,40 @@ class Trainer:
         records: Records | None,
         keeper: Keeper,
         progress: Progress,
+        speed: Speed,
+        profile: Profile,
         seed: tuple[int, ...],
     ) -> None:
         self.engine, self.task, self.pace = engine, task, pace
         self.train, self.val = train, val
         self.records, self.keeper, self.progress = records, keeper, progress
-        self.seed = seed
-        self._seen, self._since = 0, time.monotonic()
+        self.speed, self.profile, self.seed = speed, profile, seed
+        self._skipped = 0
+        self._checked: list[tuple[Batch, Tensor]] = []
 
     def run(self) -> None:
         """All steps. Raises UnprovenStepError, before applying it, at one that is not proven."""
-        done, steps = self.engine.applied, self.pace.steps
-        bar = tqdm(initial=done, total=steps, unit="step", disable=self.records is None)
-        with bar:
-            while self.engine.applied < steps:
+        steps = self.pace.steps
+        bar = tqdm(
+            initial=self.engine.applied, total=steps, unit="step", disable=self.records is None
+        )
+        self.speed.restart()
+        with bar, self.profile:
+            while self.engine.applied < steps and not self._stale:
+                self.profile.before(self.engine.applied)
                 self._step(bar)
                 better = False
                 if self._due(self.pace.validate_every) and self.val is not None:
                     better = self._validate(self.val)
-                if better or self._due(self.pace.checkpoint_every):
+                if better or self._stale or self._due(self.pace.checkpoint_every):
+                    self._count_skipped()
                     self.keeper.save(self.engine, self.progress)
-                    self._since = time.monotonic()
+                    self.speed.restart()
+
+    @property
+    def _stale(self) -> bool:
+        """Whether the run ends early."""
+        return self.pace.patience is not None and self.progress.stale >= self.pace.patience
 
     def _due(self, every: int) -> bool:
         done = self.engine.applied
@@ -91,31 +116,56 @@ class Trainer:
         alpha, beta = self.pace.schedule.at(step)
         for chain in self.engine.chains:
             chain.set_coefficients(alpha, beta)
-        batches = list(islice(self.train, self.pace.accumulate))
+        with self.speed.waiting():
+            batches = list(islice(self.train, self.pace.accumulate))
         rate = self.pace.learning_rate(step)
+        rates = [rate * scale for scale in self.pace.lr_scales]
         try:
-            verdict = self.engine.step(
-                lambda: self._losses(batches), len(batches), self._rates(rate)
-            )
+            verdict = self.engine.step(lambda: self._losses(batches), len(batches), rates)
         except UnprovenStepError as failure:
-            self._log(failure.verdict, rate)
-            raise
+            named = self._name_samples(failure.verdict)
+            self._log(named, rate)
+            raise UnprovenStepError(named) from None
         self.progress.loss = verdict.loss
-        self._seen += sum(batch["count"] for batch in batches)
+        self._skipped += sum(batch["skipped"] for batch in batches)
+        self.speed.count(sum(batch["count"] for batch in batches))
         self._note_drift(verdict)
         bar.update()
         bar.set_postfix(loss=f"{verdict.loss:.4f}", beta=f"{beta:.4f}")
         if self._due(self.pace.log_every):
             self._log(verdict, rate)
 
-    def _rates(self, rate: float) -> list[float]:
-        return [rate] * self.engine.num_groups
-
     def _losses(self, batches: list[Batch]) -> Iterator[Tensor]:
-        torch.manual_seed(hash((*self.seed, self.engine.applied)) & (2**63 - 1))
-        for batch in batches:
-            output = self.engine.forward(batch["image"])
-            yield self.task.loss(output, batch["label"].to(self.engine.device))
+        step = self.engine.applied
+        self._checked = []
+        torch.manual_seed(hash((*self.seed, step)) & (2**63 - 1))
+        for number, batch in enumerate(batches):
+            with keyed(*self.seed, step, number):
+                images, targets = self.task.mix(batch["image"], batch["label"])
+            output = self.engine.forward(images)
+            self._checked.append((batch, output.detach().isfinite().flatten(1).all(1)))
+            yield self.task.training_loss(output, targets.to(self.engine.device))
+
+    def _name_samples(self, verdict: Verdict) -> Verdict:
+        """Adds the samples of a step that was not finite; every rank must call it."""
+        if "finite" not in verdict.kinds:
+            return verdict
+        whole = [key for batch, _ in self._checked for key in batch["keys"]]
+        bad = [
+            key
+            for batch, fine in self._checked
+            for key, good in zip(batch["keys"], fine.tolist(), strict=True)
+            if not good
+        ]
+        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, bad or whole)
+        texts = list(verdict.messages)
+        for rank, keys in enumerate(found):
+            if any(text.startswith(f"rank {rank}: ") for text in verdict.messages):
+                more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+                step = self.engine.applied + 1
+                texts.append(f"rank {rank}: step {step}: samples {', '.join(keys[:NAMED])}{more}")
+        return replace(verdict, messages=tuple(texts))
 
     def _note_drift(self, verdict: Verdict) -> None:
         if verdict.drift is None:
@@ -131,51 +181,46 @@ class Trainer:
             )
         self.progress.worst_drift = verdict.drift if known is None else max(known, verdict.drift)
 
+    def _count_skipped(self) -> None:
+        """Adds up what all ranks have left out; every rank must call it."""
+        self.progress.skipped += int(total(self._skipped))
+        self._skipped = 0
+
     def _log(self, verdict: Verdict, rate: float) -> None:
+        """Every rank must call it."""
+        self._count_skipped()
         alpha, beta = self.engine.coefficients
-        now = time.monotonic()
-        speed = self._seen * self.engine.replicas / (now - self._since)
-        self._seen, self._since = 0, now
+        speed = self.speed.read()
         if self.records is not None:
             self.records.log(
                 self.engine.applied,
                 loss=verdict.loss,
                 lr=rate,
+                lr_lowest=rate * min(self.pace.lr_scales),
+                lr_highest=rate * max(self.pace.lr_scales),
                 alpha=alpha,
                 beta=beta,
+                gradient_norm=self.engine.gradient_norm,
                 certificate_failures=len(verdict.messages),
                 drift=verdict.drift,
                 remainder_bytes=self.engine.remainder_bytes,
-                samples_per_second=speed,
-                peak_memory_bytes=peak_memory(),
+                skipped=self.progress.skipped,
+                **speed,
+                **peak_memory(),
             )
 
     def _validate(self, batches: Iterable[Batch]) -> bool:
-        """All held-out samples, each counted once over all ranks. True if none was better."""
-        device = self.engine.device
-        metrics = self.task.metrics().to(device)
-        loss, count = MeanMetric().to(device), SumMetric().to(device)
-        self.engine.net.eval()
-        with torch.no_grad():
-            for batch in batches:
-                # Every rank runs every batch, since ZeRO-3 gathers weights as it goes.
-                output = self.engine.forward(batch["image"])
-                if batch["count"]:
-                    labels = batch["label"].to(device)
-                    metrics.update(output.float(), labels)
-                    loss.update(self.task.loss(output, labels), weight=batch["count"])
-                    count.update(batch["count"])
-        self.engine.net.train()
-        found = {"loss": loss.compute(), "samples": count.compute(), **metrics.compute()}
-        self._since = time.monotonic()
-        return self._note({name: float(value) for name, value in found.items()})
-
-    def _note(self, found: dict[str, float]) -> bool:
+        """True if none was better."""
+        found, look = validate(self.engine, self.task, batches)
         step, progress = self.engine.applied, self.progress
         progress.last = {"step": step, **found}
         if self.records is not None:
             self.records.log(step, **{f"val_{name}": value for name, value in found.items()})
+            if look is not None:
+                self.records.show(step, look)
         better = progress.best is None or found[self.task.best] > progress.best[self.task.best]
+        progress.stale = 0 if better else progress.stale + 1
         if better:
             progress.best = progress.last
+        self.speed.restart()
         return better

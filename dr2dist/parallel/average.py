@@ -1,0 +1,80 @@
+"""Exponentially averaged weights, sharded as the masters are: each rank averages its share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dr2dist.parallel.masters import Fragment, Masters
+
+
+class Average:
+    """average = decay * average + (1 - decay) * master, after each applied step.
+
+    Starts from the masters as they are. Holds 4 bytes for each trained parameter of this rank's
+    share, on every ZeRO stage; ranks that all hold the same masters share the work.
+    """
+
+    def __init__(self, masters: Masters, decay: float) -> None:
+        self._masters, self._decay = masters, decay
+        self._values = {key: values.clone() for key, values in self._master_shares()}
+
+    def _master_shares(self) -> Iterator[tuple[tuple[str, int], Tensor]]:
+        """(parameter, start) and this rank's part of the masters, a view."""
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        for fragment in self._masters.fragments:
+            share = fragment.share(rank, ranks)
+            if fragment.owner is not None and share.start != share.stop:
+                key = fragment.name, fragment.start + share.start
+                yield key, fragment.values[share].detach()
+
+    def update(self) -> None:
+        """Takes in the masters of the step that was just applied."""
+        for key, master in self._master_shares():
+            self._values[key].lerp_(master.float(), 1 - self._decay)
+
+    def shares(self) -> list[tuple[tuple[str, int], Tensor]]:
+        """((parameter, start), averages [n]) of this rank, themselves."""
+        return list(self._values.items())
+
+    def share(self, name: str, start: int) -> Tensor | None:
+        """The averages [n] of this rank's share that starts there; None if it has none."""
+        return self._values.get((name, start))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank holds."""
+        return sum(value.nbytes for value in self._values.values())
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts the averages into the network, and the masters back; every rank must call it."""
+        before = {(f.name, f.start): f.values.clone() for f in self._masters.fragments}
+        for fragment in self._masters.fragments:
+            if fragment.owner is not None:
+                fragment.values.copy_(self._whole(fragment))
+        self._masters.publish()
+        try:
+            yield
+        finally:
+            for fragment in self._masters.fragments:
+                fragment.values.copy_(before[fragment.name, fragment.start])
+            self._masters.publish()
+
+    def _whole(self, fragment: Fragment) -> Tensor:
+        """All averages of a fragment: of a replicated one, the shares of all ranks."""
+        if not fragment.replicated:
+            return self._values[fragment.name, fragment.start]
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        share = fragment.share(rank, ranks)
+        padded = fragment.values.new_zeros(fragment.share(0, ranks).stop)
+        if share.start != share.stop:
+            own = self._values[fragment.name, fragment.start + share.start]
+            padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in range(ranks)]
+        dist.all_gather(parts, padded)
+        return torch.cat(parts)[: len(fragment.values)]

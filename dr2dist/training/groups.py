@@ -1,0 +1,89 @@
+"""What trains, and how fast: frozen parameters, and groups of the optimiser.
+
+Few groups, since each is a partition of its own under ZeRO: parameters with equal settings
+share one, wherever they are in the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from dr2dist.config.optim import Group
+from dr2dist.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with a learning rate of lr_scale times the schedule's, and a weight decay."""
+
+    parameters: tuple[nn.Parameter, ...]
+    lr_scale: float
+    weight_decay: float
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Takes the parameters that match out of training.
+
+    Raises UserError for a pattern that matches none, or if nothing is left to train.
+    """
+    for pattern in patterns:
+        for parameter in _matching(model, pattern, "model.freeze"):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("model.freeze: every parameter matches, so nothing is left to train")
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float | None, groups: Sequence[Group] = ()
+) -> list[ParameterGroup]:
+    """The trained parameters of a timm model, in few groups.
+
+    weight_decay: none for vectors (biases, norms, scales) and what the model itself excludes.
+    layer_decay: the learning rate of the layer k below the head is times layer_decay^k (BEiT,
+    arXiv 2106.08254, as timm counts layers). groups: further settings by name, the first match
+    counts. Raises UserError for a pattern that matches nothing.
+    """
+    settings = _by_timm(model, weight_decay, layer_decay)
+    taken: set[nn.Parameter] = set()
+    for number, group in enumerate(groups):
+        for parameter in _matching(model, group.match, f"optim.groups.{number}.match"):
+            if parameter.requires_grad and parameter not in taken:
+                scale, decay = settings[parameter]
+                own = decay if group.weight_decay is None else group.weight_decay
+                settings[parameter] = scale * group.lr_scale, own
+                taken.add(parameter)
+    merged: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            merged.setdefault(settings[parameter], []).append(parameter)
+    return [ParameterGroup(tuple(found), *key) for key, found in merged.items()]
+
+
+def _by_timm(
+    model: nn.Module, weight_decay: float, layer_decay: float | None
+) -> dict[nn.Parameter, tuple[float, float]]:
+    names: set[str] = getattr(model, "no_weight_decay", set)()
+    if layer_decay is None:
+        found = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=names)
+    else:
+        found = param_groups_layer_decay(
+            model, weight_decay, no_weight_decay_list=names, layer_decay=layer_decay
+        )
+    return {
+        parameter: (group.get("lr_scale", 1.0), group["weight_decay"])
+        for group in found
+        for parameter in group["params"]
+    }
+
+
+def _matching(model: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:
+    named = dict(model.named_parameters())
+    found = [parameter for name, parameter in named.items() if fnmatchcase(name, pattern)]
+    if not found:
+        raise UserError(f"{key}: '{pattern}' matches no parameter{nearest(pattern, named)}")
+    return found

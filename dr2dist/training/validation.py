@@ -1,0 +1,61 @@
+"""Held-out samples through the engine: metrics over all ranks, and a look at some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, SumMetric
+
+from dr2dist.data.stream import Batch
+from dr2dist.parallel.engine import ReversibleEngine
+from dr2dist.tasks.classification import Classification
+
+SHOWN = 8
+"""Images of a look."""
+
+
+class Look(NamedTuple):
+    """Some held-out samples: images fp32 [n, 3, H, W], labels and predicted classes int64 [n]."""
+
+    images: Tensor
+    labels: Tensor
+    predicted: Tensor
+
+
+def validate(
+    engine: ReversibleEngine, task: Classification, batches: Iterable[Batch]
+) -> tuple[dict[str, float], Look | None]:
+    """All held-out samples, each counted once over all ranks; every rank must call it.
+
+    Returns the metrics with loss, samples and skipped, and a look at this rank's first batch. It
+    is the averaged weights that are validated, if there are any.
+    """
+    device = engine.device
+    metrics = task.metrics().to(device)
+    loss, count, skipped = MeanMetric().to(device), SumMetric().to(device), SumMetric().to(device)
+    look = None
+    engine.net.eval()
+    with torch.no_grad(), engine.averaged():
+        for batch in batches:
+            # Every rank runs every batch, since ZeRO-3 gathers weights as it goes.
+            output = engine.forward(batch["image"])
+            skipped.update(batch["skipped"])
+            if batch["count"]:
+                labels = batch["label"].to(device)
+                metrics.update(output.float(), labels)
+                loss.update(task.loss(output, labels), weight=batch["count"])
+                count.update(batch["count"])
+                if look is None:
+                    predicted = output[:SHOWN].argmax(-1).cpu()
+                    look = Look(batch["image"][:SHOWN], batch["label"][:SHOWN], predicted)
+    engine.net.train()
+    found = {
+        "loss": loss.compute(),
+        "samples": count.compute(),
+        "skipped": skipped.compute(),
+        **metrics.compute(),
+    }
+    return {name: float(value) for name, value in found.items()}, look

@@ -1,0 +1,276 @@
+"""Recipes: groups, averaged weights, schedules, mixing, weights of classes, ending early."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+import dr2dist
+from dr2dist.config.optim import Group, Optim
+from dr2dist.data.order import train_batches
+from dr2dist.data.randomness import keyed
+from dr2dist.data.stream import ShardDataset, loader
+from dr2dist.data.transforms import eval_transform
+from dr2dist.errors import UserError
+from dr2dist.tasks.classification import Classification
+from dr2dist.training.checkpoint import Checkpoint, checkpoints
+from dr2dist.training.groups import freeze, parameter_groups
+from dr2dist.training.schedule import learning_rate
+from tests.images import make_small_shards
+from tests.models import build
+from tests.pool import Pool
+
+STEPS, BATCH, DECAY, LAYER_DECAY = 6, 6, 0.7, 0.6
+CONFIG = f"""
+model: {{name: vit_tiny_patch16_224, image_size: 32}}
+coefficients: {{kind: constant, alpha: 0.9, beta: 0.1}}
+task: {{name: classification, num_classes: 2}}
+data: {{train: SHARDS/train, val: SHARDS/val, hflip: false, scale: [1.0, 1.0]}}
+optim:
+  {{name: sgd, momentum: 0.9, lr: 0.02, weight_decay: 0.1, layer_decay: {LAYER_DECAY}, clip: null,
+    groups: [{{match: "head.*", lr_scale: 3}}]}}
+train: {{steps: {STEPS}, micro_batch: {BATCH}, ema: {DECAY}, log_every: 1, validate_every: 3}}
+output: OUTPUT
+"""
+NORMAL = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_shards(tmp_path_factory.mktemp("data"), size=32)
+
+
+def write_config(folder: Path, shards: Path, name: str) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(CONFIG.replace("SHARDS", str(shards)).replace("OUTPUT", str(folder / name)))
+    return path
+
+
+def run(pool: Pool, path: Path, *overrides: str) -> dict[str, Any]:
+    results = pool.run("tests.cases:run_config", path=str(path), overrides=list(overrides))
+    summary: dict[str, Any] = results[0]
+    return summary
+
+
+def scale_of(name: str) -> float:
+    """BEiT's layer decay by hand for a ViT of 12 blocks: stem 0, blocks 1 to 12, head 13."""
+    if name.startswith("blocks."):
+        layer = int(name.split(".")[1]) + 1
+    else:
+        # timm counts the last norm with the last block.
+        layer = {"head": 13, "norm": 12}.get(name.partition(".")[0], 0)
+    return float(LAYER_DECAY ** (13 - layer)) * (3 if layer == 13 else 1)
+
+
+def plain_loop(shards: Path) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
+    """(weights, averages, gradient norms) by one process, SGD and EMA written out."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 32), num_classes=2)
+    net = dr2dist.convert(model, 0.9, 0.1, memory="store").train()
+    dataset = ShardDataset(shards / "train", eval_transform((32, 32), *NORMAL))
+    items = train_batches(len(dataset), 64, 0, micro_batch=BATCH, accumulate=1, rank=0, ranks=1)
+    named = dict(net.named_parameters())
+    average = {name: value.detach().clone() for name, value in named.items()}
+    speed: dict[str, torch.Tensor] = {}
+    norms = []
+    optim = Optim(lr=0.02)
+    for step, batch in zip(range(STEPS), loader(dataset, items, 0), strict=False):
+        net.zero_grad()
+        nn.functional.cross_entropy(net(batch["image"]), batch["label"]).backward()
+        norms.append(float(sum(p.grad.double().square().sum() for p in named.values()) ** 0.5))
+        for name, value in named.items():
+            decayed = value.ndim > 1 and name not in ("pos_embed", "cls_token")
+            grad = value.grad + (0.1 if decayed else 0.0) * value.detach()
+            speed[name] = grad if name not in speed else 0.9 * speed[name] + grad
+            value.data -= learning_rate(optim, STEPS)(step) * scale_of(name) * speed[name]
+            average[name] = DECAY * average[name] + (1 - DECAY) * value.detach()
+    return named, average, norms
+
+
+@pytest.fixture(scope="module")
+def plain(shards: Path) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
+    return plain_loop(shards)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_layer_decay_groups_and_averages_equal_a_plain_loop_on_every_stage(
+    zero: int, tmp_path: Path, shards: Path, plain: Any, two_ranks: Pool
+) -> None:
+    path = write_config(tmp_path, shards, "run")
+    overrides = ["data.mean=[0.5, 0.5, 0.5]", "data.std=[0.5, 0.5, 0.5]", "train.micro_batch=3"]
+    offload = ["parallel.offload_optimizer=true"] if zero == 2 else []
+    summary = run(two_ranks, path, f"parallel.zero={zero}", *overrides, *offload)
+    saved = Checkpoint(checkpoints(tmp_path / "run")[-1])
+    weights, averages, norms = plain
+    for name in weights:
+        for kind, wanted in (("master", weights), ("ema", averages)):
+            assert torch.allclose(saved.tensor(kind, name), wanted[name], rtol=0, atol=1e-5), name
+    lines = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert [line["gradient_norm"] for line in logged] == pytest.approx(norms, rel=1e-4)
+    assert logged[0]["lr_highest"] == pytest.approx(3 * logged[0]["lr"])
+    assert logged[0]["lr_lowest"] == pytest.approx(LAYER_DECAY**13 * logged[0]["lr"])
+    assert summary["state_bytes"]["average"] < 0.6 * sum(4 * v.numel() for v in weights.values())
+    # What is validated and exported is the average.
+    dr2dist_file = tmp_path / "out.safetensors"
+    from dr2dist.inference.evaluate import evaluate
+    from dr2dist.inference.exported import export
+
+    export(tmp_path / "run", dr2dist_file, "last")
+    net = dr2dist.load(dr2dist_file)
+    for name, value in net.named_parameters():
+        assert torch.allclose(value, averages[name], rtol=0, atol=1e-5), name
+    found = evaluate(dr2dist_file, shards / "val", progress=False)
+    assert found["loss"] == pytest.approx(summary["last"]["loss"], rel=1e-5)
+    assert found["accuracy"] == pytest.approx(summary["last"]["accuracy"])
+
+
+def test_averages_go_on_to_the_same_bits_and_on_another_layout(
+    tmp_path: Path, shards: Path, two_ranks: Pool, three_ranks: Pool
+) -> None:
+    more = ["train.checkpoint_every=2", "task.mixup=0.4", "task.cutmix=1.0", "data.erase=0.5"]
+    more += ["data.rand_augment={}", "data.num_workers=0", "train.patience=9"]
+    paths = {name: write_config(tmp_path, shards, name) for name in ("quiet", "broken")}
+    run(two_ranks, paths["quiet"], "parallel.zero=3", *more)
+    two_ranks.run(
+        "tests.cases:run_until",
+        path=str(paths["broken"]),
+        overrides=["parallel.zero=3", *more],
+        step=3,
+    )
+    run(two_ranks, paths["broken"], "parallel.zero=3", *more)
+    one, other = (Checkpoint(checkpoints(tmp_path / name)[-1]) for name in ("quiet", "broken"))
+    for kind in ("master", "ema", "momentum_buffer"):
+        assert one.names(kind) == other.names(kind) != []
+        for name in one.names(kind):
+            assert torch.equal(one.tensor(kind, name), other.tensor(kind, name)), (kind, name)
+    path = write_config(tmp_path, shards, "moved")
+    for pool, batch, zero, step in ((two_ranks, 6, 3, 3), (three_ranks, 4, 0, None)):
+        overrides = [f"parallel.zero={zero}", f"train.micro_batch={batch}"]
+        case = "run_config" if step is None else "run_until"
+        steps = {} if step is None else {"step": step}
+        overrides += ["train.checkpoint_every=2"]
+        pool.run(f"tests.cases:{case}", path=str(path), overrides=overrides, **steps)
+    path = write_config(tmp_path, shards, "stayed")
+    run(two_ranks, path, "parallel.zero=1")
+    one, other = (Checkpoint(checkpoints(tmp_path / name)[-1]) for name in ("moved", "stayed"))
+    for name in one.names("ema"):
+        assert torch.allclose(one.tensor("ema", name), other.tensor("ema", name), atol=1e-5), name
+
+
+def test_frozen_parameters_stay_and_cost_no_state(
+    tmp_path: Path, shards: Path, two_ranks: Pool
+) -> None:
+    path = write_config(tmp_path, shards, "run")
+    frozen = '["blocks.[0-5].*", pos_embed, "patch_embed.*", cls_token]'
+    summary = run(two_ranks, path, f"model.freeze={frozen}", "train.steps=2", "parallel.zero=2")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 32), num_classes=2)
+    saved = Checkpoint(checkpoints(tmp_path / "run")[-1])
+    moved = {
+        name: not torch.equal(saved.tensor("master", name), value)
+        for name, value in model.named_parameters()
+    }
+    still = [name for name, changed in moved.items() if not changed]
+    assert {"pos_embed", "cls_token", "blocks.5.mlp.fc2.weight"} <= set(still)
+    assert moved["blocks.6.mlp.fc2.weight"] and moved["head.weight"]
+    assert set(saved.names("ema")).isdisjoint(still)
+    trained = sum(v.numel() for n, v in model.named_parameters() if moved[n])
+    assert summary["state_bytes"]["moments"] == pytest.approx(4 * trained / 2, rel=0.01)
+
+
+def test_groups_are_few_and_wrong_patterns_are_told() -> None:
+    model = build("swin")
+    named = dict(model.named_parameters())
+    groups = parameter_groups(model, 0.05, None)
+    assert len(groups) == 2
+    decayed = next(group for group in groups if group.weight_decay)
+    assert all(value.ndim > 1 for value in decayed.parameters)
+    own = [Group(match="head.*", lr_scale=10, weight_decay=0.5), Group(match="*.bias", lr_scale=2)]
+    groups = parameter_groups(model, 0.05, None, own)
+    assert sorted((g.lr_scale, g.weight_decay) for g in groups) == [
+        (1.0, 0.0),
+        (1.0, 0.05),
+        (2.0, 0.0),
+        (10.0, 0.5),
+    ]
+    head = next(group for group in groups if group.lr_scale == 10)
+    assert {id(value) for value in head.parameters} == {
+        id(value) for name, value in named.items() if name.startswith("head.")
+    }
+    assert sum(len(group.parameters) for group in groups) == len(named)
+    with pytest.raises(UserError, match=r"optim.groups.0.match: 'haed.fc.weight' matches no"):
+        parameter_groups(model, 0.05, None, [Group(match="haed.fc.weight")])
+    with pytest.raises(UserError, match=r"model.freeze: 'blcks.\*' matches no parameter"):
+        freeze(model, ["blcks.*"])
+    with pytest.raises(UserError, match="nothing is left to train"):
+        freeze(model, ["*"])
+
+
+def test_schedules_rise_and_end_where_they_say() -> None:
+    def rates(**options: Any) -> list[float]:
+        rate = learning_rate(Optim(lr=1.0, **options), 40)
+        return [rate(step) for step in range(40)]
+
+    for kind in ("cosine", "tanh", "poly"):
+        found = rates(schedule=kind, min_lr=0.1, warmup=0.25)
+        assert np.diff(found[:11]) == pytest.approx([0.09] * 10, abs=1e-5)
+        assert found[10] == pytest.approx(1, abs=1e-4) and 0.1 < found[-1] < 0.15
+        assert all(high >= low for high, low in pairwise(found[10:]))
+    assert rates(warmup=0)[10] == pytest.approx((1 + np.cos(np.pi / 4)) / 2)
+    assert rates(schedule="poly", warmup=0, power=2)[20] == pytest.approx(0.25)
+    steps = rates(schedule="multistep", decay_at=(0.5, 0.75), decay_rate=0.2, warmup=0.1)
+    assert (steps[19], steps[20], steps[29], steps[30]) == pytest.approx((1, 0.2, 0.2, 0.04))
+    rate = learning_rate(Optim(lr=1.0), 40)
+    assert rate(7) == [rate(3), rate(30), rate(7)][2]  # a function of the step alone
+
+
+def test_losses_of_smoothed_weighed_and_mixed_targets() -> None:
+    logits, labels = torch.randn(8, 3), torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
+    shares = logits.log_softmax(1)
+    task = Classification(3, label_smoothing=0.3, class_weights=[1.0, 2.0, 4.0])
+    target = 0.7 * nn.functional.one_hot(labels, 3) + 0.1
+    wanted = -(target * torch.tensor([1.0, 2.0, 4.0]) * shares).sum(1).mean()
+    assert torch.allclose(task.training_loss(logits, labels), wanted)
+    halves = [task.training_loss(logits[k], labels[k]) for k in (slice(0, 4), slice(4, 8))]
+    assert torch.allclose((halves[0] + halves[1]) / 2, wanted)
+    assert torch.allclose(task.loss(logits, labels), -shares[range(8), labels].mean())
+    images = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 16, 16)
+    before = images.clone()
+    for options in ({"mixup": 1.0}, {"cutmix": 1.0}):
+        task = Classification(3, **options)
+        with keyed(1, 2):
+            mixed, targets = task.mix(images, labels)
+        with keyed(1, 2):
+            again, _ = task.mix(images, labels)
+        assert torch.equal(mixed, again) and torch.equal(images, before)
+        # Image k is mixed with image 7 - k; its target says by how much.
+        share = mixed.mean((1, 2, 3))
+        assert not torch.equal(share, torch.arange(8.0))
+        kept = (share - (7 - torch.arange(8.0))) / (2 * torch.arange(8.0) - 7)
+        assert torch.allclose(kept, kept[0].expand(8), atol=1e-4)
+        one_hot = nn.functional.one_hot(labels, 3).float()
+        assert torch.allclose(targets, kept[0] * one_hot + (1 - kept[0]) * one_hot.flip(0))
+        assert torch.isfinite(task.training_loss(logits, targets))
+
+
+def test_balanced_classes_and_an_early_end(
+    tmp_path: Path, shards: Path, two_ranks: Pool, one_rank: Pool
+) -> None:
+    path = write_config(tmp_path, shards, "run")
+    more = ["task.balance_classes=true", "optim.lr=1e-9", "train.steps=30"]
+    summary = run(two_ranks, path, *more, "train.validate_every=2", "train.patience=3")
+    assert summary["status"] == "finished" and summary["stopped_early"]
+    assert summary["steps"] == 8 and summary["best"]["step"] == 2
+    again = run(two_ranks, path, *more, "train.validate_every=2", "train.patience=3")
+    assert again["steps"] == 8
+    with pytest.raises(AssertionError, match="fp16 needs a GPU"):
+        run(one_rank, write_config(tmp_path, shards, "half"), "train.precision=fp16")
