@@ -273,9 +273,9 @@ def write_page(results: dict[str, Any]) -> str:
         "",
         f"A pretrained ViT-S/14 (22 M parameters) at 56 pixels, {steps} steps, AdamW, fp32, one "
         f"rank; {seeds} seeds, the same for every way. The learning rate is the one of "
-        f"{', '.join(f'{rate:g}' for rate in RATES)} with the lowest loss on a part of the training "
-        "data. Held-out images are looked at once, after the last step. Differences are to "
-        "conventional finetuning with the same seed; ± is the 95 % interval of their mean by "
+        f"{', '.join(f'{rate:g}' for rate in RATES)} with the lowest loss on a part of the "
+        "training data. Held-out images are looked at once, after the last step. Differences are "
+        "to conventional finetuning with the same seed; ± is the 95 % interval of their mean by "
         "Student's t. Short runs on a small model: this shows what breaks and what does not, not "
         "the last point of accuracy.",
         "",
@@ -322,8 +322,8 @@ def _table(title: str, ways: dict[str, Any], rates: dict[str, float]) -> list[st
         drift = "" if None in drifts else f"{max(drifts):.1e}"
         failures = sum(r["certificate_failures"] for r in every)
         lines.append(
-            f"| {way}{stopped} | {rates[way]:g} | {cells[0]:.3f} | {cells[1]:.3f} | {differences[0]} | "
-            f"{differences[1]} | {drift} | {failures} |"
+            f"| {way}{stopped} | {rates[way]:g} | {cells[0]:.3f} | {cells[1]:.3f} | "
+            f"{differences[0]} | {differences[1]} | {drift} | {failures} |"
         )
     return [*lines, ""]
 

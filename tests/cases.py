@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dr2dist
+from dr2dist.backbones.build import build_deferred, build_model
 from dr2dist.config import load_config
 from dr2dist.parallel.deepspeed_json import deepspeed_config
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
@@ -79,7 +80,9 @@ def curve(kind: str, steps: int = 20, accumulate: int = 1, **options: Any) -> An
 
 def full_state(engine: ReversibleEngine) -> dict[str, Tensor] | None:
     """All masters and buffers by name, on rank 0; every rank must call it."""
-    parts = [(f.name, f.shape, f.start, f.values.float()) for f in engine.masters.fragments]
+    # A copy each: a view would be sent with all that it is a view of.
+    held = engine.masters.fragments
+    parts = [(f.name, f.shape, f.start, f.values.float().clone()) for f in held]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, parts)
     state = {name: value.clone() for name, value in engine.buffers().items()}
@@ -179,6 +182,44 @@ def ddp_gradients() -> dict[str, Tensor]:
 def run_config(path: str, overrides: list[str]) -> dict[str, Any]:
     """A whole run in this group."""
     return run(load_config(path, overrides))
+
+
+def sharded_build(bf16: bool) -> tuple[int, int, int, bool]:
+    """(most values held while sharding, those of the largest parameter, of the model, equal)."""
+    name = "vit_tiny_patch16_224"
+    torch.manual_seed(0)
+    whole = dict(
+        build_model(name, weights=None, image_size=(32, 32), num_classes=3).named_parameters()
+    )
+    torch.manual_seed(0)
+    model, read = build_deferred(name, weights=None, image_size=(32, 32), num_classes=3)
+    net = dr2dist.convert(model)
+    held = []
+
+    def watched(key: str) -> Tensor:
+        real = [p for p in net.parameters() if not p.is_meta]
+        held.append(sum(p.numel() + p.ds_tensor.numel() for p in real))
+        return read(key)
+
+    config = deepspeed_config(
+        zero=3,
+        precision="bf16" if bf16 else "fp32",
+        micro_batch=1,
+        accumulate=1,
+        replicas=dist.get_world_size(),
+        clip=None,
+    )
+    optimizer = torch.optim.SGD(net.parameters(), 1e-2)
+    precision: Any = "bf16" if bf16 else "fp32"
+    engine = ReversibleEngine(net, net.chains, optimizer, config, precision, weights=watched)
+    state = full_state(engine)
+    kind = torch.bfloat16 if bf16 else torch.float32
+    equal = state is None or all(
+        torch.equal(state[key], value.to(kind).float()) for key, value in whole.items()
+    )
+    sizes = [value.numel() for value in whole.values()]
+    engine.step(lambda: [engine.forward(torch.randn(1, 3, 32, 32)).float().sum()], 1, [1e-2])
+    return max(held), max(sizes), sum(sizes), equal
 
 
 class BrokenOffError(Exception):

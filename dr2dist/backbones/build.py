@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dr2dist.backbones.deferred import deferred, make_buffers
 from dr2dist.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,51 @@ def build_model(
     resized to `image_size`, height and width in pixels, and a head of another number of classes
     starts anew. Raises UserError for an unknown name, a bad file, or weights that do not fit.
     """
+    model = _create(name, weights, image_size, num_classes, drop_path, dropout)
+    if weights not in (None, "hub"):
+        model.load_state_dict(_read(model, Path(str(weights))), strict=False)
+    return model
+
+
+def build_deferred(
+    name: str,
+    *,
+    weights: str | None,
+    image_size: tuple[int, int] | None,
+    num_classes: int,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
+) -> tuple[nn.Module, Callable[[str], Tensor]]:
+    """build_model's model with parameters on the meta device, and what gives each one's values.
+
+    The values have the same bits as build_model's, and come one parameter at a time: a file is
+    mapped, not read. Arguments and errors as build_model's; "hub" is refused.
+    """
+    if weights == "hub":
+        raise UserError("model.weights: hub builds the whole model, so nothing is deferred")
+    with deferred() as maker:
+        model = _create(name, None, image_size, num_classes, drop_path, dropout)
+    make_buffers(model, maker)
+    places = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    state = {} if weights is None else _read(model, Path(weights))
+    for key, buffer in model.named_buffers():
+        if key in state:
+            buffer.copy_(state[key])
+
+    def read(key: str) -> Tensor:
+        return state[key].clone() if key in state else maker.make(places[key])
+
+    return model, read
+
+
+def _create(
+    name: str,
+    weights: str | None,
+    image_size: tuple[int, int] | None,
+    num_classes: int,
+    drop_path: float,
+    dropout: float,
+) -> nn.Module:
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())
         raise UserError(f"model.name: '{name}' is not a model of timm{hint}")
@@ -42,15 +89,14 @@ def build_model(
     if image_size is not None:
         options["img_size"] = image_size
     try:
-        model = timm.create_model(name, pretrained=weights == "hub", **options)
+        model: nn.Module = timm.create_model(name, pretrained=weights == "hub", **options)
     except (TypeError, AssertionError, ValueError) as error:
         raise UserError(f"model: {name} cannot be built with {options}: {error}") from None
-    if weights not in (None, "hub"):
-        _load(model, Path(str(weights)))
     return model
 
 
-def _load(model: Any, path: Path) -> None:
+def _read(model: Any, path: Path) -> dict[str, Tensor]:
+    """What a file holds for the model; a head of another number of classes is left out."""
     try:
         with safe_open(path, "pt") as file:
             trained = file.metadata() or {}
@@ -78,7 +124,7 @@ def _load(model: Any, path: Path) -> None:
         )
     for name in sorted(fresh):
         log.info("%s starts anew: %s does not hold it", name, path)
-    model.load_state_dict({n: v for n, v in state.items() if n not in fresh}, strict=False)
+    return {name: value for name, value in state.items() if name not in fresh}
 
 
 def _fitted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from dr2dist.parallel.average import Average
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.parallel.masters import Masters
+from dr2dist.parallel.sharding import shard
 from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
 from dr2dist.reversible import Chain, FunctionRunner, PlainRunner
 
@@ -41,7 +42,9 @@ class ReversibleEngine:
     net: a converted network, before any sharding. chains: its chains. optimizer: over its
     parameters. config: DeepSpeed's configuration, complete. precision: what functions compute in,
     with fp32 master weights on every ZeRO stage. ema: decay of averaged weights, if they are
-    wanted. The process group must exist.
+    wanted. weights: gives the values of parameters by name where the network's are on the meta
+    device (ZeRO 3 only), of which no rank then holds more than one whole at a time. The process
+    group must exist.
     """
 
     def __init__(
@@ -52,10 +55,13 @@ class ReversibleEngine:
         config: dict[str, Any],
         precision: Precision = "fp32",
         ema: float | None = None,
+        weights: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.chains = chains
         self.zero = int(config["zero_optimization"]["stage"])
         runner = _runner(chains, self.zero)
+        if weights is not None:
+            shard(net, weights, config, DTYPES[precision])
         parameters = [p for p in net.parameters() if p.requires_grad]
         self._engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
         self.net: nn.Module = self._engine.module

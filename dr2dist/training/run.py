@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from dr2dist.backbones.build import build_model
+from dr2dist.backbones.build import build_deferred, build_model
 from dr2dist.backbones.network import convert
 from dr2dist.config import Config, dump_config
 from dr2dist.config.optim import Optim
@@ -88,15 +90,7 @@ def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
 
 def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, ...]]:
     """The engine, and the learning-rate scale of each of its groups."""
-    torch.manual_seed(config.train.seed)
-    model = build_model(
-        config.model.name,
-        weights=config.model.weights,
-        image_size=config.model.image_size,
-        num_classes=config.task.num_classes,
-        drop_path=config.model.drop_path,
-        dropout=config.model.dropout,
-    )
+    model, weights = _model(config)
     freeze(model, config.model.freeze)
     groups = parameter_groups(
         model, config.optim.weight_decay, config.optim.layer_decay, config.optim.groups
@@ -118,8 +112,25 @@ def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, 
         plan.deepspeed,
         config.train.precision,
         config.train.ema,
+        weights,
     )
     return engine, tuple(group.lr_scale for group in groups)
+
+
+def _model(config: Config) -> tuple[torch.nn.Module, Callable[[str], Tensor] | None]:
+    """The model; under ZeRO-3 without its parameters, and what gives them one at a time."""
+    torch.manual_seed(config.train.seed)
+    part = config.model
+    options: dict[str, Any] = {
+        "weights": part.weights,
+        "image_size": part.image_size,
+        "num_classes": config.task.num_classes,
+        "drop_path": part.drop_path,
+        "dropout": part.dropout,
+    }
+    if config.parallel.zero == 3 and part.weights != "hub":
+        return build_deferred(part.name, **options)
+    return build_model(part.name, **options), None
 
 
 def _optimizer(optim: Optim, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
