@@ -39,9 +39,12 @@ setup(
     ],
     extras_require={
         "demo": ["onnx"],
+        "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "test": [
             "mypy",
             "onnx",
+            "onnxruntime",
+            "onnxscript",
             "pytest",
             "pytest-timeout",
             "ruff",

@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -210,25 +211,33 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     export = _add(
         commands,
         "export",
-        "Write a run's best or last checkpoint as one file for inference.",
+        "Write a run's best or last checkpoint as one file: safetensors for dr2dist, ONNX or a "
+        "program of torch.export for anything else.",
         "dr2dist export runs/photos --output photos.safetensors",
     )
     export.add_argument("run", type=Path, help="folder of a run")
-    export.add_argument("--output", type=_safetensors, required=True, help="FILE.safetensors")
+    export.add_argument(
+        "--output", type=Path, required=True, help="FILE.safetensors, FILE.onnx or FILE.pt2"
+    )
     export.add_argument("--which", choices=("best", "last"), default="best")
     export.set_defaults(command=_export)
 
 
-def _safetensors(text: str) -> Path:
-    if not text.endswith(".safetensors"):
-        raise argparse.ArgumentTypeError(f"'{text}' does not end in .safetensors")
-    return Path(text)
-
-
 def _export(given: argparse.Namespace) -> int:
     from dr2dist.inference.exported import export
+    from dr2dist.inference.portable import ENDINGS, export_portable
 
-    facts = export(given.run, given.output, given.which)
+    if given.output.suffix == ".safetensors":
+        facts = export(given.run, given.output, given.which)
+    elif given.output.suffix in ENDINGS:
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder) / "weights.safetensors"
+            facts = export(given.run, weights, given.which)
+            difference = export_portable(weights, given.output)
+        print(f"{given.output}: within {difference:.2g} of the module's outputs")
+    else:
+        allowed = ", ".join((".safetensors", *ENDINGS))
+        raise UserError(f"{given.output}: allowed endings are {allowed}")
     print(
         f"{given.output}: {facts.model} after {facts.step} steps, alpha {facts.alpha:.4f}, "
         f"beta {facts.beta:.4f}, {len(facts.classes)} classes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
 import tarfile
 from collections import Counter
@@ -17,6 +18,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from dr2dist.config.data import RandAugment
 from dr2dist.data.index import read_index
 from dr2dist.data.order import epoch_order, train_batches, validation_batches
 from dr2dist.data.shards import make_shards, verify_shards
@@ -223,14 +225,75 @@ def test_augmentation_is_keyed_by_the_sample(tmp_path: Path) -> None:
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
     shards = make_small_shards(tmp_path) / "train"
-    _, index = read_index(shards)
-    sample = index.shards[0].samples[2]
-    with (shards / index.shards[0].name).open("r+b") as file:
-        file.seek(sample.offset)
-        file.write(b"x" * 50)
+    sample = read_index(shards)[1].shards[0].samples[2]
+    broken_at(shards, [2])
     dataset = ShardDataset(shards, eval_transform((8, 8), *NORMAL))
     with pytest.raises(UserError, match=rf"shard-000000\.tar: sample '{sample.key}' cannot"):
         dataset[0, 2]
+
+
+def broken_at(shards: Path, places: list[int]) -> None:
+    """Overwrites samples of the first shard."""
+    _, index = read_index(shards)
+    with (shards / index.shards[0].name).open("r+b") as file:
+        for place in places:
+            file.seek(index.shards[0].samples[place].offset)
+            file.write(b"x" * 50)
+
+
+def test_unreadable_images_are_replaced_in_training_and_left_out_of_validation(
+    tmp_path: Path,
+) -> None:
+    shards = make_small_shards(tmp_path) / "train"
+    transform = eval_transform((8, 8), *NORMAL)
+    whole = ShardDataset(shards, transform)
+    samples = {index: whole[0, index] for index in (1, 2, 4, 5)}
+    broken_at(shards, [2, 3, 6])
+    items = [[(0, 1), (0, 2)], [(0, 3), (0, 5)], [(0, 2), (0, 3)]]
+    first, second, third = loader(ShardDataset(shards, transform, unreadable="next"), items, 0)
+    assert torch.equal(first["image"][1], samples[4]["image"])
+    assert first["keys"] == [samples[1]["key"], samples[4]["key"]]
+    assert int(first["label"][1]) == samples[4]["label"]
+    assert [batch["skipped"] for batch in (first, second, third)] == [2, 1, 3]
+    assert [batch["count"] for batch in (first, second, third)] == [2, 2, 2]
+    first, second, third = loader(ShardDataset(shards, transform, unreadable="blank"), items, 2)
+    assert [batch["keys"] for batch in (first, second)] == [
+        [samples[1]["key"]],
+        [samples[5]["key"]],
+    ]
+    assert [batch["skipped"] for batch in (first, second, third)] == [1, 1, 2]
+    assert [batch["count"] for batch in (first, second, third)] == [1, 1, 0]
+    assert third["image"].shape == (1, 3, 8, 8) and not third["image"].any()
+
+
+def test_strong_augmentation_is_keyed_by_the_sample_too(tmp_path: Path) -> None:
+    shards = make_small_shards(tmp_path) / "train"
+    plain, strong = (
+        train_transform((16, 16), *NORMAL, hflip=False, vflip=False, scale=(1, 1), **more)
+        for more in ({}, {"rand_augment": RandAugment(), "erase": 0.9})
+    )
+    items = [[(epoch, index) for index in range(4)] for epoch in range(2)]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    runs = [list(loader(ShardDataset(shards, strong, 1), items, workers)) for workers in (0, 2)]
+    assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.equal(states[2], torch.get_rng_state())
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one["image"], other["image"])
+    assert not torch.equal(runs[0][0]["image"], runs[0][1]["image"])
+    unchanged = next(iter(loader(ShardDataset(shards, plain, 1), items, 0)))
+    assert not torch.equal(unchanged["image"], runs[0][0]["image"])
+
+
+def test_sizes_that_are_not_square() -> None:
+    pixels = np.zeros((60, 90, 3), np.uint8)
+    pixels[:, 30:60] = 255  # a white stripe in the middle
+    image = Image.fromarray(pixels)
+    found = eval_transform((20, 10), *NORMAL)(image)
+    assert found.shape == (3, 20, 10) and float(found[:, :, 1:9].min()) > 0.9
+    found = eval_transform((10, 20), *NORMAL)(image)
+    assert found.shape == (3, 10, 20) and float(found[:, :, :5].max()) < -0.9
+    transform = train_transform((12, 28), *NORMAL, hflip=True, vflip=True, scale=(0.5, 1))
+    assert transform(image).shape == (3, 12, 28)
 
 
 def test_any_image_becomes_rgb() -> None:

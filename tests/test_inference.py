@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -24,7 +25,9 @@ import dr2dist
 from dr2dist.data.stream import ShardDataset
 from dr2dist.data.transforms import eval_transform
 from dr2dist.inference.exported import export
+from dr2dist.inference.portable import plain
 from tests.images import make_small_shards
+from tests.models import build, images
 from tests.pool import Pool
 
 CONFIG = """
@@ -258,3 +261,40 @@ def test_the_readmes_way_from_a_folder_to_predictions_works(tmp_path: Path) -> N
         assert done.returncode == 0, done.stdout + done.stderr
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     assert len(rows) == 12 and {"path", "class", "p_class4"} <= rows[0].keys()
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_portable_files_compute_the_same_in_batches_of_any_size(
+    ending: str, finished: tuple[Path, dict[str, Any]], exported: Path, tmp_path: Path, capfd: Any
+) -> None:
+    file, run = tmp_path / f"model.{ending}", str(finished[0])
+    status, out, err = command(capfd, "export", run, "--output", str(file), "--which", "last")
+    assert status == 0 and "of the module's outputs" in out, err
+    net = dr2dist.load(exported)
+    for batch in (1, 5):
+        batch_of = torch.randn(batch, 3, *net.pretrained_cfg["input_size"][1:])
+        with torch.inference_mode():
+            wanted = net(batch_of)
+            if ending == "pt2":
+                assert torch.equal(torch.export.load(file).module()(batch_of), wanted)
+                continue
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {"images": batch_of.numpy()})
+        assert torch.allclose(torch.from_numpy(found), wanted, rtol=1e-3, atol=1e-4)
+        facts = session.get_modelmeta().custom_metadata_map
+        assert json.loads(facts["beta"]) == net.coefficients[1] and "classes" in facts
+    assert "exists already" in command(capfd, "export", run, "--output", str(file))[2]
+    status, _, err = command(capfd, "export", run, "--output", "model.h5")
+    assert status == 2 and "allowed endings are .safetensors, .onnx, .pt2" in err
+
+
+@pytest.mark.parametrize("kind", ["vit", "eva-rope", "beit", "swin", "vit-map-pool"])
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+def test_plain_chains_are_the_chains(kind: str, arithmetic: Any) -> None:
+    net = dr2dist.convert(build(kind), 0.7, 0.3, arithmetic).eval()
+    with torch.inference_mode():
+        found, wanted = plain(net)(images()), net(images())
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-4)
+        if arithmetic == "exact":
+            assert torch.equal(found, wanted)
+            assert not torch.equal(found, dr2dist.convert(build(kind), 0.6, 0.3).eval()(images()))

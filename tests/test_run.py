@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dr2dist.data.index import read_index
 from dr2dist.data.stream import ShardDataset
 from tests.images import make_small_shards
 from tests.pool import Pool
@@ -73,6 +76,12 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], sh
     assert [line["step"] for line in logged] == list(range(1, 13))
     assert all(line["alpha"] + line["beta"] == 1 for line in logged)
     assert logged[0]["beta"] < 0.11 and logged[-1]["beta"] > 0.4
+    for line in logged:
+        assert line["gradient_norm"] > 0 and 0 <= line["data_wait"] <= 1
+        # 1.1 G multiply-adds an image at 224 pixels, 5 of 197 tokens here; thrice for training.
+        flops = line["model_flops_per_second"] / (line["samples_per_second"] / 2)
+        assert flops == pytest.approx(3 * 2 * 5 * 5.4e6, rel=0.1)
+    assert summary["state_bytes"]["moments"] == pytest.approx(4 * 5.5e6, rel=0.02)
     keys = {"lr", "certificate_failures", "samples_per_second", "remainder_bytes"}
     assert all(keys <= line.keys() for line in logged)
     held_out = [line for line in lines(folder) if "val_loss" in line]
@@ -81,6 +90,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], sh
     assert all(line["val_samples"] == num_samples for line in held_out)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert len(events.Scalars("loss")) == 12
+    assert [image.step for image in events.Images("held_out")] == [5, 10, 12]
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 12
 
 
@@ -223,3 +233,35 @@ def test_other_commands(tmp_path: Path, shards: Path, capfd: Any) -> None:
     for name, message in ((str(hosts), "found 'two slots=two'"), ("nowhere", "does not exist")):
         status, _, err = call("train", str(path), "--hostfile", name, "--dry-run")
         assert status == 2 and message in err
+
+
+def test_sizes_skipping_profiler_and_a_batch_that_is_not_finite(
+    tmp_path: Path, shards: Path, two_ranks: Pool
+) -> None:
+    copied = tmp_path / "shards"
+    shutil.copytree(shards, copied)
+    _, index = read_index(copied / "train")
+    with (copied / "train" / index.shards[0].name).open("r+b") as file:
+        file.seek(index.shards[0].samples[0].offset)
+        file.write(b"x" * 50)
+    path = write_config(tmp_path, copied)
+    more = ["data.unreadable=skip", "data.num_workers=0", "train.profile=[1, 2]"]
+    more += ["model.image_size=[32, 48]", "train.epochs=2", "train.steps=null"]
+    results = two_ranks.run("tests.cases:run_config", path=str(path), overrides=more)
+    assert results[0]["skipped"] == results[1]["skipped"] == 2  # once an epoch
+    assert results[0]["last"]["samples"] == 18 and results[0]["last"]["skipped"] == 0
+    for rank in range(2):
+        trace = json.loads((tmp_path / "run" / "profile" / f"rank-{rank}.json").read_text())
+        assert any("layer_norm" in event.get("name", "") for event in trace["traceEvents"])
+    with pytest.raises(AssertionError) as caught:
+        overrides = ["optim.lr=1e30", "data.num_workers=0", f"output={tmp_path}/wild"]
+        two_ranks.run("tests.cases:run_config", path=str(path), overrides=overrides)
+    assert "UserError: rank" in str(caught.value)  # the unreadable image, which is not skipped
+    path = write_config(tmp_path, shards, "diverged")
+    overrides = ["optim.lr=1e30", "optim.clip=null", "reversible.chunk_size=null"]
+    with pytest.raises(AssertionError) as caught:
+        two_ranks.run("tests.cases:run_config", path=str(path), overrides=overrides)
+    stopped = json.loads((tmp_path / "diverged" / "summary.json").read_text())
+    assert stopped["status"] == "stopped"
+    named = re.search(r"rank 1: step 2: samples (bright|dark)-cell_\d+, ", stopped["reason"])
+    assert named is not None and "is not finite" in stopped["reason"]

@@ -42,7 +42,7 @@ class BeitFamily(Family):
     def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
         """No options."""
         tokens = model.patch_embed(images)
-        tokens = torch.cat((model.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        tokens = torch.cat((model.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if model.pos_embed is not None:
             tokens = tokens + model.pos_embed
         shared = model.rel_pos_bias() if model.rel_pos_bias is not None else None

@@ -60,7 +60,7 @@ class EvaFamily(Family):
             sides |= {f"rope_{depth}": part for depth, part in enumerate(rope.unbind(0))}
         elif rope is not None:
             sides["rope"] = rope
-        return Stem(tokens, sides, batched_sides(sides, len(tokens)))
+        return Stem(tokens, sides, batched_sides(sides, tokens.shape[0]))
 
     def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
         """See Family."""

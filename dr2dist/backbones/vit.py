@@ -88,7 +88,7 @@ class VitFamily(Family):
         tokens = model._pos_embed(model.patch_embed(images))
         tokens = model.norm_pre(model.patch_drop(tokens))
         sides = {name: options.get(name) for name in MASK if options.get(name) is not None}
-        return Stem(tokens, sides, batched_sides(sides, len(tokens)))
+        return Stem(tokens, sides, batched_sides(sides, tokens.shape[0]))
 
     def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
         """See Family."""
