@@ -17,7 +17,7 @@ run() { # config, name
     rm -rf "runs/quickstart/$2"
     dr2dist train "$1" --ranks 2 train.epochs=null train.steps=50 output="runs/quickstart/$2"
 }
-echo "== exact reversal, beta from 0.1 to 0.5"
+echo "== exact reversal at alpha 0.9, beta 0.1"
 run configs/elpv_vit_small.yaml exact
 echo "== conventional finetuning, the same steps"
 run configs/elpv_vit_small_conventional.yaml conventional
