@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -103,6 +104,25 @@ def test_evaluate_gives_the_runs_own_validation(
             if name != "step":
                 assert found[name] == pytest.approx(value, rel=1e-5), name
         assert report.with_suffix(".png").stat().st_size > 1000
+
+
+def test_evaluation_leaves_out_what_cannot_be_read_if_told_so(
+    exported: Path, shards: Path, tmp_path: Path, capfd: Any
+) -> None:
+    copied = tmp_path / "val"
+    shutil.copytree(shards / "val", copied)
+    shard = json.loads((copied / "index.json").read_text())["shards"][0]
+    with (copied / shard["name"]).open("r+b") as file:
+        file.seek(shard["samples"][3][2])
+        file.write(b"x" * 50)
+    report = tmp_path / "report.json"
+    line = ["evaluate", str(exported), str(copied), "--output", str(report)]
+    status, _, err = command(capfd, *line)
+    assert status == 2 and f"sample '{shard['samples'][3][0]}' cannot be read" in err
+    assert not report.exists()
+    assert command(capfd, *line, "--skip-unreadable")[0] == 0
+    found = json.loads(report.read_text())
+    assert (found["samples"], found["skipped"]) == (17, 1)
 
 
 def test_the_report_is_that_of_plain_counting(
