@@ -35,51 +35,6 @@ def build_model(
     resized to `image_size`, height and width in pixels, and a head of another number of classes
     starts anew. Raises UserError for an unknown name, a bad file, or weights that do not fit.
     """
-    model = _create(name, weights, image_size, num_classes, drop_path, dropout)
-    if weights not in (None, "hub"):
-        model.load_state_dict(_read(model, Path(str(weights))), strict=False)
-    return model
-
-
-def build_deferred(
-    name: str,
-    *,
-    weights: str | None,
-    image_size: tuple[int, int] | None,
-    num_classes: int,
-    drop_path: float = 0.0,
-    dropout: float = 0.0,
-) -> tuple[nn.Module, Callable[[str], Tensor]]:
-    """build_model's model with parameters on the meta device, and what gives each one's values.
-
-    The values have the same bits as build_model's, and come one parameter at a time: a file is
-    mapped, not read. Arguments and errors as build_model's; "hub" is refused.
-    """
-    if weights == "hub":
-        raise UserError("model.weights: hub builds the whole model, so nothing is deferred")
-    with deferred() as maker:
-        model = _create(name, None, image_size, num_classes, drop_path, dropout)
-    make_buffers(model, maker)
-    places = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    state = {} if weights is None else _read(model, Path(weights))
-    for key, buffer in model.named_buffers():
-        if key in state:
-            buffer.copy_(state[key])
-
-    def read(key: str) -> Tensor:
-        return state[key].clone() if key in state else maker.make(places[key])
-
-    return model, read
-
-
-def _create(
-    name: str,
-    weights: str | None,
-    image_size: tuple[int, int] | None,
-    num_classes: int,
-    drop_path: float,
-    dropout: float,
-) -> nn.Module:
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())
         raise UserError(f"model.name: '{name}' is not a model of timm{hint}")
@@ -92,7 +47,34 @@ def _create(
         model: nn.Module = timm.create_model(name, pretrained=weights == "hub", **options)
     except (TypeError, AssertionError, ValueError) as error:
         raise UserError(f"model: {name} cannot be built with {options}: {error}") from None
+    if weights not in (None, "hub"):
+        model.load_state_dict(_read(model, Path(str(weights))), strict=False)
     return model
+
+
+def build_deferred(
+    name: str, *, weights: str | None, **options: Any
+) -> tuple[nn.Module, Callable[[str], Tensor]]:
+    """build_model's model with parameters on the meta device, and what gives each one's values.
+
+    The values have the same bits as build_model's, and come one parameter at a time: a file is
+    mapped, not read. Arguments and errors as build_model's; "hub" is refused.
+    """
+    if weights == "hub":
+        raise UserError("model.weights: hub builds the whole model, so nothing is deferred")
+    with deferred() as maker:
+        model = build_model(name, weights=None, **options)
+    make_buffers(model, maker)
+    places = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    state = {} if weights is None else _read(model, Path(weights))
+    for key, buffer in model.named_buffers():
+        if key in state:
+            buffer.copy_(state[key])
+
+    def read(key: str) -> Tensor:
+        return state[key].clone() if key in state else maker.make(places[key])
+
+    return model, read
 
 
 def _read(model: Any, path: Path) -> dict[str, Tensor]:

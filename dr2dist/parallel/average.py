@@ -41,10 +41,6 @@ class Average:
         """((parameter, start), averages [n]) of this rank, themselves."""
         return list(self._values.items())
 
-    def share(self, name: str, start: int) -> Tensor | None:
-        """The averages [n] of this rank's share that starts there; None if it has none."""
-        return self._values.get((name, start))
-
     @property
     def nbytes(self) -> int:
         """Bytes that this rank holds."""

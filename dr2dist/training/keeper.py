@@ -99,14 +99,14 @@ def _tensors(engine: ReversibleEngine) -> dict[str, Tensor]:
         if share.start == share.stop:
             continue
         tensors[f"master/{fragment.name}/{start}"] = fragment.values[share].float()
-        average = None if engine.average is None else engine.average.share(fragment.name, start)
-        if average is not None:
-            tensors[f"{EMA}/{fragment.name}/{start}"] = average
         for kind, value in engine.masters.moments(fragment).items():
             if value.dim():
                 tensors[f"{kind}/{fragment.name}/{start}"] = value[share]
             elif start == 0:
                 tensors[f"{kind}/{fragment.name}/0"] = value
+    if engine.average is not None:
+        for (name, start), values in engine.average.shares():
+            tensors[f"{EMA}/{name}/{start}"] = values
     if rank == 0:
         for name, buffer in engine.buffers().items():
             tensors[f"buffer/{name}/0"] = buffer.reshape(-1)

@@ -158,16 +158,20 @@ def _model(config: Config) -> Any:
     if weights not in (None, "hub") and not Path(str(weights)).is_file():
         raise UserError(f"model.weights: {weights} does not exist")
     with torch.device("meta"):
-        model = build_model(
-            config.model.name,
-            weights=None,
-            image_size=config.model.image_size,
-            num_classes=config.task.num_classes,
-            drop_path=config.model.drop_path,
-            dropout=config.model.dropout,
-        )
+        model = build_model(config.model.name, weights=None, **model_options(config))
     freeze(model, config.model.freeze)
     return model
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """What build_model takes beside the model's name and weights."""
+    part = config.model
+    return {
+        "image_size": part.image_size,
+        "num_classes": config.task.num_classes,
+        "drop_path": part.drop_path,
+        "dropout": part.dropout,
+    }
 
 
 def _deepspeed(config: Config, ranks: int) -> dict[str, Any]:

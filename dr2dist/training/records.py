@@ -24,8 +24,8 @@ class Records:
     """The files of a run's folder; made on rank 0 only.
 
     config: the resolved configuration, by which a folder is known as a run's. classes: names by
-    label. step: the applied
-    one that the run starts from; what was written of later ones is dropped.
+    label. step: the applied one that the run starts from; what was written of later ones is
+    dropped.
     """
 
     def __init__(self, folder: Path, config: str, classes: Sequence[str], step: int = 0) -> None:

@@ -26,7 +26,7 @@ from dr2dist.tasks.classification import Classification
 from dr2dist.training.folder import find_start, finished
 from dr2dist.training.groups import ParameterGroup, freeze, parameter_groups
 from dr2dist.training.keeper import Keeper, Progress
-from dr2dist.training.plan import Plan, make_plan
+from dr2dist.training.plan import Plan, make_plan, model_options
 from dr2dist.training.profile import Profile
 from dr2dist.training.records import Records, peak_memory
 from dr2dist.training.schedule import learning_rate
@@ -120,17 +120,10 @@ def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, 
 def _model(config: Config) -> tuple[torch.nn.Module, Callable[[str], Tensor] | None]:
     """The model; under ZeRO-3 without its parameters, and what gives them one at a time."""
     torch.manual_seed(config.train.seed)
-    part = config.model
-    options: dict[str, Any] = {
-        "weights": part.weights,
-        "image_size": part.image_size,
-        "num_classes": config.task.num_classes,
-        "drop_path": part.drop_path,
-        "dropout": part.dropout,
-    }
+    part, options = config.model, model_options(config)
     if config.parallel.zero == 3 and part.weights != "hub":
-        return build_deferred(part.name, **options)
-    return build_model(part.name, **options), None
+        return build_deferred(part.name, weights=part.weights, **options)
+    return build_model(part.name, weights=part.weights, **options), None
 
 
 def _optimizer(optim: Optim, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
