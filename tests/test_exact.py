@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dr2dist.reversible import Chain, Setting, State
+from dr2dist.reversible.certificate import Witness
 from dr2dist.reversible.exact import CPU_TILE, ExactArithmetic
 from dr2dist.reversible.packing import pack, packed_bytes, unpack
 from dr2dist.reversible.setting import growth, round_coefficient
@@ -33,7 +34,7 @@ def test_a_step_is_undone_bit_for_bit_with_the_least_bits(beta: float) -> None:
     before, now = states(200_000, 1), states(200_000, 2)
     f = torch.zeros(now.shape)
     out = State(torch.empty_like(now), now)
-    remainders = arithmetic.advance(State(now, before), f, out, keep=True)
+    remainders = arithmetic.advance(State(now, before), f, out, True, Witness())
     assert remainders is not None
     exact = Fraction(round_coefficient(beta))
     bits = (math.ceil(1 / exact) - 1).bit_length()
@@ -47,7 +48,7 @@ def test_a_step_is_undone_bit_for_bit_with_the_least_bits(beta: float) -> None:
     assert rest < 1 / exact
     if beta > 0.01:  # 200,000 random values meet every remainder
         assert rest == math.ceil(1 / exact) - 1
-    state = arithmetic.retreat(State(out.current.clone(), now.clone()), f, remainders)
+    state = arithmetic.retreat(State(out.current.clone(), now.clone()), f, remainders, Witness())
     assert torch.equal(state.current, now)
     assert torch.equal(state.previous, before)
 
@@ -59,9 +60,9 @@ def test_a_step_is_undone_for_any_multiple_of_the_coefficients_step() -> None:
     for step in torch.randint(1, 2**16 + 1, (200,), generator=generator).tolist():
         arithmetic = ExactArithmetic(Setting(0.0, step * 2.0**-16), torch.float32)
         out = State(torch.empty_like(now), now)
-        remainders = arithmetic.advance(State(now, before), f, out, keep=True)
+        remainders = arithmetic.advance(State(now, before), f, out, True, Witness())
         assert remainders is not None
-        state = arithmetic.retreat(State(out.current, now.clone()), f, remainders)
+        state = arithmetic.retreat(State(out.current, now.clone()), f, remainders, Witness())
         assert torch.equal(state.previous, before), step
 
 
@@ -87,7 +88,7 @@ def test_the_function_rounds_the_true_sum_once() -> None:
     now = (states(2000, 3) // 4).int()
     f = torch.randn(now.shape, generator=torch.Generator().manual_seed(4)) * 100
     out = State(torch.empty_like(now), now)
-    arithmetic.advance(State(now, torch.zeros_like(now)), f, out, keep=False)
+    arithmetic.advance(State(now, torch.zeros_like(now)), f, out, False, None)
     alpha = Fraction(setting.alpha)
     for x, branch, found in zip(now.tolist(), f.tolist(), out.current.tolist(), strict=True):
         true = Fraction(branch) * 2**18 + alpha * x

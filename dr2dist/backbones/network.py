@@ -162,6 +162,7 @@ def convert(
     memory: Memory = "reverse",
     chunk_size: int | None = None,
     fraction_bits: int = 18,
+    chunk_tokens: int | None = None,
 ) -> Any:
     """A reversible network from a supported model (Dr2Net, arXiv 2401.04105).
 
@@ -171,11 +172,12 @@ def convert(
     alpha, beta: coefficients of the two residuals. arithmetic: "exact" reverses bit for bit,
     "float" with round-off. memory: "reverse" reconstructs activations, "store" keeps them,
     "checkpoint" keeps each function's input. chunk_size: samples per slice of the batch.
-    fraction_bits: resolution of exact states, 2^-fraction_bits.
+    fraction_bits: resolution of exact states, 2^-fraction_bits. chunk_tokens: tokens per slice
+    inside a sample, with a chunk_size of 1, for functions that can run so (see docs/memory.md).
 
     Raises UserError for a model that is not supported and ValueError for a setting that is not.
     """
-    setting = Setting(alpha, beta, arithmetic, memory, chunk_size, fraction_bits)
+    setting = Setting(alpha, beta, arithmetic, memory, chunk_size, fraction_bits, chunk_tokens)
     family = _find(model)
     net = _blank(type(model))
     net.__dict__.update({key: _own(value) for key, value in model.__dict__.items()})

@@ -2,10 +2,10 @@
 
 from dr2dist.reversible.certificate import ChainCertificate
 from dr2dist.reversible.chain import Chain, Recorded
-from dr2dist.reversible.exact import State
 from dr2dist.reversible.runner import FunctionRunner, PlainRunner
 from dr2dist.reversible.segment import Segment
 from dr2dist.reversible.setting import Setting, round_coefficient
+from dr2dist.reversible.state import State
 from dr2dist.reversible.tape import Sides, Tape
 
 __all__ = [

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dr2dist.reversible.exact import State
 from dr2dist.reversible.setting import RANGE_BITS
+from dr2dist.reversible.state import State
 
 NEVER = 1 << 30
 """Stands for 'no function' in flags that hold the first function that failed."""
@@ -24,6 +24,46 @@ def bit_sum(value: Tensor) -> Tensor:
     return value.view(_BITS_AS[value.element_size()]).sum(dtype=torch.int64)
 
 
+class Witness:
+    """What the slices of one function showed, gathered while they are in the cache anyway."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        self._states: list[Tensor] = []
+
+    def output(self, f: Tensor) -> None:
+        """F's raw output, or a part of it: its bits' sum, and its extremes."""
+        self._sums.append(bit_sum(f))
+        self._outputs.extend(torch.aminmax(f))
+
+    def again(self, f: Tensor) -> None:
+        """The same from a recompute: the sum alone."""
+        self._sums.append(bit_sum(f))
+
+    def state(self, state: Tensor) -> None:
+        """A fixed-point state, or a part of it: its extremes."""
+        self._states.extend(torch.aminmax(state))
+
+    @property
+    def bits(self) -> Tensor:
+        """The sum of the bits of all outputs, int64 scalar."""
+        return torch.stack(self._sums).sum()
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether all outputs were: bool scalar."""
+        return torch.stack(self._outputs).isfinite().all()
+
+    @property
+    def outside(self) -> Tensor | None:
+        """Whether a state left the range: bool scalar; None if no state was seen."""
+        if not self._states:
+            return None
+        # In int64: the magnitude of the lowest int32 is no int32.
+        return (torch.stack(self._states).long().abs() >= 1 << RANGE_BITS).any()
+
+
 class Flags:
     """What went wrong in one pass of a chain, as an int64 tensor on its device; no host reads.
 
@@ -37,14 +77,14 @@ class Flags:
     def __init__(self, device: torch.device) -> None:
         self.tensor = torch.tensor([NEVER, NEVER, -1, 0, 0], dtype=torch.int64, device=device)
 
-    def note_output(self, index: int, f: Tensor) -> None:
-        """F's raw output: NaN and infinity are noted."""
-        low, high = torch.aminmax(f)
-        finite = low.isfinite() & high.isfinite()
-        self._first(1, index, ~finite)
+    def note_function(self, index: int, seen: Witness) -> None:
+        """The first run of a function: its output must be finite, its state in range."""
+        self._first(1, index, ~seen.finite)
+        if seen.outside is not None:
+            self._first(0, index, seen.outside)
 
     def note_state(self, index: int, state: Tensor) -> None:
-        """A fixed-point state after function `index`: its range is checked."""
+        """A fixed-point state: its range is checked."""
         low, high = torch.aminmax(state)
         self._first(0, index, (low <= -(1 << RANGE_BITS)) | (high >= 1 << RANGE_BITS))
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dr2dist.reversible.certificate import ChainCertificate, Ledger, failure_messages
-from dr2dist.reversible.exact import State
 from dr2dist.reversible.runner import FunctionRunner, PlainRunner, needs_grad
 from dr2dist.reversible.segment import Segment
 from dr2dist.reversible.setting import Arithmetic, Memory, Setting
-from dr2dist.reversible.tape import Sides, Tape, arithmetic_of, state_dtype
+from dr2dist.reversible.slices import Layout
+from dr2dist.reversible.state import Gradient, State
+from dr2dist.reversible.tape import Sides, Tape, state_dtype
 
 
 class Recorded(NamedTuple):
@@ -38,7 +39,7 @@ class Chain(nn.Module):
     functions: modules that compute one branch each, [B, ...] to the same shape, without the
         addition; called as function(x, **sides). A function whose attribute `sides` names some
         sides gets only these.
-    alpha, beta, arithmetic, memory, chunk_size, fraction_bits: see Setting.
+    alpha, beta, arithmetic, memory, chunk_size, fraction_bits, chunk_tokens: see Setting.
     name: how the certificate calls the chain.
 
     Parameters get their gradients by accumulation into `.grad` whenever the chain is
@@ -58,12 +59,15 @@ class Chain(nn.Module):
         memory: Memory = "reverse",
         chunk_size: int | None = None,
         fraction_bits: int = 18,
+        chunk_tokens: int | None = None,
         name: str = "chain",
     ) -> None:
         super().__init__()
         self.functions = nn.ModuleList(functions)
         self.name = name
-        self.setting = Setting(alpha, beta, arithmetic, memory, chunk_size, fraction_bits)
+        self.setting = Setting(
+            alpha, beta, arithmetic, memory, chunk_size, fraction_bits, chunk_tokens
+        )
         self.setting.check_range(len(self.functions))
         self._start_records()
 
@@ -80,6 +84,11 @@ class Chain(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._start_records()
+
+    @property
+    def layout(self) -> Layout:
+        """What the setting comes to."""
+        return Layout(self.setting.chunk_size, self.setting.chunk_tokens)
 
     @property
     def segment(self) -> Segment:
@@ -125,12 +134,16 @@ class Chain(nn.Module):
         taps = [range(len(segment.functions))[tap] for tap in taps]
         shared = Sides(sides, batched)
         if not torch.is_grad_enabled() or not self._anything_to_train(segment, shared, x):
-            output, tapped = segment.infer(x, shared, self.setting, taps)
+            output, tapped = segment.infer(x, shared, self.setting, self.layout, taps)
         else:
             tensors = [value for value in sides.values() if needs_grad(value)]
             # Without an input that requires a gradient autograd would never come back here.
             anchor = torch.empty(0, requires_grad=True)
-            output, *tapped = _ChainFunction.apply(self, segment, shared, taps, anchor, x, *tensors)
+            box: list[Tensor] = []
+            ticket, *tapped = _ChainFunction.apply(
+                self, segment, shared, taps, box, anchor, x, *tensors
+            )
+            output = _HandOut.apply(box, ticket)
         return (output, list(tapped)) if taps else output
 
     def _check_inputs(
@@ -166,9 +179,8 @@ class Chain(nn.Module):
     def record(self, x: Tensor, batched: Collection[str] = (), **sides: Any) -> Recorded:
         """A forward pass in memory mode reverse whose state `reverse` takes. No gradients."""
         setting = replace(self.setting, memory="reverse")
-        state, tape, _ = self.segment.forward(x, Sides(sides, batched), setting)
-        arithmetic = arithmetic_of(setting, state_dtype(x))
-        return Recorded(arithmetic.hand_out(state.current, tape.dtype), state, tape)
+        state, tape, _ = self.segment.forward(x, Sides(sides, batched), setting, self.layout)
+        return Recorded(tape.arithmetic.hand_out(state.current, tape.dtype), state, tape)
 
     @torch.no_grad()
     def reverse(self, recorded: Recorded) -> Tensor:
@@ -177,15 +189,13 @@ class Chain(nn.Module):
         In exact arithmetic they equal the input rounded to the grid, bit for bit. The
         certificate tells afterwards what was verified.
         """
-        first = self.segment.reverse(recorded.tape, recorded.state)
-        self._enter(recorded.tape, first, recorded.tape.remainder_bytes)
-        dtype = state_dtype(recorded.output)
-        arithmetic = arithmetic_of(recorded.tape.setting, dtype)
-        return arithmetic.hand_out(first.current, recorded.output.dtype)
+        tape = recorded.tape
+        first = self.segment.reverse(tape, recorded.state)
+        self._enter(tape, tape.remainder_bytes)
+        return tape.arithmetic.hand_out(first.current, recorded.output.dtype)
 
-    def _enter(self, tape: Tape, first: State, remainder_bytes: int) -> None:
-        drift = None if tape.probe is None else tape.probe.drift(first)
-        self.ledger.record(tape.flags.tensor.clone(), drift, remainder_bytes)
+    def _enter(self, tape: Tape, remainder_bytes: int) -> None:
+        self.ledger.record(tape.flags.tensor.clone(), tape.drift, remainder_bytes)
 
     def certificate(self) -> ChainCertificate | None:
         """What the last backward pass verified, read to the host; None before the first."""
@@ -218,50 +228,68 @@ class _ChainFunction(torch.autograd.Function):
         segment: Segment,
         sides: Sides,
         taps: Sequence[int],
+        box: list[Tensor],
         anchor: Tensor,
         x: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        needs = x.requires_grad
-        state, tape, handed = segment.forward(x, sides, chain.setting, needs, taps)
+        state, tape, handed = segment.forward(
+            x, sides, chain.setting, chain.layout, x.requires_grad, taps
+        )
         chain._tapes.add(tape)
-        ctx.chain, ctx.segment, ctx.tape, ctx.state = chain, segment, tape, state
-        ctx.taps, ctx.x_dtype = taps, x.dtype
+        ctx.chain, ctx.segment, ctx.tape = chain, segment, tape
+        ctx.state = state if tape.mode(len(segment.functions) - 1) == "reverse" else None
+        ctx.taps, ctx.box, ctx.x_dtype = taps, box, x.dtype
         ctx.set_materialize_grads(False)
-        arithmetic = arithmetic_of(tape.setting, state_dtype(x))
-        output = arithmetic.hand_out(state.current, tape.dtype)
-        if tape.setting.memory != "reverse":
-            ctx.state = None
-        ctx.shape = output.shape
-        return output, *(handed[tap] for tap in taps)
+        box.append(tape.arithmetic.hand_out(state.current, tape.dtype))
+        return torch.zeros(()), *(handed[tap] for tap in taps)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *tap_grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, ticket: Tensor | None, *tap_grads: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"{ctx.chain.name}: double backward through a reversible chain is not possible; "
                 "call backward without create_graph"
             )
         tape: Tape = ctx.tape
-        given = [g for g in (grad, *tap_grads) if g is not None]
-        if not given:
+        taps = _sum_taps(ctx.taps, tap_grads)
+        if not ctx.box and not taps:
             return (None,) * len(ctx.needs_input_grad)
-        grad = given[0].new_zeros(ctx.shape) if grad is None else grad
+        if not ctx.box:
+            tap = next(iter(taps.values()))
+            ctx.box.append(torch.zeros_like(tap, dtype=state_dtype(tap)))
         remainder_bytes = tape.remainder_bytes
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        result = ctx.segment.backward(tape, ctx.state, grad, _sum_taps(ctx.taps, tap_grads), keep)
+        state, grad = ctx.state, ctx.box.pop()
         if not keep:
             ctx.state = None
-        ctx.chain._enter(tape, result.state, remainder_bytes)
-        return (
-            None,
-            None,
-            None,
-            None,
-            None,
-            _input_grad(ctx, result.grad),
-            *_side_grads(tape, result),
-        )
+        result = ctx.segment.backward(tape, state, grad, taps, keep)
+        del grad
+        ctx.chain._enter(tape, remainder_bytes)
+        sides = _side_grads(tape, result.sides)
+        return (None,) * 6 + (_input_grad(ctx, result.grad), *sides)
+
+
+class _HandOut(torch.autograd.Function):
+    """Takes a chain's output out of the box, and brings its gradient there.
+
+    What autograd hands to a node's backward stays alive until that has returned; a tensor in a
+    box can be overwritten. The ticket stands for the output between the two nodes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, box: list[Tensor], ticket: Tensor) -> Tensor:
+        ctx.box = box
+        ctx.set_materialize_grads(False)
+        return box.pop()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
+        if grad is None:
+            return None, None
+        dtype = state_dtype(grad)
+        ctx.box.append(grad.to(dtype, copy=True, memory_format=torch.contiguous_format))
+        return None, torch.zeros(())
 
 
 def _sum_taps(taps: Sequence[int], grads: Sequence[Tensor | None]) -> dict[int, Tensor]:
@@ -272,19 +300,18 @@ def _sum_taps(taps: Sequence[int], grads: Sequence[Tensor | None]) -> dict[int, 
     return sums
 
 
-def _input_grad(ctx: Any, grad: Any) -> Tensor | None:
+def _input_grad(ctx: Any, grad: Gradient) -> Tensor | None:
     """dh = dx_0 + beta * dy_0: the stem feeds both residuals."""
     if not ctx.tape.x_needs_grad:
         return None
-    dx: Tensor = grad.x
+    dx = grad.x
     if grad.y is not None:
-        dx = dx.add_(grad.y * ctx.tape.setting.beta)
+        dx = dx.add_(grad.y, alpha=ctx.tape.setting.beta)
     return dx.to(ctx.x_dtype)
 
 
-def _side_grads(tape: Tape, result: Any) -> list[Tensor | None]:
+def _side_grads(tape: Tape, found: dict[str, Tensor]) -> list[Tensor | None]:
     values = {name: value for name, value in tape.sides.values.items() if needs_grad(value)}
     return [
-        result.sides[name].to(value.dtype) if name in result.sides else None
-        for name, value in values.items()
+        found[name].to(value.dtype) if name in found else None for name, value in values.items()
     ]

@@ -4,37 +4,29 @@ With `x = X * 2^-K` and rne = round to nearest, ties to even:
 
     G(X)    = rne(F(x) * 2^K + alpha * X)
     X_{i+1} = G(X_i) + enc(X_{i-1})                  enc(X) = floor(beta * X + 1/2)
-    X_{i-1} = dec(X_{i+1} - G(X_i), r)               dec(y, r) = ceil((y - 1/2) / beta) + r
+    X_{i-1} = dec(X_{i+1} - G(X_i), r)               dec(y, r) = ceil(y / beta - 1 / (2 beta)) + r
 
 All of it runs in fp64. alpha is a multiple of 2^-16 and X has 31 bits, so alpha * X and
 F * 2^K are exact there and G rounds its sum once and then to the grid: a fused multiply-add
-gives the same bits as a separate one, and only F itself can differ between two runs.
+gives the same bits as a separate one, and only F itself can differ between two runs. dec uses
+1 / beta rounded to fp64; 2^-18 in its offset keeps that error away from the integers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dr2dist.reversible.certificate import Witness
 from dr2dist.reversible.packing import pack, packed_bytes, unpack
 from dr2dist.reversible.setting import RANGE_BITS, Setting
+from dr2dist.reversible.state import State
 
 INT32 = torch.iinfo(torch.int32)
 CPU_TILE = 1 << 16
 """Elements that elementwise work takes at a time on a CPU, so that it stays in the cache."""
-
-
-class State(NamedTuple):
-    """What a chain carries between functions: two tensors of the shape of its tokens.
-
-    Exact: current X_i and previous X_{i-1}, int32. Float: current x_i and previous y_i.
-    """
-
-    current: Tensor
-    previous: Tensor
 
 
 class ExactArithmetic:
@@ -46,6 +38,7 @@ class ExactArithmetic:
     def __init__(self, setting: Setting, dtype: torch.dtype) -> None:
         self.alpha, self.beta = setting.alpha, setting.beta
         self.scale = 2.0**setting.fraction_bits
+        self.inverse = 1 / setting.beta
         self.bits = setting.remainder_bits
         self.dtype = dtype
 
@@ -53,12 +46,15 @@ class ExactArithmetic:
         """(X_0, X_{-1} = X_0) from the tokens h, whatever their float dtype."""
         state = torch.empty(h.shape, dtype=torch.int32, device=h.device)
         for target, source in _tiles(state, h.contiguous()):
-            target.copy_(_to_grid(source.double().mul_(self.scale)))
+            target.copy_(_clamp(source.double().mul_(self.scale).round_().nan_to_num_(INT32.max)))
         return State(state, state)
 
     def tokens(self, state: Tensor) -> Tensor:
         """x = X * 2^-K in the state dtype: a new tensor."""
-        return state.to(self.dtype).mul_(1 / self.scale)
+        x = torch.empty(state.shape, dtype=self.dtype, device=state.device)
+        for target, source in _tiles(x, state):
+            target.copy_(source).mul_(1 / self.scale)
+        return x
 
     def hand_out(self, state: Tensor, dtype: torch.dtype) -> Tensor:
         """The tokens as a tensor that nothing here writes to again."""
@@ -68,52 +64,71 @@ class ExactArithmetic:
         """The tokens x_i that function i saw, from the state after it."""
         return self.tokens(state.previous)
 
+    def reached(self, state: State) -> Tensor:
+        """The same tokens once `retreat` has been there."""
+        return self.tokens(state.previous)
+
     def target(self, state: State, in_place: bool) -> State:
         """Where `advance` shall write the next state: over X_{i-1} if that may be."""
         if in_place and state.previous is not state.current:
             return State(state.previous, state.current)
         return State(torch.empty_like(state.current), state.current)
 
-    def advance(self, state: State, f: Tensor, out: State, keep: bool) -> Tensor | None:
-        """Writes X_{i+1} to out.current (which may be state.previous).
+    def advance(
+        self, state: State, f: Tensor, out: State, keep: bool, seen: Witness | None
+    ) -> Tensor | None:
+        """Writes X_{i+1} to out.current (which may be state.previous); `seen` looks at all of it.
 
+        Where nothing looks, NaN in F ends outside the allowed range.
         Returns the packed remainders if they are to be kept: uint8, bits * ceil(n / 8) bytes
         for every tile of n elements.
         """
         bits = self.bits if keep else 0
         remainders = f.new_empty(_remainder_bytes(bits, f.numel(), f), dtype=torch.uint8)
-        start = 0
+        room, start = self._room(f), 0
         for target, now, before, branch in _tiles(out.current, *state, f):
-            source = before.double()
-            image = self._encode(source)
+            source = room.cut(0, before).copy_(before)
+            image = torch.mul(source, self.beta, out=room.cut(1, before)).add_(0.5).floor_()
+            total = self._function(branch, now, room).add_(image)
             size = packed_bytes(bits, len(now))
             if size:
-                rest = source.sub_(self._preimage(image)).int()
-                pack(rest, bits, remainders[start : start + size])
-            target.copy_(self._function(branch, now).add_(image.int()))
+                source.sub_(self._preimage(image))
+                pack(room.integers(source), bits, remainders[start : start + size])
+            target.copy_(_clamp(total if seen else total.nan_to_num_(INT32.max)))
+            if seen:
+                seen.output(branch)
+                seen.state(target)
             start += size
         return remainders if keep else None
 
-    def retreat(self, state: State, f: Tensor, remainders: Tensor) -> State:
+    def retreat(self, state: State, f: Tensor, remainders: Tensor, seen: Witness) -> State:
         """(X_i, X_{i-1}) from (X_{i+1}, X_i): X_{i-1} is written over X_{i+1}."""
-        start = 0
+        room, start = self._room(f), 0
         for after, now, branch in _tiles(*state, f):
-            image = after - self._function(branch, now)
-            before = self._preimage(image.double()).int()
+            seen.again(branch)
+            image = room.cut(0, after).copy_(after).sub_(self._function(branch, now, room))
+            before = self._preimage(image)
             size = packed_bytes(self.bits, len(now))
-            if size:
-                before += unpack(remainders[start : start + size], self.bits, len(now))
             after.copy_(before)
+            if size:
+                after += unpack(remainders[start : start + size], self.bits, len(now))
             start += size
         return State(state.previous, state.current)
 
-    def deviation(self, state: State, f: Tensor) -> Tensor:
+    def deviation(self, state: State, f: Tensor, seen: Witness) -> Tensor:
         """At a chain's start: how many elements break X_1 - G_0(X_0) = enc(X_0); int64 scalar."""
         count = torch.zeros((), dtype=torch.int64, device=f.device)
+        room = self._room(f)
         for after, now, branch in _tiles(*state, f):
-            image = self._encode(now.double()).int()
-            count += (after - self._function(branch, now)).ne(image).sum()
+            seen.again(branch)
+            image = room.cut(0, now).copy_(now).mul_(self.beta).add_(0.5).floor_()
+            count += image.add_(self._function(branch, now, room)).ne(after).sum()
         return count
+
+    def sums(self, state: State) -> Tensor:
+        """int64 sums of the state's tensors; X_0 alone where it is its own previous state."""
+        parts = state[:1] if state.previous is state.current else state
+        return torch.stack([_sum(part) for part in parts])
 
     def outside(self, state: Tensor) -> Tensor:
         """Which samples hold a value outside the range: bool [B, 1, ...]."""
@@ -121,22 +136,46 @@ class ExactArithmetic:
         limit = 1 << RANGE_BITS
         return ((low <= -limit) | (high >= limit)).view(-1, *[1] * (state.ndim - 1))
 
-    def _function(self, f: Tensor, x: Tensor) -> Tensor:
-        """G of one tile, int32."""
-        return _to_grid(f.double().mul_(self.scale).add_(x.double(), alpha=self.alpha))
-
-    def _encode(self, x: Tensor) -> Tensor:
-        """enc(X), fp64 to fp64."""
-        return (x * self.beta).add_(0.5).floor_()
+    def _function(self, f: Tensor, x: Tensor, room: _Room) -> Tensor:
+        """G of one tile, fp64, in two of the room's places."""
+        scaled = room.cut(2, f).copy_(f).mul_(self.scale)
+        return scaled.add_(room.cut(3, f).copy_(x), alpha=self.alpha).round_()
 
     def _preimage(self, image: Tensor) -> Tensor:
-        """The smallest X with enc(X) = image, fp64 to fp64."""
-        return (image - 0.5).div_(self.beta).ceil_()
+        """The smallest X with enc(X) = image, fp64 integers, in place."""
+        return image.mul_(self.inverse).sub_(self.inverse / 2 + 2.0**-18).ceil_()
+
+    def _room(self, like: Tensor) -> _Room:
+        return _Room(min(_tile(like), like.numel()), like.device)
 
 
-def _to_grid(value: Tensor) -> Tensor:
-    """fp64 grid steps to int32, ties to even. NaN and overflow end outside the allowed range."""
-    return value.round_().nan_to_num_(INT32.max).clamp_(INT32.min, INT32.max).int()
+class _Room:
+    """Memory for what a tile needs on its way, reused by all tiles: it stays in the cache."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._doubles = torch.empty(4, size, dtype=torch.float64, device=device)
+        self._integers = torch.empty(size, dtype=torch.int32, device=device)
+
+    def cut(self, place: int, like: Tensor) -> Tensor:
+        """Place 0 .. 3, fp64, as long as a tile."""
+        return self._doubles[place, : len(like)]
+
+    def integers(self, values: Tensor) -> Tensor:
+        """Integral fp64 values as int32."""
+        return self._integers[: len(values)].copy_(values)
+
+
+def _clamp(value: Tensor) -> Tensor:
+    """Grid steps that int32 can hold, in place; overflow ends outside the allowed range.
+
+    NaN stays: what it becomes as an integer does not matter where F's output is looked at.
+    """
+    return value.clamp_(INT32.min, INT32.max)
+
+
+def _sum(state: Tensor) -> Tensor:
+    """int64 sum of int32, by tiles: torch would make an int64 copy of the whole."""
+    return torch.stack([tile.sum(dtype=torch.int64) for (tile,) in _tiles(state)]).sum()
 
 
 def _tile(tensor: Tensor) -> int:

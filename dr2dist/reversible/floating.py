@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dr2dist.reversible.exact import State
+from dr2dist.reversible.certificate import Witness
 from dr2dist.reversible.setting import Setting
+from dr2dist.reversible.state import State
 
 
 class FloatArithmetic:
@@ -47,14 +48,22 @@ class FloatArithmetic:
         """The tokens x_i that function i saw, from the state after it."""
         return state.previous / self.beta
 
-    def advance(self, state: State, f: Tensor, out: State, keep: bool) -> None:
+    def reached(self, state: State) -> Tensor:
+        """The same tokens once `retreat` has been there."""
+        return state.previous
+
+    def advance(
+        self, state: State, f: Tensor, out: State, keep: bool, seen: Witness | None
+    ) -> None:
         """Writes (x_{i+1}, y_{i+1}) to out, which may be the state itself; nothing to keep."""
         x, y = state
         after = torch.add(f.to(self.dtype), x, alpha=self.alpha).add_(y)
         torch.mul(x, self.beta, out=out.previous)
         out.current.copy_(after)
+        if seen:
+            seen.output(f)
 
-    def retreat(self, state: State, f: Tensor, remainders: Tensor | None) -> State:
+    def retreat(self, state: State, f: Tensor) -> State:
         """(x_i, y_i) from (x_{i+1}, y_{i+1}), written over them."""
         x = self.source(state)
         before = state.current.sub_(f).sub_(x, alpha=self.alpha)

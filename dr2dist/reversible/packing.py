@@ -1,7 +1,8 @@
 """Remainders packed into bytes, with as many bits as they need.
 
 A width is cut into parts of 8, 4, 2 and 1 bits; each part is a plane in which contiguous parts
-of the tensor share a byte, which costs far less time than neighbours that share one.
+of the tensor share a byte, which costs far less time than neighbours that share one. A plane is
+folded: its second half is shifted onto its first, until it is as small as its bits.
 """
 
 from __future__ import annotations
@@ -36,24 +37,56 @@ def pack(values: Tensor, bits: int, out: Tensor) -> None:
     values: flat int32 [count], each in 0 .. 2^bits - 1. out: uint8 [packed_bytes(bits, count)].
     """
     start = 0
-    padded = torch.nn.functional.pad(values, (0, -len(values) % 8))
+    plane = torch.empty(8 * _octets(len(values)), dtype=torch.uint8, device=values.device)
+    plane[len(values) :] = 0
     for width, low, size in _planes(bits, len(values)):
-        plane = ((padded >> low) & ((1 << width) - 1)).to(torch.uint8).view(8 // width, size)
-        target = out[start : start + size]
-        target.copy_(plane[0])
-        for place in range(1, 8 // width):
-            target |= plane[place] << (place * width)
+        shifted = values >> low if low else values
+        if bits - low > width:
+            shifted = shifted & ((1 << width) - 1)
+        plane[: len(values)].copy_(shifted)
+        _fold(plane, width, out[start : start + size])
         start += size
+
+
+def _fold(plane: Tensor, width: int, out: Tensor) -> None:
+    """Packs bytes of `width` bits; the plane is used up."""
+    shift = 4
+    while shift > width:
+        half = len(plane) // 2
+        plane = plane[:half].add_(plane[half:], alpha=1 << shift)
+        shift //= 2
+    if width == 8:
+        out.copy_(plane)
+    else:
+        torch.add(plane[: len(out)], plane[len(out) :], alpha=1 << shift, out=out)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The int32 [count] values that `pack` was given."""
-    values = torch.zeros(8 * _octets(count), dtype=torch.int32, device=packed.device)
+    """The values that `pack` was given: uint8 [count], int32 above 8 bits."""
     start = 0
+    total: Tensor | None = None
     for width, low, size in _planes(bits, count):
-        plane = packed[start : start + size]
-        parts = values.view(8 // width, size)
-        for place in range(8 // width):
-            parts[place] |= ((plane >> (place * width)) & ((1 << width) - 1)).int() << low
+        plane = _unfold(packed[start : start + size], width, 8 * _octets(count))
+        if bits > 8:
+            plane = plane.int()
+        total = plane if total is None else total.add_(plane, alpha=1 << low)
         start += size
-    return values[:count]
+    if total is None:
+        return packed.new_zeros(count)
+    return total[:count]
+
+
+def _unfold(packed: Tensor, width: int, count: int) -> Tensor:
+    plane = packed.new_empty(count)
+    plane[: len(packed)] = packed
+    size, shift = len(packed), width
+    while size < count:
+        torch.bitwise_right_shift(plane[:size], shift, out=plane[size : 2 * size])
+        plane[: 2 * size].bitwise_and_(_kept(width, shift))
+        size, shift = 2 * size, 2 * shift
+    return plane
+
+
+def _kept(width: int, shift: int) -> int:
+    """The places of a byte that hold values of `width` bits once a fold by `shift` is undone."""
+    return sum(((1 << width) - 1) << place for place in range(0, 8, 2 * shift))

@@ -50,10 +50,10 @@ class Randomness:
         self._drawn = torch.default_generator.get_state()
 
     @contextmanager
-    def at(self, function: int, part: int) -> Iterator[None]:
+    def at(self, function: int, key: tuple[int, ...]) -> Iterator[None]:
         """Runs a slice of a function on its own stream and puts the global ones back."""
         states = [generator.get_state() for generator in self._generators]
-        seed = hash((self._seed, function, part)) & (2**63 - 1)
+        seed = hash((self._seed, function, *key)) & (2**63 - 1)
         seeded = [generator.manual_seed(seed).get_state() for generator in self._generators]
         try:
             yield
@@ -92,11 +92,11 @@ def kept_statistics(function: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def function_context(
-    autocast: Autocast, randomness: Randomness, function: int, part: int
+    autocast: Autocast, randomness: Randomness, function: int, key: tuple[int, ...]
 ) -> Iterator[None]:
     """All that a run of F with gradients needs, the same in both directions."""
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(autocast.again())
-        stack.enter_context(randomness.at(function, part))
+        stack.enter_context(randomness.at(function, key))
         yield

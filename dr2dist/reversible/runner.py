@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -15,12 +15,18 @@ class Call(NamedTuple):
     """A run of F on one slice whose graph is still there.
 
     inputs: the tokens and the differentiable sides, detached. leaves: what stands for the
-    function's trainable parameters. output: F's raw output.
+    function's trainable parameters. outputs: F's raw output, or what it gives for a context.
     """
 
     inputs: list[Tensor]
     leaves: list[Tensor]
-    output: Tensor
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def output(self) -> Tensor:
+        """The only output, detached and contiguous."""
+        (output,) = self.outputs
+        return output.detach().contiguous()
 
 
 class LiveFunction(NamedTuple):
@@ -58,31 +64,32 @@ def trainable(function: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in function.parameters() if parameter.requires_grad]
 
 
-def run(live: LiveFunction, x: Tensor, sides: dict[str, Any], x_needs_grad: bool) -> Call:
-    """Runs F on detached inputs, with a graph. Raises ValueError if F changes the shape."""
+def run(
+    live: LiveFunction, x: Tensor, sides: dict[str, Any], x_needs_grad: bool, **told: Any
+) -> Call:
+    """Runs F on detached inputs, with a graph where gradients are enabled."""
     x = x.detach().requires_grad_(x_needs_grad)
     sides = {name: _leaf(value) for name, value in sides.items()}
-    output = live.call(x, **sides)
-    if output.shape != x.shape:
-        raise ValueError(
-            f"a residual function maps {tuple(x.shape)} to {tuple(output.shape)}: "
-            "shapes must be equal in a chain"
-        )
+    output = live.call(x, **sides, **told)
     inputs = [x, *(value for value in sides.values() if needs_grad(value))]
-    return Call(inputs, live.leaves, output)
+    return Call(inputs, live.leaves, output if isinstance(output, tuple) else (output,))
 
 
-def gradients(call: Call, grad: Tensor, keep_graph: bool) -> tuple[list[Tensor | None], ...]:
-    """(gradients of the inputs, gradients of the leaves) given that of the output."""
+def gradients(
+    call: Call, grads: Sequence[Tensor | None], keep_graph: bool
+) -> tuple[list[Tensor | None], ...]:
+    """(gradients of the inputs, gradients of the leaves) given those of the outputs."""
     wanted = [leaf for leaf in (*call.inputs, *call.leaves) if leaf.requires_grad]
+    known = [
+        (output, grad.to(output.dtype))
+        for output, grad in zip(call.outputs, grads, strict=True)
+        if grad is not None and output.requires_grad
+    ]
     found: dict[int, Tensor | None] = {}
-    if call.output.requires_grad and wanted:
+    if known and wanted:
+        outputs, given = zip(*known, strict=True)
         results = torch.autograd.grad(
-            call.output,
-            wanted,
-            grad.to(call.output.dtype),
-            allow_unused=True,
-            retain_graph=keep_graph,
+            outputs, wanted, given, allow_unused=True, retain_graph=keep_graph
         )
         found = {id(leaf): result for leaf, result in zip(wanted, results, strict=True)}
     return [found.get(id(x)) for x in call.inputs], [found.get(id(x)) for x in call.leaves]

@@ -6,44 +6,23 @@ The mathematics is explicit here; autograd, pipeline stages and benchmarks are i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dr2dist.reversible.certificate import Flags, Probe, bit_sum
-from dr2dist.reversible.exact import ExactArithmetic, State
-from dr2dist.reversible.floating import FloatArithmetic
-from dr2dist.reversible.replay import Autocast, Randomness, function_context, kept_statistics
-from dr2dist.reversible.runner import (
-    Call,
-    FunctionRunner,
-    HandOver,
-    LiveFunction,
-    gradients,
-    needs_grad,
-    run,
-    trainable,
-)
+from dr2dist.reversible.certificate import Flags, Probe, Witness
+from dr2dist.reversible.exact import ExactArithmetic
+from dr2dist.reversible.replay import Autocast, Randomness
+from dr2dist.reversible.reversal import Backward, Reversal
+from dr2dist.reversible.runner import FunctionRunner, needs_grad, trainable
 from dr2dist.reversible.setting import Setting
-from dr2dist.reversible.tape import Sides, Tape, arithmetic_of, part_of, slices, state_dtype
-
-Arithmetic = ExactArithmetic | FloatArithmetic
-
-
-class Gradient(NamedTuple):
-    """The gradient of a state: of x_i and of y_i (None stands for zeros)."""
-
-    x: Tensor
-    y: Tensor | None
-
-
-class Backward(NamedTuple):
-    """What reversing a segment gives: its first state, that state's gradient, the sides'."""
-
-    state: State
-    grad: Gradient
-    sides: dict[str, Tensor]
+from dr2dist.reversible.slices import Layout, Part, joined, parts_of
+from dr2dist.reversible.state import Gradient, State
+from dr2dist.reversible.tape import Arithmetic, Kept, Sides, Tape, arithmetic_of, state_dtype
+from dr2dist.reversible.work import Work
 
 
 class Segment:
@@ -64,7 +43,7 @@ class Segment:
 
     @torch.no_grad()
     def infer(
-        self, h: Tensor, sides: Sides, setting: Setting, taps: Sequence[int] = ()
+        self, h: Tensor, sides: Sides, setting: Setting, layout: Layout, taps: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """The chain without any bookkeeping: (output, taps).
 
@@ -75,7 +54,7 @@ class Segment:
         outside = arithmetic.outside(state.current)
         handed: dict[int, Tensor] = {}
         for index in range(len(self.functions)):
-            state = self._plain_step(index, state, sides, setting, arithmetic, dtype)
+            state = self._plain_step(index, state, sides, layout, arithmetic, dtype, None)
             outside = outside | arithmetic.outside(state.current)
             if index in taps:
                 handed[index] = arithmetic.hand_out(state.current, dtype)
@@ -88,42 +67,42 @@ class Segment:
         h: Tensor,
         sides: Sides,
         setting: Setting,
+        layout: Layout,
         x_needs_grad: bool = True,
         taps: Sequence[int] = (),
     ) -> tuple[State, Tape, dict[int, Tensor]]:
         """Runs the chain from its tokens h [B, ...] to (last state, tape, tapped tokens)."""
-        arithmetic, dtype = _arithmetic(h, setting)
-        tape = self._new_tape(h, sides, setting, dtype, x_needs_grad)
+        tape = self._new_tape(h, sides, setting, layout, x_needs_grad)
+        arithmetic = tape.arithmetic
         state = arithmetic.start(h)
-        exact = setting.arithmetic == "exact"
-        if exact:
+        if isinstance(arithmetic, ExactArithmetic):
             tape.flags.note_state(0, state.current)
         handed = {}
         for index in range(len(self.functions)):
+            seen = Witness()
             if index < tape.first:
-                state = self._plain_step(index, state, sides, setting, arithmetic, dtype)
-                if exact:
-                    tape.flags.note_state(index, state.current)
+                state = self._plain_step(index, state, sides, layout, arithmetic, tape.dtype, seen)
             else:
-                if index == tape.first:
-                    _note_start(tape, state)
-                state = self._step(index, state, tape, arithmetic)
+                state = self._step(index, state, tape, seen)
+                tape.sums[index] = seen.bits
+            tape.flags.note_function(index, seen)
             if index in taps:
-                handed[index] = arithmetic.hand_out(state.current, dtype)
+                handed[index] = arithmetic.hand_out(state.current, tape.dtype)
         tape.randomness.close()
         return state, tape, handed
 
     def backward(
         self,
         tape: Tape,
-        state: State,
+        state: State | None,
         grad: Tensor,
         taps: Mapping[int, Tensor] | None = None,
         keep: bool = False,
     ) -> Backward:
         """Reverses the segment from its last state, which is consumed unless `keep`.
 
-        grad: of the last tokens, any float dtype. taps: gradients of tapped tokens by function.
+        state: None where the last function keeps its activations. grad: of the last tokens, in
+        the state dtype and contiguous; consumed. taps: gradients of tapped tokens by function.
         Parameters get their gradients here, once each. Raises RuntimeError on a used tape.
         """
         if not tape.open:
@@ -131,24 +110,28 @@ class Segment:
                 "this reversible pass was already reversed and its remainders are freed; "
                 "pass retain_graph=True to the first backward"
             )
-        if keep and tape.setting.memory == "reverse":
-            state = State(state.current.clone(), state.previous.clone())
-        result = _Reversal(self, tape, state, grad, taps or {}, keep).run()
+        if keep and state is not None:
+            state = state.copy()
+        reversal = Reversal(self.functions, self.runner, tape, state, Gradient(grad, None))
+        result = reversal.run(taps or {}, keep)
         if not keep:
             tape.close()
         return result
 
     def reverse(self, tape: Tape, state: State) -> State:
         """The first state of the segment, from its last one, without any gradient."""
-        state = State(state.current.clone(), state.previous.clone())
-        grad = torch.zeros(state.current.shape, dtype=tape.dtype, device=state.current.device)
-        return _Reversal(self, tape, state, grad, {}, keep=True, differentiate=False).run().state
+        found = Reversal(self.functions, self.runner, tape, state.copy(), None).run({}, keep=True)
+        assert found.state is not None
+        return found.state
 
     def _new_tape(
-        self, h: Tensor, sides: Sides, setting: Setting, dtype: torch.dtype, x_needs_grad: bool
+        self, h: Tensor, sides: Sides, setting: Setting, layout: Layout, x_needs_grad: bool
     ) -> Tape:
+        arithmetic, dtype = _arithmetic(h, setting)
         return Tape(
             setting=setting,
+            layout=layout,
+            arithmetic=arithmetic,
             autocast=Autocast.current(h.device),
             randomness=Randomness(h.device),
             sides=sides,
@@ -159,34 +142,37 @@ class Segment:
             x_needs_grad=x_needs_grad,
         )
 
-    def _step(self, index: int, state: State, tape: Tape, arithmetic: Arithmetic) -> State:
+    def _step(self, index: int, state: State, tape: Tape, seen: Witness) -> State:
         """One function forward, with everything noted that its reversal needs."""
-        function, memory = self.functions[index], tape.setting.memory
-        out = arithmetic.target(state, in_place=memory == "reverse")
-        remainders: list[Tensor | None] = []
-        calls: list[Call] = []
-        if memory == "checkpoint":
-            tape.inputs.append(state.current)
+        function, mode = self.functions[index], tape.mode(index)
+        tape.parts[index] = parts_of(
+            function, state.current.shape, tape.layout, tape.sides.of(function)
+        )
+        _note(tape, index, state)
+        out = tape.arithmetic.target(state, tape.may_overwrite(index))
+        # A chain's first state is its own previous one: nothing to keep.
+        advance = _Advance(tape.arithmetic, state, out, mode == "reverse" and index > 0, seen)
+        tokens = partial(_tokens, tape.arithmetic, state, tape.dtype)
+        kept = []
         with self.runner.open(function) as live:
-            for number, part in enumerate(slices(len(state.current), tape.setting.chunk_size)):
-                now = part_of(state, part)
-                x = arithmetic.tokens(now.current).to(tape.dtype)
-                call = run_slice(tape, live, function, x, index, number, part)
-                f = call.output.detach().contiguous()
-                if memory == "store":
-                    calls.append(call)
-                del call, x
-                tape.sums[index] += bit_sum(f)
-                tape.flags.note_output(index, f)
-                # A chain's first state is its own previous one: nothing to keep.
-                keep = memory == "reverse" and index > 0
-                remainders.append(arithmetic.advance(now, f, part_of(out, part), keep))
-        if tape.setting.arithmetic == "exact":
-            tape.flags.note_state(index, out.current)
-        if memory == "reverse":
-            tape.remainders.append(remainders)
-        elif memory == "store":
-            tape.calls.append(calls)
+            for work in tape.work(index, function, state.current.shape):
+                held = Kept(work, [], []) if mode == "store" else None
+                calls = work.calls(
+                    live, tokens, tape.stream(index), tape.needs_grad(index), held and held.contexts
+                )
+                for part, call in calls:
+                    advance(part, call.output)
+                    if held:
+                        held.calls.append(call)
+                    del call
+                if held:
+                    kept.append(held)
+                else:
+                    work.forget()
+        if mode == "reverse":
+            tape.remainders[index] = advance.remainders
+        elif mode == "store":
+            tape.kept[index] = kept
         return out
 
     def _plain_step(
@@ -194,162 +180,61 @@ class Segment:
         index: int,
         state: State,
         sides: Sides,
-        setting: Setting,
+        layout: Layout,
         arithmetic: Arithmetic,
         dtype: torch.dtype,
+        seen: Witness | None,
     ) -> State:
         """One function forward without a graph or a record."""
         function = self.functions[index]
         own = sides.of(function)
         out = arithmetic.target(state, in_place=True)
+        advance = _Advance(arithmetic, state, out, keep=False, seen=seen)
+        tokens = partial(_tokens, arithmetic, state, dtype)
         with torch.no_grad(), self.runner.open(function) as live:
-            for part in slices(len(state.current), setting.chunk_size):
-                now = part_of(state, part)
-                x = arithmetic.tokens(now.current).to(dtype)
-                f = live.call(x, **sides.cut(own, part)).contiguous()
-                arithmetic.advance(now, f, part_of(out, part), keep=False)
+            for number, parts in enumerate(parts_of(function, state.current.shape, layout, own)):
+                cut = sides.cut(own, parts[0].samples)
+                work = Work(function, parts, number, state.current.shape[1], cut)
+                calls = work.calls(live, tokens, _ambient, x_needs_grad=False)
+                for part, call in calls:
+                    advance(part, call.output)
+                    del call
         return out
 
 
-class _Reversal:
-    """One pass back through a segment; the state's and gradient's buffers are reused."""
+class _Advance:
+    """Writes the next state, part by part, and gathers the remainders."""
 
     def __init__(
-        self,
-        segment: Segment,
-        tape: Tape,
-        state: State,
-        grad: Tensor,
-        taps: Mapping[int, Tensor],
-        keep: bool,
-        differentiate: bool = True,
+        self, arithmetic: Arithmetic, state: State, out: State, keep: bool, seen: Witness | None
     ) -> None:
-        self.segment, self.tape, self.state, self.taps, self.keep = segment, tape, state, taps, keep
-        self.differentiate = differentiate
-        self.setting = tape.setting
-        dtype = state_dtype(grad)
-        self.arithmetic = arithmetic_of(self.setting, dtype)
-        self.grad = Gradient(grad.to(dtype, copy=True).contiguous(), None)
-        self.sides: dict[str, Tensor] = {}
-        self.hand_over = HandOver(segment.functions[tape.first :])
+        self.arithmetic, self.state, self.out = arithmetic, state, out
+        self.keep, self.seen = keep, seen
+        self.remainders: list[Tensor | None] = []
 
-    def run(self) -> Backward:
-        for index in reversed(range(self.tape.first, len(self.segment.functions))):
-            if index in self.taps:
-                self.grad.x.add_(self.taps[index])
-            self._step(index)
-        if self.setting.memory == "reverse":
-            self._check_start()
-        return Backward(self.state, self.grad, self.sides)
-
-    def _step(self, index: int) -> None:
-        function = self.segment.functions[index]
-        place = index - self.tape.first
-        memory = self.setting.memory
-        after = Gradient(
-            torch.empty_like(self.grad.x) if self.grad.y is None else self.grad.y, self.grad.x
-        )
-        total = torch.zeros((), dtype=torch.int64, device=self.grad.x.device)
-        with self.segment.runner.open(function) as live:
-            for number, part in enumerate(slices(len(self.grad.x), self.setting.chunk_size)):
-                if memory == "store":
-                    call = self.tape.calls[place][number]
-                else:
-                    call = self._recompute(function, live, index, number, part)
-                    total += bit_sum(call.output.detach().contiguous())
-                if memory == "reverse":
-                    self._retreat(index, part, number, call.output.detach().contiguous())
-                if self.differentiate:
-                    self._differentiate(live, call, part, after, function)
-                del call
-            self.hand_over.finish(live.parameters)
-        if memory == "checkpoint" or (memory == "reverse" and self.setting.arithmetic == "exact"):
-            self.tape.flags.note_recompute(index, total != self.tape.sums[index])
-        self.grad = after
-        self._free(place)
-        if memory == "reverse":
-            self.state = State(self.state.previous, self.state.current)
-
-    def _recompute(
-        self, function: nn.Module, live: LiveFunction, index: int, number: int, part: slice
-    ) -> Call:
-        if self.setting.memory == "checkpoint":
-            tokens = self.arithmetic.tokens(self.tape.inputs[index - self.tape.first][part])
-        else:
-            tokens = self.arithmetic.source(part_of(self.state, part))
-        x = tokens.to(self.tape.dtype)
-        with kept_statistics(function):
-            return run_slice(self.tape, live, function, x, index, number, part)
-
-    def _retreat(self, index: int, part: slice, number: int, f: Tensor) -> None:
-        """Turns a slice of the state after a function into the one before it, in place."""
-        now = part_of(self.state, part)
-        if isinstance(self.arithmetic, FloatArithmetic):
-            self.arithmetic.retreat(now, f, None)
-        elif index > 0:
-            remainders = self.tape.remainders[index - self.tape.first][number]
-            assert remainders is not None
-            self.arithmetic.retreat(now, f, remainders)
-        else:
-            self.tape.flags.note_start(self.arithmetic.deviation(now, f) > 0)
-
-    def _differentiate(
-        self, live: LiveFunction, call: Call, part: slice, after: Gradient, function: nn.Module
-    ) -> None:
-        """dx = F'(x)^T dx' + (alpha dx' + beta dy'), written to `after` for one slice."""
-        dx = self.grad.x[part]
-        of_inputs, of_leaves = gradients(call, dx, self.keep)
-        through = dx * self.setting.alpha
-        if self.grad.y is not None:
-            through.add_(self.grad.y[part] * self.setting.beta)
-        of_x = of_inputs[0]
-        after.x[part] = through if of_x is None else through.add_(of_x)
-        self.hand_over.add(live.parameters, of_leaves)
-        own = self.tape.sides.of(function)
-        names = [name for name, value in own.items() if needs_grad(value)]
-        for name, grad in zip(names, of_inputs[1:], strict=True):
-            if grad is not None:
-                self._add_side(name, grad, part)
-
-    def _add_side(self, name: str, grad: Tensor, part: slice) -> None:
-        if name not in self.sides:
-            side = self.tape.sides.values[name]
-            dtype = torch.promote_types(side.dtype, torch.float32)
-            self.sides[name] = torch.zeros_like(side, dtype=dtype)
-        target = self.sides[name]
-        target = target[part] if name in self.tape.sides.batched else target
-        target += grad
-
-    def _free(self, place: int) -> None:
-        if self.keep:
-            return
-        for held in (self.tape.remainders, self.tape.inputs, self.tape.calls):
-            if held:
-                held.pop(place)
-
-    def _check_start(self) -> None:
-        """Compares the start that was reached with the one that the forward pass noted."""
-        flags = self.tape.flags
-        flags.note_done()
-        if self.tape.start_sum is not None:
-            sums = _state_sum(self.state, both=self.tape.first > 0)
-            flags.note_start((sums != self.tape.start_sum).any())
+    def __call__(self, part: Part, f: Tensor) -> None:
+        """f: F's output for the part. Raises ValueError if it has another shape."""
+        now, out = part.states(self.state), part.states(self.out)
+        pieces = part.split(f)
+        found = [tuple(piece.shape) for piece in pieces]
+        allowed = [tuple(state.current.shape) for state in now]
+        if found != allowed:
+            raise ValueError(
+                f"a residual function maps {allowed[0]} to {found[0]}: "
+                "shapes must be equal in a chain"
+            )
+        for state, target, piece in zip(now, out, pieces, strict=True):
+            rest = self.arithmetic.advance(state, piece, target, self.keep, self.seen)
+            self.remainders.append(rest)
 
 
-def run_slice(
-    tape: Tape,
-    live: LiveFunction,
-    function: nn.Module,
-    x: Tensor,
-    index: int,
-    number: int,
-    part: slice,
-) -> Call:
-    """F on one slice of the batch, the same way in both directions."""
-    sides = tape.sides.cut(tape.sides.of(function), part)
-    x_needs_grad = tape.x_needs_grad or index > tape.first
-    with function_context(tape.autocast, tape.randomness, index, number):
-        return run(live, x, sides, x_needs_grad)
+def _tokens(arithmetic: Arithmetic, state: State, dtype: torch.dtype, part: Part) -> Tensor:
+    return joined([arithmetic.tokens(view) for view in part.views(state.current)]).to(dtype)
+
+
+def _ambient(key: tuple[int, ...]) -> AbstractContextManager[Any]:
+    """Calls without a record use the random stream that is in force."""
+    return nullcontext()
 
 
 def _arithmetic(h: Tensor, setting: Setting) -> tuple[Arithmetic, torch.dtype]:
@@ -359,16 +244,14 @@ def _arithmetic(h: Tensor, setting: Setting) -> tuple[Arithmetic, torch.dtype]:
     return arithmetic_of(setting, dtype), dtype if autocast else h.dtype
 
 
-def _note_start(tape: Tape, state: State) -> None:
-    if tape.setting.memory != "reverse":
-        return
-    if tape.setting.arithmetic == "float":
-        tape.probe = Probe(state)
-    else:
-        tape.start_sum = _state_sum(state, both=tape.first > 0)
-
-
-def _state_sum(state: State, both: bool) -> Tensor:
-    """int64 sums of the state's tensors; X_0 alone where it is its own previous state."""
-    parts = state if both else state[:1]
-    return torch.stack([part.sum(dtype=torch.int64) for part in parts])
+def _note(tape: Tape, index: int, state: State) -> None:
+    """Notes of the state before a function what its reversal will need of it."""
+    if tape.mode(index) == "checkpoint":
+        tape.inputs[index] = state.current
+    if tape.ends_stretch(index):
+        tape.states[index] = state
+    if tape.starts_stretch(index):
+        if isinstance(tape.arithmetic, ExactArithmetic):
+            tape.starts[index] = tape.arithmetic.sums(state)
+        else:
+            tape.starts[index] = Probe(state)

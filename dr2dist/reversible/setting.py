@@ -43,6 +43,8 @@ class Setting:
     memory: how the backward pass comes by its activations.
     chunk_size: samples per slice of the batch, None for the whole batch at once.
     fraction_bits: exact states are multiples of 2^-fraction_bits.
+    chunk_tokens: tokens per slice inside a sample, for functions that can run so; None for all.
+        Only with a chunk_size of 1.
 
     Raises ValueError for a value outside these sets.
     """
@@ -53,6 +55,7 @@ class Setting:
     memory: Memory = "reverse"
     chunk_size: int | None = None
     fraction_bits: int = 18
+    chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -72,6 +75,16 @@ class Setting:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, allowed is {allowed}")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"chunk_size is {self.chunk_size}, allowed is None or 1 and more")
+        if self.chunk_tokens is not None:
+            if self.chunk_tokens < 1:
+                raise ValueError(
+                    f"chunk_tokens is {self.chunk_tokens}, allowed is None or 1 and more"
+                )
+            if self.chunk_size != 1:
+                raise ValueError(
+                    f"chunk_tokens cuts single samples: chunk_size is {self.chunk_size}, "
+                    "allowed is 1"
+                )
         if not 0 <= self.fraction_bits <= 28:
             raise ValueError(f"fraction_bits is {self.fraction_bits}, allowed is 0 to 28")
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dr2dist.reversible.certificate import Flags, Probe
-from dr2dist.reversible.exact import ExactArithmetic, State
+from dr2dist.reversible.exact import ExactArithmetic
 from dr2dist.reversible.floating import FloatArithmetic
-from dr2dist.reversible.replay import Autocast, Randomness
+from dr2dist.reversible.replay import Autocast, Randomness, function_context
 from dr2dist.reversible.runner import Call
-from dr2dist.reversible.setting import Setting
+from dr2dist.reversible.setting import Memory, Setting
+from dr2dist.reversible.slices import Layout, Part
+from dr2dist.reversible.state import State
+from dr2dist.reversible.work import Stream, Work
+
+Arithmetic = ExactArithmetic | FloatArithmetic
 
 
 @dataclass
@@ -40,17 +46,30 @@ class Sides:
         return {k: v[part] if k in self.batched else v for k, v in values.items()}
 
 
+class Kept(NamedTuple):
+    """A function's run on one slice of the batch with all its graphs."""
+
+    work: Work
+    calls: list[Call]
+    contexts: list[Call]
+
+
 @dataclass(eq=False)
 class Tape:
     """One pass of one segment: everything that its reversal needs, and no activation.
 
-    setting, autocast, randomness, sides: frozen, never read again from outside. dtype: what F
-    is called with. first: index of the first function that is reversed. sums: int64 [functions],
-    the bits of F's outputs. remainders, inputs, calls: per function, one entry for each slice
-    (inputs: the whole state), filled according to the memory mode.
+    setting, layout, arithmetic, autocast, randomness, sides: frozen, never read again from
+    outside. dtype: what F is called with. first: index of the first function that is reversed.
+    sums: int64 [functions], the bits of F's outputs.
+
+    By function, as far as its memory mode needs them: parts, its slices; remainders, one entry
+    for each part's range; inputs, its state; kept, its graphs; states, what reversal goes on from
+    below functions that keep theirs; starts, what it must find where a reversed stretch began.
     """
 
     setting: Setting
+    layout: Layout
+    arithmetic: Arithmetic
     autocast: Autocast
     randomness: Randomness
     sides: Sides
@@ -59,26 +78,77 @@ class Tape:
     sums: Tensor
     flags: Flags
     x_needs_grad: bool
-    probe: Probe | None = None
-    start_sum: Tensor | None = None
-    remainders: list[list[Tensor | None]] = field(default_factory=list)
-    inputs: list[Tensor] = field(default_factory=list)
-    calls: list[list[Call]] = field(default_factory=list)
+    parts: dict[int, list[list[Part]]] = field(default_factory=dict)
+    remainders: dict[int, list[Tensor | None]] = field(default_factory=dict)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, list[Kept]] = field(default_factory=dict)
+    states: dict[int, State] = field(default_factory=dict)
+    starts: dict[int, Tensor | Probe] = field(default_factory=dict)
+    drift: Tensor | None = None
     open: bool = True
+
+    def mode(self, index: int) -> Memory:
+        """How function `index` comes by its activations."""
+        if self.setting.memory != "budget":
+            return self.setting.memory
+        return "store" if index in self.layout.kept else "reverse"
+
+    def starts_stretch(self, index: int) -> bool:
+        """Whether reversal ends at function `index`, for now or for good."""
+        first = index == self.first or self.mode(index - 1) != "reverse"
+        return self.mode(index) == "reverse" and first
+
+    def ends_stretch(self, index: int) -> bool:
+        """Whether function `index` keeps its activations and the one before it does not."""
+        reversed_before = index > self.first and self.mode(index - 1) == "reverse"
+        return self.mode(index) == "store" and reversed_before
+
+    def stream(self, index: int) -> Stream:
+        """The context of calls of function `index` with gradients."""
+
+        def at(key: tuple[int, ...]) -> AbstractContextManager[None]:
+            return function_context(self.autocast, self.randomness, index, key)
+
+        return at
+
+    def work(self, index: int, function: Any, shape: torch.Size) -> Iterator[Work]:
+        """Function `index` on each slice of the batch."""
+        own = self.sides.of(function)
+        for number, parts in enumerate(self.parts[index]):
+            length = shape[1] if len(shape) > 1 else 1
+            yield Work(function, parts, number, length, self.sides.cut(own, parts[0].samples))
+
+    def may_overwrite(self, index: int) -> bool:
+        """Whether function `index` may write its state over the oldest one."""
+        # In floating point graphs hold the state itself.
+        floating = isinstance(self.arithmetic, FloatArithmetic)
+        if self.mode(index) == "checkpoint" or (self.mode(index) == "store" and floating):
+            return False
+        return not any(index - 1 <= saved <= index for saved in self.states)
+
+    def needs_grad(self, index: int) -> bool:
+        """Whether gradients flow to the tokens of function `index`."""
+        return self.x_needs_grad or index > self.first
 
     @property
     def remainder_bytes(self) -> int:
         """Bytes of remainders held now."""
-        parts = (part for parts in self.remainders for part in parts)
+        parts = (part for parts in self.remainders.values() for part in parts)
         return sum(part.nbytes for part in parts if part is not None)
+
+    def free(self, index: int) -> None:
+        """Drops what only the reversal of function `index` needed."""
+        for held in (self.remainders, self.inputs, self.kept, self.states, self.starts):
+            held.pop(index, None)
 
     def close(self) -> None:
         """Ends the tape: nothing of it can be used again."""
         self.open = False
-        self.remainders, self.inputs, self.calls = [], [], []
+        for index in list(self.parts):
+            self.free(index)
 
 
-def arithmetic_of(setting: Setting, state_dtype: torch.dtype) -> ExactArithmetic | FloatArithmetic:
+def arithmetic_of(setting: Setting, state_dtype: torch.dtype) -> Arithmetic:
     """The arithmetic that a setting names."""
     kind = ExactArithmetic if setting.arithmetic == "exact" else FloatArithmetic
     return kind(setting, state_dtype)
@@ -87,14 +157,3 @@ def arithmetic_of(setting: Setting, state_dtype: torch.dtype) -> ExactArithmetic
 def state_dtype(h: Tensor) -> torch.dtype:
     """Tokens of a chain are fp32, or fp64 where the input is."""
     return torch.promote_types(h.dtype, torch.float32)
-
-
-def slices(batch: int, chunk_size: int | None) -> Iterator[slice]:
-    """The slices of the batch, in order."""
-    step = chunk_size or max(batch, 1)
-    return (slice(start, min(start + step, batch)) for start in range(0, max(batch, 1), step))
-
-
-def part_of(state: State, part: slice) -> State:
-    """A slice of both tensors of a state (views)."""
-    return State(state.current[part], state.previous[part])

@@ -1,0 +1,249 @@
+"""One pass back through a segment, with or without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dr2dist.reversible.certificate import Probe, Witness
+from dr2dist.reversible.floating import FloatArithmetic
+from dr2dist.reversible.replay import kept_statistics
+from dr2dist.reversible.runner import (
+    Call,
+    FunctionRunner,
+    HandOver,
+    LiveFunction,
+    gradients,
+    needs_grad,
+)
+from dr2dist.reversible.slices import Part, joined
+from dr2dist.reversible.state import Gradient, State
+from dr2dist.reversible.tape import Kept, Tape
+from dr2dist.reversible.work import Work
+
+
+class Backward(NamedTuple):
+    """What reversing a segment gives: its first state if that was reached, that state's
+    gradient if one was asked for, the sides'."""
+
+    state: State | None
+    grad: Gradient | None
+    sides: dict[str, Tensor]
+
+
+class Reversal:
+    """Takes a segment's last state and gradient back to its first; both buffers are reused.
+
+    state: None where the last function keeps its activations. grad: None to reverse only.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[nn.Module],
+        runner: FunctionRunner,
+        tape: Tape,
+        state: State | None,
+        grad: Gradient | None,
+    ) -> None:
+        self.functions, self.runner, self.tape = functions, runner, tape
+        self.state, self.grad = state, grad
+        self.arithmetic = tape.arithmetic
+        self.sides: dict[str, Tensor] = {}
+        self.hand_over = HandOver(functions[tape.first :])
+
+    def run(self, taps: Mapping[int, Tensor], keep: bool) -> Backward:
+        """taps: gradients of tapped tokens by function. keep: the tape is left as it is."""
+        for index in reversed(range(self.tape.first, len(self.functions))):
+            if self.grad is not None and index in taps:
+                self.grad.x.add_(taps[index])
+            self._step(index, keep)
+            if not keep:
+                self.tape.free(index)
+        if self.tape.setting.memory in ("reverse", "budget"):
+            self.tape.flags.note_done()
+        return Backward(self.state, self.grad, self.sides)
+
+    def _step(self, index: int, keep: bool) -> None:
+        mode, seen = self.tape.mode(index), Witness()
+        after = _after(self.grad)
+        with self.runner.open(self.functions[index]) as live:
+            step = _Step(self, index, live, after, seen, keep)
+            if mode == "store":
+                for kept in self.tape.kept[index]:
+                    step.from_graphs(kept)
+            else:
+                step.recompute()
+            self.hand_over.finish(live.parameters)
+        if mode == "checkpoint" or (mode == "reverse" and not self._floating):
+            self.tape.flags.note_recompute(index, seen.bits != self.tape.sums[index])
+        self.grad = after
+        if mode == "reverse":
+            assert self.state is not None
+            self.state = State(self.state.previous, self.state.current)
+            if index in self.tape.starts:
+                self._check_start(self.tape.starts[index])
+        elif index in self.tape.states:
+            saved = self.tape.states[index]
+            self.state = saved.copy() if keep else saved
+
+    @property
+    def _floating(self) -> bool:
+        return isinstance(self.arithmetic, FloatArithmetic)
+
+    def _check_start(self, noted: Tensor | Probe) -> None:
+        """Compares the start that was reached with what the forward pass noted of it."""
+        assert self.state is not None
+        if isinstance(self.arithmetic, FloatArithmetic):
+            assert isinstance(noted, Probe)
+            drift = noted.drift(self.state)
+            known = self.tape.drift
+            self.tape.drift = drift if known is None else torch.fmax(known, drift)
+        else:
+            assert isinstance(noted, Tensor)
+            found = self.arithmetic.sums(self.state)[: len(noted)]
+            self.tape.flags.note_start((found != noted).any())
+
+
+def _after(grad: Gradient | None) -> Gradient | None:
+    """Buffers for the gradient before a function: dx' becomes dy, and dx overwrites dy'."""
+    if grad is None:
+        return None
+    return Gradient(torch.empty_like(grad.x) if grad.y is None else grad.y, grad.x)
+
+
+class _Step:
+    """One function of a reversal, with its parameters present."""
+
+    def __init__(
+        self,
+        reversal: Reversal,
+        index: int,
+        live: LiveFunction,
+        after: Gradient | None,
+        seen: Witness,
+        keep: bool,
+    ) -> None:
+        self.reversal, self.index, self.live = reversal, index, live
+        self.after, self.seen, self.keep = after, seen, keep
+        self.tape, self.arithmetic = reversal.tape, reversal.tape.arithmetic
+        self.function = reversal.functions[index]
+        self.number = 0
+
+    def from_graphs(self, kept: Kept) -> None:
+        """Gradients of a function that kept its graphs."""
+        kept.work.start_gradients()
+        for part, call in zip(kept.work.parts, kept.calls, strict=True):
+            self._differentiate(part, call)
+        self._spread(kept.work, zip(kept.work.parts, kept.contexts, strict=False))
+
+    def recompute(self) -> None:
+        """Runs the function again, part by part: state and gradient go one function back."""
+        index, tape = self.index, self.tape
+        stream, needs = tape.stream(index), tape.needs_grad(index)
+        shape = self._shape()
+        for work in tape.work(index, self.function, shape):
+            with ExitStack() as stack:
+                stack.enter_context(kept_statistics(self.function))
+                calls = work.calls(self.live, self._tokens, stream, needs)
+                for part, call in calls:
+                    self._retreat(part, call.output)
+                    self._differentiate(part, call)
+                    del call
+                if self.after is not None:
+                    self._spread(work, work.contexts(self.live, self._reached, stream, needs))
+            work.forget()
+
+    def _shape(self) -> torch.Size:
+        if self.tape.mode(self.index) == "checkpoint":
+            return self.tape.inputs[self.index].shape
+        assert self.reversal.state is not None
+        return self.reversal.state.current.shape
+
+    def _tokens(self, part: Part) -> Tensor:
+        """x_i of a part that is not reversed yet."""
+        if self.tape.mode(self.index) == "checkpoint":
+            views = part.views(self.tape.inputs[self.index])
+            tokens = [self.arithmetic.tokens(view) for view in views]
+        else:
+            tokens = [self.arithmetic.source(state) for state in self._states(part)]
+        return joined(tokens).to(self.tape.dtype)
+
+    def _reached(self, part: Part) -> Tensor:
+        """x_i of a part that is reversed."""
+        if self.tape.mode(self.index) == "checkpoint":
+            return self._tokens(part)
+        tokens = [self.arithmetic.reached(state) for state in self._states(part)]
+        return joined(tokens).to(self.tape.dtype)
+
+    def _states(self, part: Part) -> list[State]:
+        assert self.reversal.state is not None
+        return part.states(self.reversal.state)
+
+    def _retreat(self, part: Part, f: Tensor) -> None:
+        """Turns a part of the state after the function into the one before it, in place."""
+        if self.tape.mode(self.index) == "checkpoint":
+            self.seen.again(f)
+            return
+        for state, piece in zip(self._states(part), part.split(f), strict=True):
+            if isinstance(self.arithmetic, FloatArithmetic):
+                self.arithmetic.retreat(state, piece)
+            elif self.index > 0:
+                remainders = self.tape.remainders[self.index][self.number]
+                assert remainders is not None
+                self.arithmetic.retreat(state, piece, remainders, self.seen)
+                if not self.keep:
+                    self.tape.remainders[self.index][self.number] = None
+            else:
+                deviation = self.arithmetic.deviation(state, piece, self.seen)
+                self.tape.flags.note_start(deviation > 0)
+            self.number += 1
+
+    def _differentiate(self, part: Part, call: Call) -> None:
+        """dx = F'(x)^T dx' + (alpha dx' + beta dy'), over the buffer of dy'."""
+        if self.after is None or self.reversal.grad is None:
+            return
+        before, setting = self.reversal.grad, self.tape.setting
+        views = part.views(before.x)
+        of_inputs, of_leaves = gradients(call, [joined(views)], self.keep)
+        for target, dx in zip(part.views(self.after.x), views, strict=True):
+            if before.y is None:
+                torch.mul(dx, setting.alpha, out=target)
+            else:
+                target.mul_(setting.beta).add_(dx, alpha=setting.alpha)
+        self._add(part, of_inputs, of_leaves)
+
+    def _spread(self, work: Work, calls: Iterable[tuple[Part, Call]]) -> None:
+        """Gradients of what a function gave for its context."""
+        for part, call in calls:
+            self._add(part, *gradients(call, work.context_grads(part), self.keep))
+            del call
+
+    def _add(
+        self, part: Part, of_inputs: list[Tensor | None], of_leaves: list[Tensor | None]
+    ) -> None:
+        """Adds a call's gradients to those of the tokens, the parameters and the sides."""
+        assert self.after is not None
+        of_x = of_inputs[0]
+        if of_x is not None:
+            for target, piece in zip(part.views(self.after.x), part.split(of_x), strict=True):
+                target.add_(piece)
+        self.reversal.hand_over.add(self.live.parameters, of_leaves)
+        own = self.tape.sides.of(self.function)
+        names = [name for name, value in own.items() if needs_grad(value)]
+        for name, grad in zip(names, of_inputs[1:], strict=False):
+            if grad is not None:
+                self._add_side(name, grad, part.samples)
+
+    def _add_side(self, name: str, grad: Tensor, samples: slice) -> None:
+        sides = self.reversal.sides
+        if name not in sides:
+            side = self.tape.sides.values[name]
+            dtype = torch.promote_types(side.dtype, torch.float32)
+            sides[name] = torch.zeros_like(side, dtype=dtype)
+        target = sides[name]
+        target = target[samples] if name in self.tape.sides.batched else target
+        target += grad
