@@ -42,7 +42,7 @@ def make_engine(
         optimizer: Any = torch.optim.SGD(net.parameters(), 1e-2, momentum=0.9)
     else:
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
-    return ReversibleEngine(net.train(), net.chains, optimizer, config, "bf16" if bf16 else "fp32")
+    return ReversibleEngine(net.train(), optimizer, config, "bf16" if bf16 else "fp32")
 
 
 def micro_batches(step: int, accumulate: int) -> list[tuple[Tensor, Tensor]]:
@@ -211,7 +211,7 @@ def sharded_build(bf16: bool) -> tuple[int, int, int, bool]:
     )
     optimizer = torch.optim.SGD(net.parameters(), 1e-2)
     precision: Any = "bf16" if bf16 else "fp32"
-    engine = ReversibleEngine(net, net.chains, optimizer, config, precision, weights=watched)
+    engine = ReversibleEngine(net, optimizer, config, precision, weights=watched)
     state = full_state(engine)
     kind = torch.bfloat16 if bf16 else torch.float32
     equal = state is None or all(

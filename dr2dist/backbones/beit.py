@@ -15,7 +15,7 @@ from dr2dist.backbones.compute import (
     scaled_mlp,
 )
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
-from dr2dist.backbones.tokens import token_intermediates
+from dr2dist.backbones.tokens import TAIL, token_intermediates
 
 PARTS = {
     Block: (
@@ -30,6 +30,8 @@ class BeitFamily(Family):
 
     name = "beit"
     patterns = ("beit_*", "beitv2_*")
+
+    tail = TAIL
 
     def matches(self, model: nn.Module) -> bool:
         """See Family."""

@@ -16,7 +16,7 @@ from dr2dist.backbones.compute import (
     scaled_mlp,
 )
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
-from dr2dist.backbones.tokens import batched_sides, token_intermediates
+from dr2dist.backbones.tokens import TAIL, batched_sides, token_intermediates
 
 SIDES = ("rope", "attn_mask", "is_causal")
 
@@ -38,6 +38,8 @@ class EvaFamily(Family):
 
     name = "eva"
     patterns = ("eva02_*", "vit_*_dinov3*", "vit_pe_*", "vit_*_rope_*", "vit_*_rope_mixed_*")
+
+    tail = TAIL
 
     def matches(self, model: nn.Module) -> bool:
         """See Family."""

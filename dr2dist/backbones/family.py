@@ -35,6 +35,12 @@ class Family(ABC):
     name: str
     patterns: tuple[str, ...]
     """Model names that it covers, for people to read."""
+    tail: tuple[str, ...] | None = None
+    """The model's modules and parameters that `norm` and `head` use, missing ones included.
+
+    Where they are named, both run in slices of the batch and keep no activations; where not, they
+    run as they stand.
+    """
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -48,9 +54,9 @@ class Family(ABC):
     def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
         """Images [B, C, H, W] to tokens, and the sides."""
 
-    def transition(self, model: Any, index: int, tokens: Tensor) -> Tensor:
-        """What stands before chain `index`; nothing unless a family says otherwise."""
-        return tokens
+    def transition(self, model: Any, index: int) -> nn.Module | None:
+        """What stands before chain `index`, tokens to tokens; nothing unless a family says so."""
+        return None
 
     def norm(self, model: Any, tokens: Tensor) -> Tensor:
         """What ends `forward_features` after the last chain."""
@@ -86,13 +92,7 @@ class Branch(nn.Module):
         sides: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        # The same class, attributes and modules as the block, less those of its other branches,
-        # so that an engine that gathers this function's parameters gathers no others.
-        part = copy.copy(block)
-        if names is not None:
-            part._modules = {k: v for k, v in block._modules.items() if k in names}
-            part._parameters = {k: v for k, v in block._parameters.items() if k in names}
-        self.part = part
+        self.part = part_of(block, names)
         self.compute = compute
         self.keywords = dict(sides or {})
 
@@ -105,6 +105,18 @@ class Branch(nn.Module):
         """The branch alone, [B, ...] to the same shape, without the residual."""
         given = {self.keywords[name]: value for name, value in sides.items()}
         return self.compute(self.part, x, **given)
+
+
+def part_of(block: nn.Module, names: Sequence[str] | None) -> nn.Module:
+    """The same class, attributes and modules as the block, less those that are not named.
+
+    An engine that gathers its parameters gathers no others.
+    """
+    part = copy.copy(block)
+    if names is not None:
+        part._modules = {k: v for k, v in block._modules.items() if k in names}
+        part._parameters = {k: v for k, v in block._parameters.items() if k in names}
+    return part
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from dr2dist.backbones.beit import BeitFamily
 from dr2dist.backbones.eva import EvaFamily
-from dr2dist.backbones.family import Family
+from dr2dist.backbones.family import Family, Stem, part_of
 from dr2dist.backbones.swin import SwinFamily
 from dr2dist.backbones.vit import VitFamily
 from dr2dist.errors import UserError
-from dr2dist.reversible import Chain, ChainCertificate, Setting
+from dr2dist.reversible import Chain, ChainCertificate, Piece, Setting
 from dr2dist.reversible.setting import Arithmetic, Memory
 
 _families: list[Family] = [VitFamily(), EvaFamily(), BeitFamily(), SwinFamily()]
@@ -59,6 +59,8 @@ class ReversibleNetwork(nn.Module):
 
     family: Family
     chains: tuple[Chain, ...]
+    pieces: tuple[Piece, ...]
+    """What stands between the chains and after them, as far as the family says so."""
 
     @property
     def coefficients(self) -> tuple[float, float]:
@@ -84,17 +86,33 @@ class ReversibleNetwork(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
         """As the model's own: images [B, C, H, W] to its output."""
-        return self.family.head(self, self.forward_features(x, *args, **options))
+        tokens = self._tokens(x, *args, **options)
+        if self._tail is None:
+            return self.family.head(self, self.family.norm(self, tokens))
+        self._tail.module.renew(self)
+        return self._tail(tokens, self.chains[0].setting.chunk_size)
 
     def forward_features(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """As the model's own: images [B, C, H, W] to the features before pooling."""
+        return self.family.norm(self, self._tokens(x, *args, **options))
+
+    def _tokens(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Images to what the last chain gives."""
         options |= dict(zip(("attn_mask", "is_causal"), args, strict=False))
         stem = self.family.stem(self, x, **options)
-        tokens = stem.tokens
-        for index, chain in enumerate(self.chains):
-            tokens = self.family.transition(self, index, tokens)
-            tokens = chain(tokens, batched=tuple(stem.batched), **stem.sides)
-        return self.family.norm(self, tokens)
+        tokens, stem.tokens = stem.tokens, x  # nothing but the stem's graph shall hold its output
+        for index in range(len(self.chains)):
+            tokens = self.run_chain(index, tokens, stem)
+        return tokens
+
+    def run_chain(self, index: int, tokens: Tensor, stem: Stem | None = None) -> Tensor:
+        """Chain `index`, after what stands before it; `stem` has the sides."""
+        chain, transition = self.chains[index], self._transitions.get(index)
+        if transition is not None:
+            tokens = transition(tokens, chain.setting.chunk_size)
+        if stem is None:
+            return cast(Tensor, chain(tokens))
+        return cast(Tensor, chain(tokens, batched=tuple(stem.batched), **stem.sides))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
         """As the model's own; states of the chains stand for the outputs of blocks."""
@@ -136,11 +154,41 @@ class ReversibleNetwork(nn.Module):
             Chain(functions, name=name, **asdict(setting))
             for name, functions in self.family.functions(self)
         )
+        found = ((index, self.family.transition(self, index)) for index in range(len(self.chains)))
+        self._transitions = {index: Piece(module) for index, module in found if module is not None}
+        self._tail = None if self.family.tail is None else Piece(_Tail(self, self.family))
+        tail = () if self._tail is None else (self._tail,)
+        self.pieces = (*self._transitions.values(), *tail)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles name the model's own class, since this one is made at run time."""
         base = type(self).__bases__[1]
         return _blank, (base,), self.__dict__.copy()
+
+
+class _Tail(nn.Module):
+    """Norm and head of a network, as they are when it is renewed."""
+
+    def __init__(self, net: ReversibleNetwork, family: Family) -> None:
+        super().__init__()
+        self.family = family
+        self.part = nn.Module()
+        self.renew(net)
+
+    def renew(self, net: ReversibleNetwork) -> None:
+        """Takes up what was changed in the network: a new classifier, its training flag."""
+        attributes = {key: value for key, value in net.__dict__.items() if key not in _CUT}
+        plain = _blank(type(net).__bases__[1])
+        plain.__dict__.update(attributes)
+        self.part = part_of(plain, self.family.tail)
+
+    def forward(self, tokens: Tensor) -> Any:
+        """Tokens after the last chain to the model's output."""
+        return self.family.head(self.part, self.family.norm(self.part, tokens))
+
+
+_CUT = ("chains", "pieces", "_transitions", "_tail")
+"""What a network has beside its modules."""
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:

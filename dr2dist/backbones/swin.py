@@ -37,6 +37,7 @@ class SwinFamily(Family):
 
     name = "swin"
     patterns = ("swin_*", "swin_s3_*")
+    tail = ("norm", "head")
 
     def matches(self, model: nn.Module) -> bool:
         """See Family."""
@@ -54,10 +55,10 @@ class SwinFamily(Family):
         """No options."""
         return Stem(model.patch_embed(images))
 
-    def transition(self, model: Any, index: int, tokens: Tensor) -> Tensor:
+    def transition(self, model: Any, index: int) -> nn.Module | None:
         """Patch merging, none before the first chain."""
-        result: Tensor = model.layers[index].downsample(tokens)
-        return result
+        module: nn.Module = model.layers[index].downsample
+        return None if isinstance(module, nn.Identity) else module
 
     def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
         """See Family."""
@@ -80,8 +81,8 @@ class SwinFamily(Family):
         tokens = self.stem(net, images).tokens
         maps = []
         stop = last + 1 if stop_early else len(net.chains)
-        for index, chain in enumerate(net.chains[:stop]):
-            tokens = chain(self.transition(net, index, tokens))
+        for index in range(stop):
+            tokens = net.run_chain(index, tokens)
             if index in taken:
                 ended = norm and index == len(net.chains) - 1
                 chosen = net.norm(tokens) if ended else tokens

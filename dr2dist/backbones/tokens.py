@@ -7,6 +7,9 @@ from typing import Any
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
+TAIL = ("norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist")
+"""What follows the blocks of such models, where it is there."""
+
 
 def token_intermediates(
     net: Any,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dr2dist.backbones.compute import attention_post_norm, mlp_post_norm
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
-from dr2dist.backbones.tokens import batched_sides, token_intermediates
+from dr2dist.backbones.tokens import TAIL, batched_sides, token_intermediates
 
 MASK = ("attn_mask", "is_causal")
 
@@ -74,6 +74,8 @@ class VitFamily(Family):
 
     name = "vit"
     patterns = ("vit_*", "deit*", "flexivit_*", "*_clip_*", "*_siglip_*", "*_dinov2", "beit3_*")
+
+    tail = TAIL
 
     def matches(self, model: nn.Module) -> bool:
         """See Family."""

@@ -11,13 +11,14 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.parallel.average import Average
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.parallel.masters import Masters
 from dr2dist.parallel.sharding import shard
 from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
-from dr2dist.reversible import Chain, FunctionRunner, PlainRunner
+from dr2dist.reversible import FunctionRunner, PlainRunner
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -39,8 +40,7 @@ class UnprovenStepError(RuntimeError):
 class ReversibleEngine:
     """Runs optimiser steps of a network with reversible chains; applies only proven ones.
 
-    net: a converted network, before any sharding. chains: its chains. optimizer: over its
-    parameters. config: DeepSpeed's configuration, complete. precision: what functions compute in,
+    net: a converted network, before any sharding. optimizer: over its parameters. config: DeepSpeed's configuration, complete. precision: what functions compute in,
     with fp32 master weights on every ZeRO stage. ema: decay of averaged weights, if they are
     wanted. weights: gives the values of parameters by name where the network's are on the meta
     device (ZeRO 3 only), of which no rank then holds more than one whole at a time. The process
@@ -49,24 +49,23 @@ class ReversibleEngine:
 
     def __init__(
         self,
-        net: nn.Module,
-        chains: tuple[Chain, ...],
+        net: ReversibleNetwork,
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
         precision: Precision = "fp32",
         ema: float | None = None,
         weights: Callable[[str], Tensor] | None = None,
     ) -> None:
-        self.chains = chains
+        self.chains = net.chains
         self.zero = int(config["zero_optimization"]["stage"])
-        runner = _runner(chains, self.zero)
+        runner = _runner(net, self.zero)
         if weights is not None:
             shard(net, weights, config, DTYPES[precision])
         parameters = [p for p in net.parameters() if p.requires_grad]
         self._engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
         self.net: nn.Module = self._engine.module
-        for chain in chains:
-            chain.runner = runner
+        for part in (*net.chains, *net.pieces):
+            part.runner = runner
         self.device = torch.device(self._engine.device)
         self._autocast = precision == "bf16" and not self._engine.bfloat16_enabled()
         # What parameters are held in.
@@ -194,7 +193,8 @@ class ReversibleEngine:
         self.applied = step
 
 
-def _runner(chains: tuple[Chain, ...], zero: int) -> FunctionRunner:
+def _runner(net: ReversibleNetwork, zero: int) -> FunctionRunner:
     if zero < 3:
         return PlainRunner()
-    return GatheredRunner(function for chain in chains for function in chain.functions)
+    functions = [function for chain in net.chains for function in chain.functions]
+    return GatheredRunner([*functions, *(piece.module for piece in net.pieces)])

@@ -2,6 +2,7 @@
 
 from dr2dist.reversible.certificate import ChainCertificate
 from dr2dist.reversible.chain import Chain, Recorded
+from dr2dist.reversible.piece import Piece
 from dr2dist.reversible.runner import FunctionRunner, PlainRunner
 from dr2dist.reversible.segment import Segment
 from dr2dist.reversible.setting import Setting, round_coefficient
@@ -12,6 +13,7 @@ __all__ = [
     "Chain",
     "ChainCertificate",
     "FunctionRunner",
+    "Piece",
     "PlainRunner",
     "Recorded",
     "Segment",

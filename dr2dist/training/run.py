@@ -104,10 +104,10 @@ def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, 
         setting.memory,
         setting.chunk_size,
         setting.fraction_bits,
+        setting.chunk_tokens,
     )
     engine = ReversibleEngine(
         net.train(),
-        net.chains,
         _optimizer(config.optim, groups),
         plan.deepspeed,
         config.train.precision,

@@ -1,0 +1,115 @@
+"""What stands between chains or after them, in slices of the batch and without its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dr2dist.reversible.replay import Autocast, Randomness, function_context, kept_statistics
+from dr2dist.reversible.runner import (
+    Call,
+    FunctionRunner,
+    HandOver,
+    LiveFunction,
+    PlainRunner,
+    gradients,
+    run,
+    trainable,
+)
+from dr2dist.reversible.slices import mixes_samples, sample_slices
+
+
+class Piece:
+    """A module that is run again in the backward pass, slice by slice, from its input.
+
+    module: maps a tensor [B, ...] to a tensor [B, ...] of any shape. Randomness is replayed. A
+    module that mixes samples is run on whole batches.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.runner: FunctionRunner = PlainRunner()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts without an engine's runner."""
+        return {"module": self.module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["module"])  # type: ignore[misc]
+
+    def __call__(self, x: Tensor, chunk_size: int | None = None) -> Any:
+        """The module's output, a tensor or several, for x [B, ...].
+
+        chunk_size: samples per slice, None for all at once.
+        """
+        needed = x.requires_grad or bool(trainable(self.module))
+        if torch.is_grad_enabled() and needed:
+            anchor = torch.empty(0, requires_grad=True)
+            outputs = _PieceFunction.apply(self, self._slices(x, chunk_size), anchor, x)
+        else:
+            with torch.no_grad(), self.runner.open(self.module) as live:
+                outputs = _joined(
+                    run(live, x[part], {}, False).outputs for part in self._slices(x, chunk_size)
+                )
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _slices(self, x: Tensor, chunk_size: int | None) -> list[slice]:
+        if chunk_size is None or mixes_samples(self.module):
+            return [slice(None)]
+        return list(sample_slices(x.shape[0], chunk_size))
+
+
+class _PieceFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, piece: Piece, slices: list[slice], anchor: Tensor, x: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.piece, ctx.slices, ctx.x_needs_grad = piece, slices, x.requires_grad
+        ctx.autocast, ctx.randomness = Autocast.current(x.device), Randomness(x.device)
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        with piece.runner.open(piece.module) as live:
+            calls = (_call(ctx, live, x, number) for number in range(len(slices)))
+            outputs = _joined(tuple(out.detach() for out in call.outputs) for call in calls)
+        ctx.randomness.close()
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if all(grad is None for grad in grads):
+            return None, None, None, None
+        if torch.is_grad_enabled():
+            raise RuntimeError("double backward is not possible; call without create_graph")
+        (x,) = ctx.saved_tensors
+        piece: Piece = ctx.piece
+        found = torch.empty_like(x) if ctx.x_needs_grad else None
+        hand_over = HandOver([piece.module])
+        with piece.runner.open(piece.module) as live, kept_statistics(piece.module):
+            for number, part in enumerate(ctx.slices):
+                call = _call(ctx, live, x, number)
+                (of_x,), of_leaves = gradients(
+                    call, [None if grad is None else grad[part] for grad in grads], keep_graph=False
+                )
+                hand_over.add(live.parameters, of_leaves)
+                if found is not None:
+                    found[part] = 0 if of_x is None else of_x
+                del call, of_x
+            hand_over.finish(live.parameters)
+        return None, None, None, found
+
+
+def _call(ctx: Any, live: LiveFunction, x: Tensor, number: int) -> Call:
+    """The module on one slice, the same way in both directions."""
+    with function_context(ctx.autocast, ctx.randomness, 0, (number,)):
+        return run(live, x[ctx.slices[number]], {}, ctx.x_needs_grad)
+
+
+def _joined(slices: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The outputs of all slices, each as one tensor."""
+    outputs = list(slices)
+    if len(outputs) == 1:
+        return outputs[0]
+    return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
