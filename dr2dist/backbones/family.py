@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dr2dist.backbones.slicing import Factor, Slicing, drop_paths, replaced_modules
 from dr2dist.errors import UserError
+from dr2dist.reversible.slices import Ranges, TokenSlice
 
 
 @dataclass
@@ -82,6 +85,7 @@ class Branch(nn.Module):
     None for all.
     compute: called as compute(part, x, **sides), where part looks like the block with only
     those modules. sides: names of the sides it takes, each with the keyword it is given as.
+    slicing: how it runs on some of a sample's tokens, None if it cannot.
     """
 
     def __init__(
@@ -90,9 +94,11 @@ class Branch(nn.Module):
         names: Sequence[str] | None,
         compute: Compute,
         sides: Mapping[str, str] | None = None,
+        slicing: Slicing | None = None,
     ) -> None:
         super().__init__()
         self.part = part_of(block, names)
+        self.slicing = slicing
         self.compute = compute
         self.keywords = dict(sides or {})
 
@@ -101,10 +107,43 @@ class Branch(nn.Module):
         """The sides that the chain hands to this function."""
         return tuple(self.keywords)
 
-    def forward(self, x: Tensor, **sides: Any) -> Tensor:
-        """The branch alone, [B, ...] to the same shape, without the residual."""
-        given = {self.keywords[name]: value for name, value in sides.items()}
-        return self.compute(self.part, x, **given)
+    @property
+    def needs_context(self) -> bool:
+        """See TokenSliced."""
+        return self.slicing is not None and self.slicing.needs_context
+
+    def token_ranges(
+        self, shape: torch.Size, tokens: int, sides: dict[str, Any]
+    ) -> Sequence[Ranges]:
+        """See TokenSliced."""
+        if self.slicing is None:
+            return []
+        return self.slicing.ranges(self.part, shape, tokens, self._given(sides))
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """See TokenSliced."""
+        factor = x.new_ones(x.shape[0], 1)
+        drops = drop_paths(self.part)
+        for drop in drops.values():
+            factor = drop(factor)
+        return factor if drops else None
+
+    def forward(self, x: Tensor, tokens: TokenSlice | None = None, **sides: Any) -> Any:
+        """The branch alone, [B, ...] to the same shape, without the residual.
+
+        tokens: what TokenSliced says.
+        """
+        given = self._given(sides)
+        if tokens is None:
+            return self.compute(self.part, x, **given)
+        assert self.slicing is not None
+        part = self.part
+        if tokens.factor is not None:
+            part = replaced_modules(part, dict.fromkeys(drop_paths(part), Factor(tokens.factor)))
+        return self.slicing.compute(self.compute, part, x, tokens, given)
+
+    def _given(self, sides: dict[str, Any]) -> dict[str, Any]:
+        return {self.keywords[name]: value for name, value in sides.items()}
 
 
 def part_of(block: nn.Module, names: Sequence[str] | None) -> nn.Module:
@@ -121,11 +160,13 @@ def part_of(block: nn.Module, names: Sequence[str] | None) -> nn.Module:
 
 @dataclass(frozen=True)
 class Part:
-    """One branch of a block type: the modules it uses, how it computes, which sides it takes."""
+    """One branch of a block type: the modules it uses, how it computes, which sides it takes,
+    how it runs on some tokens."""
 
     names: tuple[str, ...] | None
     compute: Compute
     sides: tuple[str, ...] = ()
+    slicing: Slicing | None = None
 
 
 def branches(
@@ -143,7 +184,7 @@ def branches(
     for depth, block in enumerate(blocks):
         for part in _parts_of(block, parts, f"{where}.{depth}"):
             sides = {rename(side, depth): side for side in part.sides}
-            functions.append(Branch(block, part.names, part.compute, sides))
+            functions.append(Branch(block, part.names, part.compute, sides, part.slicing))
     return functions
 
 

@@ -89,7 +89,7 @@ class ReversibleNetwork(nn.Module):
         tokens = self._tokens(x, *args, **options)
         if self._tail is None:
             return self.family.head(self, self.family.norm(self, tokens))
-        self._tail.module.renew(self)
+        cast(_Tail, self._tail.module).renew(self)
         return self._tail(tokens, self.chains[0].setting.chunk_size)
 
     def forward_features(self, x: Tensor, *args: Any, **options: Any) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
+from dr2dist.backbones.slicing import Slicing, Tokenwise
+from dr2dist.reversible.slices import Ranges, TokenSlice
 
 
 def _attention(block: Any, x: Tensor) -> Tensor:
@@ -24,10 +29,57 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
     return block.drop_path2(block.mlp(block.norm2(x)))
 
 
+class Windows(Slicing):
+    """Rows of windows. A shifted block's rows begin `shift` rows down, and the last wrap around."""
+
+    def ranges(
+        self, part: Any, shape: torch.Size, tokens: int, sides: dict[str, Any]
+    ) -> Sequence[Ranges]:
+        """See Slicing. None where windows stick out of the map."""
+        height, width = shape[1:3]
+        rows, columns = part.window_size
+        if height % rows or width % columns or getattr(part, "dynamic_mask", False):
+            return []
+        step = rows * max(tokens // (rows * width), 1)
+        return [
+            _wrapped(start + part.shift_size[0], min(step, height - start), height)
+            for start in range(0, height, step)
+        ]
+
+    def compute(
+        self,
+        compute: Callable[..., Tensor],
+        part: Any,
+        x: Tensor,
+        told: TokenSlice,
+        sides: dict[str, Any],
+    ) -> Any:
+        """See Slicing: the slice is a map without a vertical shift, with its windows' masks."""
+        mask = part.attn_mask
+        if mask is not None:
+            windows = x.shape[2] // part.window_size[1]
+            first = (told.ranges[0].start - part.shift_size[0]) % told.length
+            rows = slice(first // part.window_size[0], None)
+            mask = mask.unflatten(0, (-1, windows))[rows][: x.shape[1] // part.window_size[0]]
+        band = copy.copy(part)
+        band._buffers = {**part._buffers, "attn_mask": None if mask is None else mask.flatten(0, 1)}
+        band.shift_size = (0, part.shift_size[1])
+        return compute(band, x)
+
+
+def _wrapped(start: int, count: int, height: int) -> Ranges:
+    """`count` rows from `start` on, of which the last may be the map's first ones."""
+    start %= height
+    stop = start + count
+    if stop <= height:
+        return (slice(start, stop),)
+    return (slice(start, height), slice(0, stop - height))
+
+
 PARTS = {
     SwinTransformerBlock: (
-        Part(("norm1", "attn", "drop_path1"), _attention),
-        Part(("norm2", "mlp", "drop_path2"), _mlp),
+        Part(("norm1", "attn", "drop_path1"), _attention, slicing=Windows()),
+        Part(("norm2", "mlp", "drop_path2"), _mlp, slicing=Tokenwise()),
     )
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dr2dist.backbones.compute import attention_post_norm, mlp_post_norm
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
+from dr2dist.backbones.slicing import Queries, Tokenwise
 from dr2dist.backbones.tokens import TAIL, batched_sides, token_intermediates
 
 MASK = ("attn_mask", "is_causal")
@@ -55,10 +56,13 @@ MLP_NAMES = ("norm2", "mlp", "ls2", "drop_path2")
 
 
 PARTS = {
-    Block: (Part(ATTENTION_NAMES, _attention, MASK), Part(MLP_NAMES, _mlp)),
+    Block: (
+        Part(ATTENTION_NAMES, _attention, MASK, Queries()),
+        Part(MLP_NAMES, _mlp, slicing=Tokenwise()),
+    ),
     ResPostBlock: (
-        Part(ATTENTION_NAMES, attention_post_norm, MASK),
-        Part(MLP_NAMES, mlp_post_norm),
+        Part(ATTENTION_NAMES, attention_post_norm, MASK, Queries()),
+        Part(MLP_NAMES, mlp_post_norm, slicing=Tokenwise()),
     ),
     ParallelScalingBlock: (Part(None, _whole_branch, MASK),),
     DiffParallelScalingBlock: (Part(None, _whole_branch, MASK),),

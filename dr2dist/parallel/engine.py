@@ -40,11 +40,12 @@ class UnprovenStepError(RuntimeError):
 class ReversibleEngine:
     """Runs optimiser steps of a network with reversible chains; applies only proven ones.
 
-    net: a converted network, before any sharding. optimizer: over its parameters. config: DeepSpeed's configuration, complete. precision: what functions compute in,
-    with fp32 master weights on every ZeRO stage. ema: decay of averaged weights, if they are
-    wanted. weights: gives the values of parameters by name where the network's are on the meta
-    device (ZeRO 3 only), of which no rank then holds more than one whole at a time. The process
-    group must exist.
+    net: a converted network, before any sharding. optimizer: over its parameters. config:
+    DeepSpeed's configuration, complete. precision: what functions compute in, with fp32 master
+    weights on every ZeRO stage. ema: decay of averaged weights, if they are wanted. weights:
+    gives the values of parameters by name where the network's are on the meta device (ZeRO 3
+    only), of which no rank then holds more than one whole at a time. The process group must
+    exist.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class ReversibleEngine:
         parameters = [p for p in net.parameters() if p.requires_grad]
         self._engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
         self.net: nn.Module = self._engine.module
-        for part in (*net.chains, *net.pieces):
-            part.runner = runner
+        for chain in net.chains:
+            chain.runner = runner
+        for piece in net.pieces:
+            piece.runner = runner
         self.device = torch.device(self._engine.device)
         self._autocast = precision == "bf16" and not self._engine.bfloat16_enabled()
         # What parameters are held in.

@@ -1,0 +1,196 @@
+"""How branches run on some of a sample's tokens, and what an attention must know of the others."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
+from timm.layers.attention import Attention, AttentionRope
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from dr2dist.reversible.slices import Ranges, TokenSlice
+
+MLPS = (Mlp, GluMlp, SwiGLU)
+ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention)
+
+
+def even_ranges(length: int, step: int) -> list[Ranges]:
+    """0 .. length in ranges of `step`."""
+    return [(slice(start, min(start + step, length)),) for start in range(0, length, step)]
+
+
+class Slicing(ABC):
+    """How a branch is computed for some of a sample's tokens; the default is each by itself."""
+
+    needs_context = False
+
+    @abstractmethod
+    def ranges(
+        self, part: Any, shape: torch.Size, tokens: int, sides: dict[str, Any]
+    ) -> Sequence[Ranges]:
+        """Slices of about `tokens` tokens that cover dim 1 of [B, N, C] or rows of [B, H, W, C].
+
+        None where the branch's modules are not known to allow it.
+        """
+
+    def compute(
+        self,
+        compute: Callable[..., Tensor],
+        part: Any,
+        x: Tensor,
+        told: TokenSlice,
+        sides: dict[str, Any],
+    ) -> Any:
+        """The branch of the slice's tokens x, or its share of the context."""
+        return compute(part, x, **sides)
+
+
+class Tokenwise(Slicing):
+    """MLPs with their norms, each token by itself."""
+
+    def ranges(
+        self, part: Any, shape: torch.Size, tokens: int, sides: dict[str, Any]
+    ) -> Sequence[Ranges]:
+        """See Slicing."""
+        layers = (getattr(part.mlp, name, None) for name in ("fc1", "fc1_g"))
+        if type(part.mlp) not in MLPS or not any(type(layer) is nn.Linear for layer in layers):
+            return []
+        return even_ranges(shape[1], tokens if len(shape) == 3 else max(tokens // shape[2], 1))
+
+
+class Queries(Slicing):
+    """Attention of some queries to all tokens: the context are keys and values, head by head.
+
+    The attention's own code runs on the slice. Where it calls torch's attention, the keys and
+    values of all tokens take the place of the slice's, one head after the other: so the gradients
+    of keys and values exist for one head at a time.
+    """
+
+    needs_context = True
+
+    def ranges(
+        self, part: Any, shape: torch.Size, tokens: int, sides: dict[str, Any]
+    ) -> Sequence[Ranges]:
+        """See Slicing."""
+        known = type(part.attn) in ATTENTIONS and part.attn.fused_attn
+        return even_ranges(shape[1], tokens) if known and not sides.get("is_causal") else []
+
+    def compute(
+        self,
+        compute: Callable[..., Tensor],
+        part: Any,
+        x: Tensor,
+        told: TokenSlice,
+        sides: dict[str, Any],
+    ) -> Any:
+        """See Slicing."""
+        (found,) = told.ranges
+        if sides.get("rope") is not None:
+            part, sides = _turned(part, sides, found)
+        if told.context is not None:
+            with _Attend(told.context, found, told.length):
+                return compute(part, x, **sides)
+        with _Capture() as capture:
+            compute(part, x, **sides)
+        return tuple(capture.found)
+
+
+def _turned(part: Any, sides: dict[str, Any], found: slice) -> tuple[Any, dict[str, Any]]:
+    """The branch and its sides with the rotary embeddings of some tokens only."""
+    prefix = part.attn.num_prefix_tokens
+    attention = copy.copy(part.attn)
+    attention.num_prefix_tokens = min(max(prefix - found.start, 0), found.stop - found.start)
+    rope = sides["rope"][..., max(found.start - prefix, 0) : max(found.stop - prefix, 0), :]
+    rope = rope if rope.shape[-2] else None
+    return replaced_modules(part, {"attn": attention}), {**sides, "rope": rope}
+
+
+def replaced_modules(part: nn.Module, modules: dict[str, Any]) -> nn.Module:
+    """A shallow copy of a module with others in some places."""
+    result = copy.copy(part)
+    result._modules = {**part._modules, **modules}
+    return result
+
+
+class _Capture(TorchFunctionMode):
+    """Keeps the keys and values that an attention computes: [B, n, head] for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is functional.scaled_dot_product_attention:
+            queries, keys, values = args[:3]
+            self.found = [head for pair in zip(*_heads(keys, values), strict=True) for head in pair]
+            return queries
+        return function(*args, **(kwargs or {}))
+
+
+class _Attend(TorchFunctionMode):
+    """Answers an attention's call with that of its queries to all keys and values."""
+
+    def __init__(self, context: tuple[Tensor, ...], found: slice, length: int) -> None:
+        super().__init__()
+        self.context, self.found, self.length = context, found, length
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is not functional.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        mask = kwargs.pop("attn_mask", None)
+        outputs = [
+            function(
+                query.unsqueeze(1),
+                self.context[2 * head].unsqueeze(1),
+                self.context[2 * head + 1].unsqueeze(1),
+                attn_mask=self._mask(mask, head),
+                **kwargs,
+            )
+            for head, query in enumerate(args[0].unbind(1))
+        ]
+        return torch.cat(outputs, dim=1)
+
+    def _mask(self, mask: Tensor | None, head: int) -> Tensor | None:
+        """Of one head and the slice's queries, from one that broadcasts to [B, heads, N, N]."""
+        if mask is None:
+            return None
+        if mask.ndim > 2 and mask.shape[-3] > 1:
+            mask = mask.narrow(-3, head, 1)
+        return mask[..., self.found, :] if mask.shape[-2] == self.length else mask
+
+
+def _heads(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    return (tensor.unbind(1) for tensor in tensors)
+
+
+class Factor:
+    """Stands for a branch's DropPath where it was drawn for the whole sample."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [1, ...]."""
+        return x * self.value.view(-1, *[1] * (x.ndim - 1))
+
+
+def drop_paths(part: nn.Module) -> dict[str, DropPath]:
+    """The branch's active DropPaths by name."""
+    return {
+        name: module
+        for name, module in part._modules.items()
+        if isinstance(module, DropPath) and module.training and module.drop_prob
+    }
