@@ -112,7 +112,7 @@ def test_slices_of_tokens_compute_what_timm_does(kind: str) -> None:
         x.grad = None
         for name, grad in grads.items():
             found = net.get_parameter(name).grad
-            assert grad is None or grad.norm() < 1e-9 or error(found, grad) < 1e-9, name
+            assert grad is None or grad.norm() < 1e-9 or error(found, grad) < 1e-6, name
 
 
 @pytest.mark.parametrize(

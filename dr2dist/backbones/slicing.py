@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,11 +67,11 @@ class Tokenwise(Slicing):
 
 
 class Queries(Slicing):
-    """Attention of some queries to all tokens: the context are keys and values, head by head.
+    """Attention of some queries to all tokens: the context are their keys and values.
 
     The attention's own code runs on the slice. Where it calls torch's attention, the keys and
-    values of all tokens take the place of the slice's, one head after the other: so the gradients
-    of keys and values exist for one head at a time.
+    values of all tokens take the place of the slice's, a few heads after the other: so the
+    gradients of keys and values exist for these heads only.
     """
 
     needs_context = True
@@ -121,7 +121,7 @@ def replaced_modules(part: nn.Module, modules: dict[str, Any]) -> nn.Module:
 
 
 class _Capture(TorchFunctionMode):
-    """Keeps the keys and values that an attention computes: [B, n, head] for each head."""
+    """Keeps the keys and values that an attention computes: [B, n, heads, C] for some heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,8 +131,9 @@ class _Capture(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is functional.scaled_dot_product_attention:
-            queries, keys, values = args[:3]
-            self.found = [head for pair in zip(*_heads(keys, values), strict=True) for head in pair]
+            queries, *others = args[:3]
+            groups = (_groups(other.transpose(1, 2), dim=2) for other in others)
+            self.found = [tensor for pair in zip(*groups, strict=True) for tensor in pair]
             return queries
         return function(*args, **(kwargs or {}))
 
@@ -150,30 +151,27 @@ class _Attend(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is not functional.scaled_dot_product_attention:
             return function(*args, **kwargs)
+        outputs, head = [], 0
         mask = kwargs.pop("attn_mask", None)
-        outputs = [
-            function(
-                query.unsqueeze(1),
-                self.context[2 * head].unsqueeze(1),
-                self.context[2 * head + 1].unsqueeze(1),
-                attn_mask=self._mask(mask, head),
-                **kwargs,
-            )
-            for head, query in enumerate(args[0].unbind(1))
-        ]
+        pairs = zip(self.context[::2], self.context[1::2], strict=True)
+        for query, (keys, values) in zip(_groups(args[0], dim=1), pairs, strict=True):
+            kwargs["attn_mask"] = self._mask(mask, head, query.shape[1])
+            outputs.append(function(query, keys.transpose(1, 2), values.transpose(1, 2), **kwargs))
+            head += query.shape[1]
         return torch.cat(outputs, dim=1)
 
-    def _mask(self, mask: Tensor | None, head: int) -> Tensor | None:
-        """Of one head and the slice's queries, from one that broadcasts to [B, heads, N, N]."""
+    def _mask(self, mask: Tensor | None, head: int, heads: int) -> Tensor | None:
+        """Of some heads and the slice's queries, from one that broadcasts to [B, heads, N, N]."""
         if mask is None:
             return None
         if mask.ndim > 2 and mask.shape[-3] > 1:
-            mask = mask.narrow(-3, head, 1)
+            mask = mask.narrow(-3, head, heads)
         return mask[..., self.found, :] if mask.shape[-2] == self.length else mask
 
 
-def _heads(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    return (tensor.unbind(1) for tensor in tensors)
+def _groups(tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """Groups of heads: on a CPU as many as there are threads, which divide the heads of a call."""
+    return tensor.split(torch.get_num_threads() if tensor.device.type == "cpu" else 1, dim)
 
 
 class Factor:
