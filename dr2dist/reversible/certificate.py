@@ -20,8 +20,9 @@ _BITS_AS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sum(value: Tensor) -> Tensor:
-    """The sum of a floating tensor's bits, read as integers: an int64 scalar on its device."""
-    return value.view(_BITS_AS[value.element_size()]).sum(dtype=torch.int64)
+    """The sum of a floating tensor's bits, read as integers of its own width, which wraps."""
+    bits = _BITS_AS[value.element_size()]
+    return value.view(bits).sum(dtype=bits)
 
 
 class Witness:
@@ -34,15 +35,19 @@ class Witness:
 
     def output(self, f: Tensor) -> None:
         """F's raw output, or a part of it: its bits' sum, and its extremes."""
-        self._sums.append(bit_sum(f))
+        self.again(f)
         self._outputs.extend(torch.aminmax(f))
 
     def again(self, f: Tensor) -> None:
         """The same from a recompute: the sum alone."""
-        self._sums.append(bit_sum(f))
+        self._sums.append(bit_sum(f).long())
 
-    def state(self, state: Tensor) -> None:
-        """A fixed-point state, or a part of it: its extremes."""
+    def state(self, f: Tensor, state: Tensor) -> None:
+        """F's output and the fixed-point state made of it, in fp64, before it becomes integers.
+
+        NaN and infinity of the one are in the other.
+        """
+        self.again(f)
         self._states.extend(torch.aminmax(state))
 
     @property
@@ -53,15 +58,14 @@ class Witness:
     @property
     def finite(self) -> Tensor:
         """Whether all outputs were: bool scalar."""
-        return torch.stack(self._outputs).isfinite().all()
+        return torch.stack([*self._outputs, *self._states]).isfinite().all()
 
     @property
     def outside(self) -> Tensor | None:
         """Whether a state left the range: bool scalar; None if no state was seen."""
         if not self._states:
             return None
-        # In int64: the magnitude of the lowest int32 is no int32.
-        return (torch.stack(self._states).long().abs() >= 1 << RANGE_BITS).any()
+        return (torch.stack(self._states).abs() >= 1 << RANGE_BITS).any()
 
 
 class Flags:

@@ -25,8 +25,8 @@ from dr2dist.reversible.setting import RANGE_BITS, Setting
 from dr2dist.reversible.state import State
 
 INT32 = torch.iinfo(torch.int32)
-CPU_TILE = 1 << 16
-"""Elements that elementwise work takes at a time on a CPU, so that it stays in the cache."""
+CPU_TILE = 1 << 18
+"""Elements that elementwise work takes at a time on a CPU, so that it stays in a cache."""
 
 
 class ExactArithmetic:
@@ -46,7 +46,7 @@ class ExactArithmetic:
         """(X_0, X_{-1} = X_0) from the tokens h, whatever their float dtype."""
         state = torch.empty(h.shape, dtype=torch.int32, device=h.device)
         for target, source in _tiles(state, h.contiguous()):
-            target.copy_(_clamp(source.double().mul_(self.scale).round_().nan_to_num_(INT32.max)))
+            target.copy_(_clamp(source.double().mul_(self.scale).round_()))
         return State(state, state)
 
     def tokens(self, state: Tensor) -> Tensor:
@@ -79,7 +79,8 @@ class ExactArithmetic:
     ) -> Tensor | None:
         """Writes X_{i+1} to out.current (which may be state.previous); `seen` looks at all of it.
 
-        Where nothing looks, NaN in F ends outside the allowed range.
+        What is no int32 is noted, and the state then undefined; where nothing looks, it ends
+        outside the allowed range.
         Returns the packed remainders if they are to be kept: uint8, bits * ceil(n / 8) bytes
         for every tile of n elements.
         """
@@ -94,10 +95,11 @@ class ExactArithmetic:
             if size:
                 source.sub_(self._preimage(image))
                 pack(room.integers(source), bits, remainders[start : start + size])
-            target.copy_(_clamp(total if seen else total.nan_to_num_(INT32.max)))
             if seen:
-                seen.output(branch)
-                seen.state(target)
+                seen.state(branch, total)
+            else:
+                _clamp(total)
+            target.copy_(total)
             start += size
         return remainders if keep else None
 
@@ -166,11 +168,8 @@ class _Room:
 
 
 def _clamp(value: Tensor) -> Tensor:
-    """Grid steps that int32 can hold, in place; overflow ends outside the allowed range.
-
-    NaN stays: what it becomes as an integer does not matter where F's output is looked at.
-    """
-    return value.clamp_(INT32.min, INT32.max)
+    """Grid steps that int32 can hold, in place; NaN and overflow end outside the range."""
+    return value.nan_to_num_(INT32.max).clamp_(INT32.min, INT32.max)
 
 
 def _sum(state: Tensor) -> Tensor:
