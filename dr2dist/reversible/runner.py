@@ -114,6 +114,7 @@ class HandOver:
     def __init__(self, functions: Iterable[nn.Module]) -> None:
         self._uses = Counter(p for function in functions for p in trainable(function))
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._own: set[nn.Parameter] = set()
 
     def add(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
         """Adds one slice's gradients."""
@@ -122,8 +123,14 @@ class HandOver:
                 continue
             grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
             known = self._sums.get(parameter)
-            # Not in place: autograd may have given the same tensor to several parameters.
-            self._sums[parameter] = grad if known is None else known + grad
+            if known is None:
+                self._sums[parameter] = grad
+            elif parameter in self._own:
+                known.add_(grad)
+            else:
+                # Autograd may have given the first tensor to several parameters.
+                self._sums[parameter] = known + grad
+                self._own.add(parameter)
 
     def finish(self, parameters: list[nn.Parameter]) -> None:
         """Called after a function's last slice: hands over what no earlier function will add to."""

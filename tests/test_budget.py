@@ -1,0 +1,45 @@
+"""The choice of functions that keep their activations, against all choices."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from dr2dist.reversible.budget import choose, extra_bytes
+from dr2dist.reversible.costs import Cost
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_plan_is_the_best_of_all(seed: int) -> None:
+    draw = random.Random(seed)
+    chains = [
+        [Cost(draw.randint(1, 40), draw.randint(1, 30), 7) for _ in range(draw.randint(1, 5))]
+        for _ in range(draw.randint(1, 3))
+    ]
+    choices = [
+        [
+            frozenset(kept)
+            for count in range(len(costs) + 1)
+            for kept in itertools.combinations(range(len(costs)), count)
+        ]
+        for costs in chains
+    ]
+    found = set()
+    for budget in (0, 20, 60, 10**6):
+        best = max(
+            sum(
+                chain[index].microseconds for chain, kept in zip(chains, all_kept) for index in kept
+            )
+            for all_kept in itertools.product(*choices)
+            if sum(map(extra_bytes, chains, all_kept)) <= budget
+        )
+        plan = choose(chains, budget)
+        found.add(tuple(plan))
+        assert sum(map(extra_bytes, chains, plan)) <= budget
+        saved = sum(
+            chain[index].microseconds for chain, kept in zip(chains, plan) for index in kept
+        )
+        assert saved == best
+    assert len(found) > 2
