@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 
 from dr2dist.reversible.replay import Autocast, Randomness, function_context, kept_statistics
 from dr2dist.reversible.runner import Call, FunctionRunner, gradients
-from dr2dist.reversible.slices import Layout, parts_of
+from dr2dist.reversible.slices import Layout, joined, parts_of
 from dr2dist.reversible.tape import Sides
 from dr2dist.reversible.work import Work
 
@@ -133,14 +133,14 @@ class Meter:
             return function_context(autocast, randomness, 0, key)
 
         def tokens(part: Any) -> Tensor:
-            return torch.cat(part.views(self.x), dim=1) if part.ranges else part.views(self.x)[0]
+            return joined(part.views(self.x)).clone()  # as states are decoded
 
         with kept_statistics(function), self.runner.open(function) as live:
             for _, call in work.calls(live, tokens, stream, self.x_needs_grad, calls):
                 if differentiate:
                     gradients(call, [torch.zeros_like(call.output)], keep_graph=False)
                 else:
-                    calls.append(call._replace(outputs=()))
+                    calls.append(call.without_outputs())
                 del call
         randomness.close()
         return calls

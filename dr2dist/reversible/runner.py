@@ -9,6 +9,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+
+class Root(NamedTuple):
+    """Where the graph of an output begins, and what dtype its gradient has."""
+
+    edge: GradientEdge | Tensor
+    dtype: torch.dtype
 
 
 class Call(NamedTuple):
@@ -16,11 +24,17 @@ class Call(NamedTuple):
 
     inputs: the tokens and the differentiable sides, detached. leaves: what stands for the
     function's trainable parameters. outputs: F's raw output, or what it gives for a context.
+    roots: where the outputs' graph begins, once they were dropped.
     """
 
     inputs: list[Tensor]
     leaves: list[Tensor]
     outputs: tuple[Tensor, ...]
+    roots: tuple[Root | None, ...] = ()
+
+    def without_outputs(self) -> Call:
+        """The graph alone: the outputs' values are not needed to go back through it."""
+        return self._replace(outputs=(), roots=tuple(map(_root, self.outputs)))
 
     @property
     def output(self) -> Tensor:
@@ -80,10 +94,11 @@ def gradients(
 ) -> tuple[list[Tensor | None], ...]:
     """(gradients of the inputs, gradients of the leaves) given those of the outputs."""
     wanted = [leaf for leaf in (*call.inputs, *call.leaves) if leaf.requires_grad]
+    roots = call.roots or [Root(o, o.dtype) if o.requires_grad else None for o in call.outputs]
     known = [
-        (output, grad.to(output.dtype))
-        for output, grad in zip(call.outputs, grads, strict=True)
-        if grad is not None and output.requires_grad
+        (root.edge, grad.to(root.dtype))
+        for root, grad in zip(roots, grads, strict=True)
+        if grad is not None and root is not None
     ]
     found: dict[int, Tensor | None] = {}
     if known and wanted:
@@ -93,6 +108,10 @@ def gradients(
         )
         found = {id(leaf): result for leaf, result in zip(wanted, results, strict=True)}
     return [found.get(id(x)) for x in call.inputs], [found.get(id(x)) for x in call.leaves]
+
+
+def _root(output: Tensor) -> Root | None:
+    return Root(get_gradient_edge(output), output.dtype) if output.requires_grad else None
 
 
 def needs_grad(value: Any) -> bool:

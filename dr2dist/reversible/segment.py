@@ -163,7 +163,7 @@ class Segment:
                 for part, call in calls:
                     advance(part, call.output)
                     if held:
-                        held.calls.append(call)
+                        held.calls.append(call.without_outputs())
                     del call
                 if held:
                     kept.append(held)

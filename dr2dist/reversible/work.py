@@ -112,7 +112,7 @@ class Work:
                     view.detach().copy_(piece.detach())
             wanted = [output.requires_grad for output in call.outputs]
             if keep is not None:
-                keep.append(call)
+                keep.append(call.without_outputs())
             del call, output, piece
         for index, whole in enumerate(self._context):
             if wanted[index]:
