@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from dr2dist.backbones.family import Family, Stem, part_of
 from dr2dist.backbones.swin import SwinFamily
 from dr2dist.backbones.vit import VitFamily
 from dr2dist.errors import UserError
-from dr2dist.reversible import Chain, ChainCertificate, Piece, Setting
+from dr2dist.reversible import Chain, ChainCertificate, Piece, Planner, Setting
 from dr2dist.reversible.setting import Arithmetic, Memory
 
 _families: list[Family] = [VitFamily(), EvaFamily(), BeitFamily(), SwinFamily()]
@@ -61,6 +61,7 @@ class ReversibleNetwork(nn.Module):
     chains: tuple[Chain, ...]
     pieces: tuple[Piece, ...]
     """What stands between the chains and after them, as far as the family says so."""
+    planner: Planner
 
     @property
     def coefficients(self) -> tuple[float, float]:
@@ -90,7 +91,7 @@ class ReversibleNetwork(nn.Module):
         if self._tail is None:
             return self.family.head(self, self.family.norm(self, tokens))
         cast(_Tail, self._tail.module).renew(self)
-        return self._tail(tokens, self.chains[0].setting.chunk_size)
+        return self._tail(tokens, self._chunk_size)
 
     def forward_features(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """As the model's own: images [B, C, H, W] to the features before pooling."""
@@ -105,11 +106,17 @@ class ReversibleNetwork(nn.Module):
             tokens = self.run_chain(index, tokens, stem)
         return tokens
 
+    @property
+    def _chunk_size(self) -> int | None:
+        """Samples per slice of the pieces: theirs are small, so one at a time unless it is said."""
+        size = self.chains[0].setting.chunk_size
+        return 1 if size == "auto" else size
+
     def run_chain(self, index: int, tokens: Tensor, stem: Stem | None = None) -> Tensor:
         """Chain `index`, after what stands before it; `stem` has the sides."""
         chain, transition = self.chains[index], self._transitions.get(index)
         if transition is not None:
-            tokens = transition(tokens, chain.setting.chunk_size)
+            tokens = transition(tokens, self._chunk_size)
         if stem is None:
             return cast(Tensor, chain(tokens))
         return cast(Tensor, chain(tokens, batched=tuple(stem.batched), **stem.sides))
@@ -154,6 +161,9 @@ class ReversibleNetwork(nn.Module):
             Chain(functions, name=name, **asdict(setting))
             for name, functions in self.family.functions(self)
         )
+        self.planner = Planner([chain.name for chain in self.chains])
+        for chain in self.chains:
+            chain.planner = self.planner
         found = ((index, self.family.transition(self, index)) for index in range(len(self.chains)))
         self._transitions = {index: Piece(module) for index, module in found if module is not None}
         self._tail = None if self.family.tail is None else Piece(_Tail(self, self.family))
@@ -187,7 +197,7 @@ class _Tail(nn.Module):
         return self.family.head(self.part, self.family.norm(self.part, tokens))
 
 
-_CUT = ("chains", "pieces", "_transitions", "_tail")
+_CUT = ("chains", "planner", "pieces", "_transitions", "_tail")
 """What a network has beside its modules."""
 
 
@@ -208,9 +218,11 @@ def convert(
     beta: float = 0.1,
     arithmetic: Arithmetic = "exact",
     memory: Memory = "reverse",
-    chunk_size: int | None = None,
+    chunk_size: int | Literal["auto"] | None = None,
     fraction_bits: int = 18,
     chunk_tokens: int | None = None,
+    memory_budget: int | None = None,
+    chunk_budget: int | None = None,
 ) -> Any:
     """A reversible network from a supported model (Dr2Net, arXiv 2401.04105).
 
@@ -219,13 +231,25 @@ def convert(
 
     alpha, beta: coefficients of the two residuals. arithmetic: "exact" reverses bit for bit,
     "float" with round-off. memory: "reverse" reconstructs activations, "store" keeps them,
-    "checkpoint" keeps each function's input. chunk_size: samples per slice of the batch.
+    "checkpoint" keeps each function's input, "budget" keeps as many as memory_budget bytes hold.
+    chunk_size: samples per slice of the batch; "auto" for the largest slices, of samples or
+    tokens, whose working set stays within chunk_budget bytes.
     fraction_bits: resolution of exact states, 2^-fraction_bits. chunk_tokens: tokens per slice
     inside a sample, with a chunk_size of 1, for functions that can run so (see docs/memory.md).
 
     Raises UserError for a model that is not supported and ValueError for a setting that is not.
     """
-    setting = Setting(alpha, beta, arithmetic, memory, chunk_size, fraction_bits, chunk_tokens)
+    setting = Setting(
+        alpha,
+        beta,
+        arithmetic,
+        memory,
+        chunk_size,
+        fraction_bits,
+        chunk_tokens,
+        memory_budget,
+        chunk_budget,
+    )
     family = _find(model)
     net = _blank(type(model))
     net.__dict__.update({key: _own(value) for key, value in model.__dict__.items()})

@@ -3,6 +3,7 @@
 from dr2dist.reversible.certificate import ChainCertificate
 from dr2dist.reversible.chain import Chain, Recorded
 from dr2dist.reversible.piece import Piece
+from dr2dist.reversible.planner import Planner
 from dr2dist.reversible.runner import FunctionRunner, PlainRunner
 from dr2dist.reversible.segment import Segment
 from dr2dist.reversible.setting import Setting, round_coefficient
@@ -15,6 +16,7 @@ __all__ = [
     "FunctionRunner",
     "Piece",
     "PlainRunner",
+    "Planner",
     "Recorded",
     "Segment",
     "Setting",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from dr2dist.reversible.certificate import ChainCertificate, Ledger, failure_messages
+from dr2dist.reversible.costs import Meter
+from dr2dist.reversible.planner import Planner
 from dr2dist.reversible.runner import FunctionRunner, PlainRunner, needs_grad
 from dr2dist.reversible.segment import Segment
 from dr2dist.reversible.setting import Arithmetic, Memory, Setting
@@ -39,7 +41,7 @@ class Chain(nn.Module):
     functions: modules that compute one branch each, [B, ...] to the same shape, without the
         addition; called as function(x, **sides). A function whose attribute `sides` names some
         sides gets only these.
-    alpha, beta, arithmetic, memory, chunk_size, fraction_bits, chunk_tokens: see Setting.
+    alpha, beta and the others: see Setting.
     name: how the certificate calls the chain.
 
     Parameters get their gradients by accumulation into `.grad` whenever the chain is
@@ -57,17 +59,28 @@ class Chain(nn.Module):
         beta: float = 0.1,
         arithmetic: Arithmetic = "exact",
         memory: Memory = "reverse",
-        chunk_size: int | None = None,
+        chunk_size: int | Literal["auto"] | None = None,
         fraction_bits: int = 18,
         chunk_tokens: int | None = None,
+        memory_budget: int | None = None,
+        chunk_budget: int | None = None,
         name: str = "chain",
     ) -> None:
         super().__init__()
         self.functions = nn.ModuleList(functions)
         self.name = name
         self.setting = Setting(
-            alpha, beta, arithmetic, memory, chunk_size, fraction_bits, chunk_tokens
+            alpha,
+            beta,
+            arithmetic,
+            memory,
+            chunk_size,
+            fraction_bits,
+            chunk_tokens,
+            memory_budget,
+            chunk_budget,
         )
+        self.planner = Planner([name])
         self.setting.check_range(len(self.functions))
         self._start_records()
 
@@ -85,10 +98,13 @@ class Chain(nn.Module):
         super().__setstate__(state)
         self._start_records()
 
-    @property
-    def layout(self) -> Layout:
-        """What the setting comes to."""
-        return Layout(self.setting.chunk_size, self.setting.chunk_tokens)
+    def _layout(self, segment: Segment, x: Tensor, sides: Sides) -> Layout:
+        """What the setting comes to, measured on these tokens where that is asked for."""
+        setting = self.setting
+        if not setting.measured:
+            return Layout(cast(int | None, setting.chunk_size), setting.chunk_tokens)
+        meter = Meter(segment.runner, x, sides, x.requires_grad)
+        return self.planner.layout(self.name, setting, segment.functions, meter)
 
     @property
     def segment(self) -> Segment:
@@ -133,15 +149,16 @@ class Chain(nn.Module):
         self._check_inputs(x, taps, len(segment.functions), batched, sides)
         taps = [range(len(segment.functions))[tap] for tap in taps]
         shared = Sides(sides, batched)
+        layout = self._layout(segment, x, shared)
         if not torch.is_grad_enabled() or not self._anything_to_train(segment, shared, x):
-            output, tapped = segment.infer(x, shared, self.setting, self.layout, taps)
+            output, tapped = segment.infer(x, shared, self.setting, layout, taps)
         else:
             tensors = [value for value in sides.values() if needs_grad(value)]
             # Without an input that requires a gradient autograd would never come back here.
             anchor = torch.empty(0, requires_grad=True)
             box: list[Tensor] = []
             ticket, *tapped = _ChainFunction.apply(
-                self, segment, shared, taps, box, anchor, x, *tensors
+                self, segment, shared, layout, taps, box, anchor, x, *tensors
             )
             output = _HandOut.apply(box, ticket)
         return (output, list(tapped)) if taps else output
@@ -178,8 +195,10 @@ class Chain(nn.Module):
     @torch.no_grad()
     def record(self, x: Tensor, batched: Collection[str] = (), **sides: Any) -> Recorded:
         """A forward pass in memory mode reverse whose state `reverse` takes. No gradients."""
-        setting = replace(self.setting, memory="reverse")
-        state, tape, _ = self.segment.forward(x, Sides(sides, batched), setting, self.layout)
+        setting = replace(self.setting, memory="reverse", memory_budget=None)
+        shared, segment = Sides(sides, batched), self.segment
+        layout = self._layout(segment, x, shared)
+        state, tape, _ = segment.forward(x, shared, setting, layout)
         return Recorded(tape.arithmetic.hand_out(state.current, tape.dtype), state, tape)
 
     @torch.no_grad()
@@ -227,6 +246,7 @@ class _ChainFunction(torch.autograd.Function):
         chain: Chain,
         segment: Segment,
         sides: Sides,
+        layout: Layout,
         taps: Sequence[int],
         box: list[Tensor],
         anchor: Tensor,
@@ -234,7 +254,7 @@ class _ChainFunction(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         state, tape, handed = segment.forward(
-            x, sides, chain.setting, chain.layout, x.requires_grad, taps
+            x, sides, chain.setting, layout, x.requires_grad, taps
         )
         chain._tapes.add(tape)
         ctx.chain, ctx.segment, ctx.tape = chain, segment, tape
@@ -267,7 +287,7 @@ class _ChainFunction(torch.autograd.Function):
         del grad
         ctx.chain._enter(tape, remainder_bytes)
         sides = _side_grads(tape, result.sides)
-        return (None,) * 6 + (_input_grad(ctx, result.grad), *sides)
+        return (None,) * 7 + (_input_grad(ctx, result.grad), *sides)
 
 
 class _HandOut(torch.autograd.Function):

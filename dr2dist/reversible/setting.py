@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Arithmetic = Literal["exact", "float"]
-Memory = Literal["reverse", "store", "checkpoint"]
+Memory = Literal["reverse", "store", "checkpoint", "budget"]
 
 COEFFICIENT_STEP = 2.0**-16
 """alpha and beta are multiples of this, so that their products with int32 are exact in fp64."""
@@ -41,10 +41,14 @@ class Setting:
         (alpha 1, float arithmetic, memory store or checkpoint).
     arithmetic: "exact" keeps states as int32 fixed point, "float" in floating point.
     memory: how the backward pass comes by its activations.
-    chunk_size: samples per slice of the batch, None for the whole batch at once.
+    chunk_size: samples per slice of the batch, None for the whole batch at once; "auto" for the
+        largest slices, of samples or tokens, that chunk_budget allows.
     fraction_bits: exact states are multiples of 2^-fraction_bits.
     chunk_tokens: tokens per slice inside a sample, for functions that can run so; None for all.
         Only with a chunk_size of 1.
+    memory_budget: with memory "budget", bytes that functions which keep their activations may
+        hold beyond full reversal, for one micro-batch and all chains.
+    chunk_budget: with chunk_size "auto", bytes of one function's working set.
 
     Raises ValueError for a value outside these sets.
     """
@@ -53,9 +57,11 @@ class Setting:
     beta: float = 0.1
     arithmetic: Arithmetic = "exact"
     memory: Memory = "reverse"
-    chunk_size: int | None = None
+    chunk_size: int | Literal["auto"] | None = None
     fraction_bits: int = 18
     chunk_tokens: int | None = None
+    memory_budget: int | None = None
+    chunk_budget: int | None = None
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -73,8 +79,12 @@ class Setting:
             if getattr(self, name) not in get_args(kind):
                 allowed = ", ".join(get_args(kind))
                 raise ValueError(f"{name} is {getattr(self, name)!r}, allowed is {allowed}")
-        if self.chunk_size is not None and self.chunk_size < 1:
+        if isinstance(self.chunk_size, str) and self.chunk_size != "auto":
+            raise ValueError(f"chunk_size is {self.chunk_size!r}, allowed is a number or 'auto'")
+        if isinstance(self.chunk_size, int) and self.chunk_size < 1:
             raise ValueError(f"chunk_size is {self.chunk_size}, allowed is None or 1 and more")
+        self._check_budget("memory_budget", self.memory == "budget", "memory 'budget'")
+        self._check_budget("chunk_budget", self.chunk_size == "auto", "chunk_size 'auto'")
         if self.chunk_tokens is not None:
             if self.chunk_tokens < 1:
                 raise ValueError(
@@ -88,8 +98,21 @@ class Setting:
         if not 0 <= self.fraction_bits <= 28:
             raise ValueError(f"fraction_bits is {self.fraction_bits}, allowed is 0 to 28")
 
+    def _check_budget(self, name: str, needed: bool, by: str) -> None:
+        value = getattr(self, name)
+        if needed and (value is None or value < 0):
+            raise ValueError(f"{by} needs {name}, a number of bytes: found {value}")
+        if not needed and value is not None:
+            raise ValueError(f"{name} is {value}, which has an effect only with {by}")
+
+    @property
+    def measured(self) -> bool:
+        """Whether something of it is settled by measuring."""
+        return self.memory == "budget" or self.chunk_size == "auto"
+
     def _check_conventional(self) -> None:
-        if self.alpha != 1 or self.arithmetic != "float" or self.memory == "reverse":
+        reverses = self.memory in ("reverse", "budget")
+        if self.alpha != 1 or self.arithmetic != "float" or reverses:
             raise ValueError(
                 "beta is 0, which nothing can reverse: it is allowed only for conventional "
                 "finetuning (alpha 1, arithmetic float, memory store or checkpoint)"
