@@ -131,7 +131,12 @@ def test_overrides_replace_values() -> None:
         (["coefficients.until=0"], "coefficients.until: found 0"),
         (["coefficients.every=0"], "coefficients.every: found 0"),
         (["coefficients.shape=linaer"], "did you mean 'linear'"),
-        (["reversible.chunk_size=0"], "reversible.chunk_size: found 0"),
+        (["reversible.chunk_size=0"], "chunk_size is 0, allowed is None or 1 and more"),
+        (["reversible.chunk_size=two"], "reversible.chunk_size"),
+        (["reversible.chunk_tokens=64"], "chunk_tokens cuts single samples"),
+        (["reversible.chunk_size=auto"], "chunk_size 'auto' needs chunk_budget"),
+        (["reversible.memory=budget"], "memory 'budget' needs memory_budget"),
+        (["reversible.memory_budget=1GiB"], "has an effect only with memory 'budget'"),
         (["optim.name=adam"], "did you mean 'adamw'"),
         (["optim.name=sgd", "optim.betas=[0.9, 0.99]"], "betas has no effect with sgd"),
         (["optim.lr=.inf"], "optim.lr: found inf; Input should be a finite number"),
@@ -215,7 +220,8 @@ def test_every_setting_is_described() -> None:
                 line.startswith((f"{key}: ", f"{key} {{kind: ")) for line in text.splitlines()
             ), key
     assert (
-        "reversible.memory: " in text and "(reverse | store | checkpoint; default reverse)" in text
+        "reversible.memory: " in text
+        and "(reverse | store | checkpoint | budget; default reverse)" in text
     )
 
 

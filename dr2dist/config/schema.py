@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from dr2dist.config.coefficients import CoefficientPath, Conserve, Constant, with_kind
 from dr2dist.config.data import Data
@@ -45,15 +45,33 @@ class Reversible(Section):
     """How the backbone is reversed."""
 
     arithmetic: Literal["exact", "float"] = Field("exact", description="exact: bit for bit")
-    memory: Literal["reverse", "store", "checkpoint"] = Field(
+    memory: Literal["reverse", "store", "checkpoint", "budget"] = Field(
         "reverse", description="how the backward pass comes by its activations"
     )
-    chunk_size: Positive | None = Field(None, description="samples per slice; null: all at once")
+    memory_budget: ByteSize | None = Field(
+        None,
+        description="memory budget: bytes per rank for functions that keep their activations",
+    )
+    chunk_size: int | Literal["auto"] | None = Field(
+        None, description="samples per slice; null: all at once; auto: as chunk_budget allows"
+    )
+    chunk_budget: ByteSize | None = Field(
+        None, description="chunk_size auto: bytes for the working set of one function"
+    )
+    chunk_tokens: Positive | None = Field(
+        None, description="tokens per slice inside a sample, with chunk_size 1; null: all"
+    )
     fraction_bits: int = Field(18, ge=0, le=28, description="resolution of exact states, 2^-bits")
 
     def idle(self) -> dict[str, str]:
         """See Section."""
         return {"fraction_bits": "arithmetic float"} if self.arithmetic == "float" else {}
+
+    @model_validator(mode="after")
+    def _budgets_and_slices(self) -> Self:
+        # The coefficients are checked where they are known.
+        Setting(**self.model_dump())
+        return self
 
 
 class Task(Section):
@@ -156,13 +174,7 @@ class Config(Section):
     def _conventional_or_reversible(self) -> Self:
         path = self.coefficients
         if isinstance(path, Constant):
-            Setting(
-                path.alpha,
-                path.beta,
-                self.reversible.arithmetic,
-                self.reversible.memory,
-                self.reversible.chunk_size,
-            )
+            Setting(path.alpha, path.beta, **self.reversible.model_dump())
         return self
 
     @model_validator(mode="after")
@@ -182,7 +194,4 @@ class Config(Section):
     def setting(self) -> Setting:
         """The chains' setting at the start of the run."""
         alpha, beta = self.coefficients.schedule(1).at(0)
-        part = self.reversible
-        return Setting(
-            alpha, beta, part.arithmetic, part.memory, part.chunk_size, part.fraction_bits
-        )
+        return Setting(alpha, beta, **self.reversible.model_dump())

@@ -16,6 +16,7 @@ from dr2dist.parallel.average import Average
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.parallel.masters import Masters
+from dr2dist.parallel.processes import slowest
 from dr2dist.parallel.sharding import shard
 from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
 from dr2dist.reversible import FunctionRunner, PlainRunner
@@ -25,6 +26,8 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+_LAYOUT = ("memory", "memory_budget", "chunk_size", "chunk_tokens", "chunk_budget")
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,9 @@ class ReversibleEngine:
         self._watch = GradientWatch(parameters, self.device)
         self.masters = Masters(self._engine, self.zero)
         self.average = None if ema is None else Average(self.masters, ema)
+        self._planner = net.planner
+        self._planner.agree = slowest
+        self._micro_batch = int(config["train_micro_batch_size_per_gpu"])
         self.gradient_norm: Any = None
         """2-norm of the last applied step's gradient before clipping."""
         self.applied = 0
@@ -190,6 +196,19 @@ class ReversibleEngine:
         parameters = dict(self.net.named_parameters())
         state = self.net.state_dict(keep_vars=True)
         return {name: value for name, value in state.items() if name not in parameters}
+
+    def layouts(self) -> dict[str, Any]:
+        """What was measured and settled of slices and kept activations, and for what."""
+        asked = {key: getattr(self.chains[0].setting, key) for key in _LAYOUT}
+        return {
+            "asked": {**asked, "micro_batch": self._micro_batch},
+            "chains": self._planner.state(),
+        }
+
+    def take_layouts(self, saved: dict[str, Any]) -> None:
+        """Takes what a checkpoint says was settled, unless it was for other settings."""
+        if saved["asked"] == self.layouts()["asked"]:
+            self._planner.load(saved["chains"])
 
     def go_on_from(self, step: int) -> None:
         """Takes `step` optimiser steps for applied, as after reading a checkpoint."""

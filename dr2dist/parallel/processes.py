@@ -41,6 +41,13 @@ def total(value: float) -> float:
     return _reduced(value, dist.ReduceOp.SUM)
 
 
+def slowest(times: list[int]) -> list[int]:
+    """Each time as the slowest rank measured it."""
+    found: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, times)
+    return [max(each) for each in zip(*found, strict=True)]
+
+
 def _reduced(value: float, how: Any) -> float:
     tensor = torch.tensor(value, dtype=torch.float64)
     if dist.get_backend() == "nccl":

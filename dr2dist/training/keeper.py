@@ -60,6 +60,7 @@ class Keeper:
             "alpha": alpha,
             "beta": beta,
             "progress": asdict(progress),
+            "layouts": engine.layouts(),
         }
         shapes = {name: tuple(value.shape) for name, value in engine.buffers().items()}
         folder = checkpoint_folder(self.run, engine.applied)
@@ -87,6 +88,7 @@ class Keeper:
             raise UserError(f"{folder}: is of another model: {', '.join(strange[:3])}")
         _read_into(engine, saved)
         engine.go_on_from(saved.state["step"])
+        engine.take_layouts(saved.state["layouts"])
         return Progress(**saved.state["progress"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +96,7 @@ def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, 
     groups = parameter_groups(
         model, config.optim.weight_decay, config.optim.layer_decay, config.optim.groups
     )
-    setting = config.setting()
-    net = convert(
-        model,
-        setting.alpha,
-        setting.beta,
-        setting.arithmetic,
-        setting.memory,
-        setting.chunk_size,
-        setting.fraction_bits,
-        setting.chunk_tokens,
-    )
+    net = convert(model, **asdict(config.setting()))
     engine = ReversibleEngine(
         net.train(),
         _optimizer(config.optim, groups),
