@@ -20,9 +20,8 @@ _BITS_AS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sum(value: Tensor) -> Tensor:
-    """The sum of a floating tensor's bits, read as integers of its own width, which wraps."""
-    bits = _BITS_AS[value.element_size()]
-    return value.view(bits).sum(dtype=bits)
+    """The sum of a floating tensor's bits, read as integers: an int64 scalar on its device."""
+    return value.view(_BITS_AS[value.element_size()]).sum(dtype=torch.int64)
 
 
 class Witness:
@@ -40,7 +39,7 @@ class Witness:
 
     def again(self, f: Tensor) -> None:
         """The same from a recompute: the sum alone."""
-        self._sums.append(bit_sum(f).long())
+        self._sums.append(bit_sum(f))
 
     def state(self, f: Tensor, state: Tensor) -> None:
         """F's output and the fixed-point state made of it, in fp64, before it becomes integers.
