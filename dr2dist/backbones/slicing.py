@@ -22,6 +22,13 @@ MLPS = (Mlp, GluMlp, SwiGLU)
 ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention)
 
 
+Run = Callable[..., Tensor]
+"""Computes a branch: run(part, x, **sides)."""
+
+Given = dict[str, Any]
+"""Sides by the keyword that a branch takes them as."""
+
+
 def even_ranges(length: int, step: int) -> list[Ranges]:
     """0 .. length in ranges of `step`."""
     return [(slice(start, min(start + step, length)),) for start in range(0, length, step)]
@@ -33,32 +40,21 @@ class Slicing(ABC):
     needs_context = False
 
     @abstractmethod
-    def ranges(
-        self, part: Any, shape: torch.Size, tokens: int, sides: dict[str, Any]
-    ) -> Sequence[Ranges]:
+    def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
         """Slices of about `tokens` tokens that cover dim 1 of [B, N, C] or rows of [B, H, W, C].
 
         None where the branch's modules are not known to allow it.
         """
 
-    def compute(
-        self,
-        compute: Callable[..., Tensor],
-        part: Any,
-        x: Tensor,
-        told: TokenSlice,
-        sides: dict[str, Any],
-    ) -> Any:
+    def compute(self, run: Run, part: Any, x: Tensor, told: TokenSlice, sides: Given) -> Any:
         """The branch of the slice's tokens x, or its share of the context."""
-        return compute(part, x, **sides)
+        return run(part, x, **sides)
 
 
 class Tokenwise(Slicing):
     """MLPs with their norms, each token by itself."""
 
-    def ranges(
-        self, part: Any, shape: torch.Size, tokens: int, sides: dict[str, Any]
-    ) -> Sequence[Ranges]:
+    def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
         """See Slicing."""
         layers = (getattr(part.mlp, name, None) for name in ("fc1", "fc1_g"))
         if type(part.mlp) not in MLPS or not any(type(layer) is nn.Linear for layer in layers):
@@ -76,30 +72,21 @@ class Queries(Slicing):
 
     needs_context = True
 
-    def ranges(
-        self, part: Any, shape: torch.Size, tokens: int, sides: dict[str, Any]
-    ) -> Sequence[Ranges]:
+    def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
         """See Slicing."""
         known = type(part.attn) in ATTENTIONS and part.attn.fused_attn
         return even_ranges(shape[1], tokens) if known and not sides.get("is_causal") else []
 
-    def compute(
-        self,
-        compute: Callable[..., Tensor],
-        part: Any,
-        x: Tensor,
-        told: TokenSlice,
-        sides: dict[str, Any],
-    ) -> Any:
+    def compute(self, run: Run, part: Any, x: Tensor, told: TokenSlice, sides: Given) -> Any:
         """See Slicing."""
         (found,) = told.ranges
         if sides.get("rope") is not None:
             part, sides = _turned(part, sides, found)
         if told.context is not None:
             with _Attend(told.context, found, told.length):
-                return compute(part, x, **sides)
+                return run(part, x, **sides)
         with _Capture() as capture:
-            compute(part, x, **sides)
+            run(part, x, **sides)
         return tuple(capture.found)
 
 

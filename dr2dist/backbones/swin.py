@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
-from dr2dist.backbones.slicing import Slicing, Tokenwise
+from dr2dist.backbones.slicing import Given, Run, Slicing, Tokenwise
 from dr2dist.reversible.slices import Ranges, TokenSlice
 
 
@@ -32,9 +32,7 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 class Windows(Slicing):
     """Rows of windows. A shifted block's rows begin `shift` rows down, and the last wrap around."""
 
-    def ranges(
-        self, part: Any, shape: torch.Size, tokens: int, sides: dict[str, Any]
-    ) -> Sequence[Ranges]:
+    def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
         """See Slicing. None where windows stick out of the map."""
         height, width = shape[1:3]
         rows, columns = part.window_size
@@ -46,14 +44,7 @@ class Windows(Slicing):
             for start in range(0, height, step)
         ]
 
-    def compute(
-        self,
-        compute: Callable[..., Tensor],
-        part: Any,
-        x: Tensor,
-        told: TokenSlice,
-        sides: dict[str, Any],
-    ) -> Any:
+    def compute(self, run: Run, part: Any, x: Tensor, told: TokenSlice, sides: Given) -> Any:
         """See Slicing: the slice is a map without a vertical shift, with its windows' masks."""
         mask = part.attn_mask
         if mask is not None:
@@ -64,7 +55,7 @@ class Windows(Slicing):
         band = copy.copy(part)
         band._buffers = {**part._buffers, "attn_mask": None if mask is None else mask.flatten(0, 1)}
         band.shift_size = (0, part.shift_size[1])
-        return compute(band, x)
+        return run(band, x)
 
 
 def _wrapped(start: int, count: int, height: int) -> Ranges:

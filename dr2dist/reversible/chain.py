@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from dr2dist.reversible.costs import Meter
 from dr2dist.reversible.planner import Planner
 from dr2dist.reversible.runner import FunctionRunner, PlainRunner, needs_grad
 from dr2dist.reversible.segment import Segment
-from dr2dist.reversible.setting import Arithmetic, Memory, Setting
+from dr2dist.reversible.setting import Setting
 from dr2dist.reversible.slices import Layout
 from dr2dist.reversible.state import Gradient, State
 from dr2dist.reversible.tape import Sides, Tape, state_dtype
@@ -41,8 +41,7 @@ class Chain(nn.Module):
     functions: modules that compute one branch each, [B, ...] to the same shape, without the
         addition; called as function(x, **sides). A function whose attribute `sides` names some
         sides gets only these.
-    alpha, beta and the others: see Setting.
-    name: how the certificate calls the chain.
+    name: how the certificate calls the chain. setting: alpha, beta and the other fields of Setting.
 
     Parameters get their gradients by accumulation into `.grad` whenever the chain is
     differentiated: `torch.autograd.grad` cannot return them, and adds to them too.
@@ -55,31 +54,13 @@ class Chain(nn.Module):
         self,
         functions: Iterable[nn.Module],
         *,
-        alpha: float = 0.9,
-        beta: float = 0.1,
-        arithmetic: Arithmetic = "exact",
-        memory: Memory = "reverse",
-        chunk_size: int | Literal["auto"] | None = None,
-        fraction_bits: int = 18,
-        chunk_tokens: int | None = None,
-        memory_budget: int | None = None,
-        chunk_budget: int | None = None,
         name: str = "chain",
+        **setting: Any,
     ) -> None:
         super().__init__()
         self.functions = nn.ModuleList(functions)
         self.name = name
-        self.setting = Setting(
-            alpha,
-            beta,
-            arithmetic,
-            memory,
-            chunk_size,
-            fraction_bits,
-            chunk_tokens,
-            memory_budget,
-            chunk_budget,
-        )
+        self.setting = Setting(**setting)
         self.planner = Planner([name])
         self.setting.check_range(len(self.functions))
         self._start_records()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -118,11 +119,9 @@ class Meter:
             torch.cuda.synchronize(self.x.device)
         return time.perf_counter()
 
-    def _work(self, function: nn.Module, layout: Layout) -> Any:
-        own = self.sides.of(function)
-        for number, parts in enumerate(parts_of(function, self.x.shape, layout, own)):
-            cut = self.sides.cut(own, parts[0].samples)
-            yield Work(function, parts, number, self.x.shape[1], cut)
+    def _work(self, function: nn.Module, layout: Layout) -> Iterator[Work]:
+        slices = parts_of(function, self.x.shape, layout, self.sides.of(function))
+        return self.sides.work(function, slices, self.x.shape)
 
     def _run(self, function: nn.Module, work: Work, differentiate: bool = False) -> list[Call]:
         """The function's calls, each dropped after its gradient or all returned."""

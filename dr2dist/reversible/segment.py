@@ -22,7 +22,6 @@ from dr2dist.reversible.setting import Setting
 from dr2dist.reversible.slices import Layout, Part, joined, parts_of
 from dr2dist.reversible.state import Gradient, State
 from dr2dist.reversible.tape import Arithmetic, Kept, Sides, Tape, arithmetic_of, state_dtype
-from dr2dist.reversible.work import Work
 
 
 class Segment:
@@ -187,16 +186,14 @@ class Segment:
     ) -> State:
         """One function forward without a graph or a record."""
         function = self.functions[index]
-        own = sides.of(function)
         out = arithmetic.target(state, in_place=True)
         advance = _Advance(arithmetic, state, out, keep=False, seen=seen)
         tokens = partial(_tokens, arithmetic, state, dtype)
         with torch.no_grad(), self.runner.open(function) as live:
-            for number, parts in enumerate(parts_of(function, state.current.shape, layout, own)):
-                cut = sides.cut(own, parts[0].samples)
-                work = Work(function, parts, number, state.current.shape[1], cut)
-                calls = work.calls(live, tokens, _ambient, x_needs_grad=False)
-                for part, call in calls:
+            shape = state.current.shape
+            slices = parts_of(function, shape, layout, sides.of(function))
+            for work in sides.work(function, slices, shape):
+                for part, call in work.calls(live, tokens, _ambient, x_needs_grad=False):
                     advance(part, call.output)
                     del call
         return out

@@ -45,6 +45,13 @@ class Sides:
         """The values for one slice of the batch."""
         return {k: v[part] if k in self.batched else v for k, v in values.items()}
 
+    def work(self, function: Any, slices: list[list[Part]], shape: torch.Size) -> Iterator[Work]:
+        """A function on each slice of tokens of a shape, with its part of the sides."""
+        own = self.of(function)
+        length = shape[1] if len(shape) > 1 else 1
+        for number, parts in enumerate(slices):
+            yield Work(function, parts, number, length, self.cut(own, parts[0].samples))
+
 
 class Kept(NamedTuple):
     """A function's run on one slice of the batch with all its graphs."""
@@ -113,10 +120,7 @@ class Tape:
 
     def work(self, index: int, function: Any, shape: torch.Size) -> Iterator[Work]:
         """Function `index` on each slice of the batch."""
-        own = self.sides.of(function)
-        for number, parts in enumerate(self.parts[index]):
-            length = shape[1] if len(shape) > 1 else 1
-            yield Work(function, parts, number, length, self.sides.cut(own, parts[0].samples))
+        return self.sides.work(function, self.parts[index], shape)
 
     def may_overwrite(self, index: int) -> bool:
         """Whether function `index` may write its state over the oldest one."""
@@ -124,7 +128,7 @@ class Tape:
         floating = isinstance(self.arithmetic, FloatArithmetic)
         if self.mode(index) == "checkpoint" or (self.mode(index) == "store" and floating):
             return False
-        return not any(index - 1 <= saved <= index for saved in self.states)
+        return index not in self.states and index - 1 not in self.states
 
     def needs_grad(self, index: int) -> bool:
         """Whether gradients flow to the tokens of function `index`."""
