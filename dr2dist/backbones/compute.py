@@ -7,9 +7,20 @@ from typing import Any
 from torch import Tensor
 
 
+def match_buffer(module: Any, name: str, x: Tensor) -> None:
+    """Brings a buffer, where there is one, to the dtype of what it meets.
+
+    Engines that hold parameters in bf16 leave buffers in fp32, which torch refuses beside them.
+    """
+    if getattr(module, name, None) is not None:
+        setattr(module, name, getattr(module, name).to(x.dtype))
+
+
 def scaled_attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
     """Attention after the norm, with a scale that may be missing (EVA, BEiT)."""
-    branch = block.attn(block.norm1(x), **sides)
+    x = block.norm1(x)
+    match_buffer(block.attn, "k_bias", x)  # zeros
+    branch = block.attn(x, **sides)
     return block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch)
 
 
@@ -21,6 +32,7 @@ def scaled_mlp(block: Any, x: Tensor) -> Tensor:
 
 def attention_post_norm(block: Any, x: Tensor, **sides: Any) -> Tensor:
     """Attention before its norm."""
+    match_buffer(block.attn, "k_bias", x)  # zeros
     return block.drop_path1(block.norm1(block.attn(x, **sides)))
 
 

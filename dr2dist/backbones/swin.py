@@ -11,6 +11,7 @@ from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
+from dr2dist.backbones.compute import match_buffer
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Given, Run, Slicing, Tokenwise
 from dr2dist.reversible.slices import Ranges, TokenSlice
@@ -18,10 +19,7 @@ from dr2dist.reversible.slices import Ranges, TokenSlice
 
 def _attention(block: Any, x: Tensor) -> Tensor:
     x = block.norm1(x)
-    if block.attn_mask is not None:
-        # Engines that hold parameters in bf16 leave buffers in fp32, and attention takes no
-        # mask of another dtype. Its values, 0 and -100, are exact in any.
-        block.attn_mask = block.attn_mask.to(x.dtype)
+    match_buffer(block, "attn_mask", x)  # its values, 0 and -100, are exact in any
     return block.drop_path1(block._attn(x))
 
 
