@@ -67,9 +67,12 @@ def test_memory_modes_agree_in_every_bit_of_the_weights(
                 zero=zero,
                 steps=2,
                 bf16=bf16,
+                chunk_size=1,
+                chunk_tokens=5,
                 memory=memory,
+                memory_budget=150_000 if memory == "budget" else None,
             )[0]
-            for memory in ("reverse", "store", "checkpoint")
+            for memory in ("reverse", "store", "checkpoint", "budget")
         ]
         for losses, weights, _ in found[1:]:
             assert losses == found[0][0]
