@@ -49,6 +49,12 @@ class Witness:
         self.again(f)
         self._states.extend(torch.aminmax(state))
 
+    def summed(self, bits: Tensor, extremes: Tensor | None = None) -> None:
+        """What kernels have gathered: int64 sums of F's bits, and a state's fp64 [low, high]."""
+        self._sums.append(bits.sum())
+        if extremes is not None:
+            self._states.extend(torch.aminmax(extremes))
+
     @property
     def bits(self) -> Tensor:
         """The sum of the bits of all outputs, int64 scalar."""

@@ -238,7 +238,7 @@ def _arithmetic(h: Tensor, setting: Setting) -> tuple[Arithmetic, torch.dtype]:
     """(arithmetic, dtype that F is called with and tokens are handed out in)."""
     dtype = state_dtype(h)
     autocast = torch.is_autocast_enabled(h.device.type)
-    return arithmetic_of(setting, dtype), dtype if autocast else h.dtype
+    return arithmetic_of(setting, dtype, h.device), dtype if autocast else h.dtype
 
 
 def _note(tape: Tape, index: int, state: State) -> None:

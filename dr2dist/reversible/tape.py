@@ -152,10 +152,16 @@ class Tape:
             self.free(index)
 
 
-def arithmetic_of(setting: Setting, state_dtype: torch.dtype) -> Arithmetic:
-    """The arithmetic that a setting names."""
-    kind = ExactArithmetic if setting.arithmetic == "exact" else FloatArithmetic
-    return kind(setting, state_dtype)
+def arithmetic_of(setting: Setting, dtype: torch.dtype, device: torch.device) -> Arithmetic:
+    """The arithmetic that a setting names, for tokens of a state dtype on a device."""
+    if setting.arithmetic == "float":
+        return FloatArithmetic(setting, dtype)
+    if device.type == "cuda":
+        # Triton comes with torch for GPUs only.
+        from dr2dist.reversible.fused import FusedArithmetic
+
+        return FusedArithmetic(setting, dtype)
+    return ExactArithmetic(setting, dtype)
 
 
 def state_dtype(h: Tensor) -> torch.dtype:
