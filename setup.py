@@ -38,15 +38,18 @@ setup(
         "webdataset>=1.0",
     ],
     extras_require={
+        "bench": ["momentumnet", "revlib"],
         "demo": ["onnx"],
         "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "test": [
+            "momentumnet",
             "mypy",
             "onnx",
             "onnxruntime",
             "onnxscript",
             "pytest",
             "pytest-timeout",
+            "revlib",
             "ruff",
             "types-PyYAML",
             "types-tqdm",

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dr2dist.bench.command import add_arguments
 from dr2dist.errors import UserError
 from dr2dist.files import replaced
 from dr2dist.version import __version__
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_doctor(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -349,6 +351,16 @@ def _doctor(given: argparse.Namespace) -> int:
     for line in lines:
         print(line)
     return 0 if sound else 1
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = _add(
+        commands,
+        "bench",
+        "Measure memory and step time of all ways to train a model, side by side.",
+        "dr2dist bench --model vit_small_patch16_224 --depths 12 24 --output bench",
+    )
+    add_arguments(bench)
 
 
 if __name__ == "__main__":

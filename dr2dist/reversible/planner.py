@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from dr2dist.errors import UserError
 from dr2dist.reversible.budget import choose
 from dr2dist.reversible.costs import Cost, Meter
 from dr2dist.reversible.setting import Setting
@@ -36,7 +37,7 @@ class Planner:
     ) -> Layout:
         """The layout of a chain; `meter` is asked only for what is not settled yet.
 
-        Raises ValueError if no slice fits the setting's chunk_budget.
+        Raises UserError if no slice fits the setting's chunk_budget.
         """
         if name not in self._slices:
             slices = setting.chunk_size, setting.chunk_tokens
@@ -97,7 +98,7 @@ def _slices(
         found = _largest(lambda tokens: fits(Layout(1, tokens)), LEAST_TOKENS, length)
         if found is None:
             least = max(meter.working_set(f, Layout(1, LEAST_TOKENS)) for f in functions)
-            raise ValueError(
+            raise UserError(
                 f"chunk_budget is {budget} bytes, but the smallest slice of this network's "
                 f"functions takes {least}"
             )

@@ -1,0 +1,129 @@
+"""The ways to train that are compared, on the same model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from dr2dist.backbones.network import convert
+from dr2dist.errors import UserError, nearest
+
+CONVENTIONAL, PER_BLOCK, BUDGET = "conventional", "checkpoint per block", "budget"
+
+CONVERTED: dict[str, dict[str, Any]] = {
+    "checkpoint per function": {"arithmetic": "float", "memory": "checkpoint"},
+    "float": {"arithmetic": "float"},
+    "float sliced": {"arithmetic": "float", "sliced": True},
+    "exact": {},
+    "exact sliced": {"sliced": True},
+    BUDGET: {"memory": "budget"},
+}
+"""Cases that `convert` makes, with its options; `sliced` stands for the slices asked for."""
+
+LIBRARIES = ("revlib", "momentumnet")
+"""Packages from PyPI that reverse a run of functions, by other couplings than Dr2Net's."""
+
+CASES = (CONVENTIONAL, PER_BLOCK, *CONVERTED, *LIBRARIES)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model in one case, as plain values.
+
+    size: pixels of a side. depth: blocks, None for the model's own. slices: of `convert`, for
+    cases that are sliced. memory_budget: bytes, for case budget.
+    """
+
+    case: str
+    model: str
+    size: int
+    depth: int | None = None
+    alpha: float = 0.5
+    beta: float = 0.5
+    slices: dict[str, int] = field(default_factory=dict)
+    memory_budget: int | None = None
+
+
+def check_case(case: str) -> None:
+    """Raises UserError for a case that is unknown."""
+    if case not in CASES:
+        raise UserError(
+            f"case '{case}' is unknown, allowed are {', '.join(CASES)}{nearest(case, CASES)}"
+        )
+
+
+def build(spec: Spec) -> nn.Module:
+    """The network of a case, with the same weights in all. Raises UserError if it cannot be."""
+    torch.manual_seed(0)
+    model = _model(spec)
+    if spec.case == CONVENTIONAL:
+        return model
+    if spec.case == PER_BLOCK:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        return model
+    if spec.case in LIBRARIES:
+        return _Foreign(model, spec)
+    options = dict(CONVERTED[spec.case])
+    if options.pop("sliced", False):
+        options |= spec.slices
+    if spec.case == BUDGET:
+        options["memory_budget"] = spec.memory_budget
+    net: nn.Module = convert(model, spec.alpha, spec.beta, **options)
+    return net
+
+
+def _model(spec: Spec) -> nn.Module:
+    if not timm.is_model(spec.model):
+        hint = nearest(spec.model, timm.list_models())
+        raise UserError(f"--model: '{spec.model}' is not a model of timm{hint}")
+    options: dict[str, Any] = {"num_classes": 10, "img_size": spec.size}
+    if spec.depth is not None:
+        options["depth"] = spec.depth
+    try:
+        model: nn.Module = timm.create_model(spec.model, **options)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise UserError(f"--model: {spec.model} cannot be built with {options}: {error}") from None
+    return model
+
+
+class _Foreign(nn.Module):
+    """The same stem, functions and head, with the functions reversed by another library."""
+
+    def __init__(self, model: nn.Module, spec: Spec) -> None:
+        super().__init__()
+        self.net = convert(model, spec.alpha, spec.beta)
+        if len(self.net.chains) != 1:
+            raise UserError(f"{spec.case} is compared on models with one chain, not {spec.model}")
+        functions = list(self.net.chains[0].functions)
+        self.run = _revlib(functions) if spec.case == "revlib" else _momentumnet(functions)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As the model's own."""
+        family = self.net.family
+        tokens = self.run(family.stem(self.net, images).tokens)
+        output: Tensor = family.head(self.net, family.norm(self.net, tokens))
+        return output
+
+
+class _revlib(nn.Module):  # noqa: N801 - named as the package
+    def __init__(self, functions: list[nn.Module]) -> None:
+        super().__init__()
+        import revlib
+
+        self.chain = revlib.ReversibleSequential(*functions)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Two streams of whole tokens, side by side in dim 1; their mean goes on."""
+        one, other = self.chain(torch.cat([tokens, tokens], dim=1)).chunk(2, dim=1)
+        return (one + other) / 2
+
+
+def _momentumnet(functions: list[nn.Module]) -> nn.Module:
+    from momentumnet import MomentumNet
+
+    net: nn.Module = MomentumNet(functions, gamma=0.9, use_backprop=False)
+    return net

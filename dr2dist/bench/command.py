@@ -1,0 +1,155 @@
+"""The bench command: its arguments, the order of the measurements, and its files."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from dr2dist.errors import UserError
+from dr2dist.files import replaced
+
+MEASURES = ("memory", "time", "batch", "resolution")
+
+
+def add_arguments(bench: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    bench.add_argument("--model", default="vit_small_patch16_224", help="timm's name of a model")
+    bench.add_argument("--output", type=Path, required=True, help="folder to write to")
+    bench.add_argument(
+        "--measure", nargs="+", choices=MEASURES, default=["memory", "time"], help="what"
+    )
+    bench.add_argument("--cases", nargs="+", help="what to compare; default: everything")
+    bench.add_argument("--size", type=int, default=224, help="pixels of a side")
+    bench.add_argument("--depths", nargs="+", type=int, help="blocks; default: the model's own")
+    bench.add_argument("--alpha", type=float, default=0.5)
+    bench.add_argument("--beta", type=float, default=0.5)
+    bench.add_argument("--batches", nargs=2, type=int, default=[16, 32], help="slope between")
+    bench.add_argument("--chunk-size", type=int, default=4, help="samples per slice, where sliced")
+    bench.add_argument("--time-batch", type=int, default=16, help="samples of a timed step")
+    bench.add_argument("--rounds", type=int, default=5, help="timed steps of each case")
+    bench.add_argument("--limit", default="3GiB", help="of the process, for the largest batch")
+    bench.add_argument("--sizes", nargs=2, type=int, default=[448, 1344], help="slope between")
+    bench.add_argument("--chunk-tokens", type=int, default=512, help="per slice of one image")
+    bench.add_argument("--size-limit", default="4GiB", help="of the process, for the largest image")
+    bench.set_defaults(command=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Measures, writing the files anew after each measurement, and prints the table."""
+    from dr2dist.bench import measure
+    from dr2dist.bench.cases import BUDGET, Spec
+
+    _check(given)
+    cases = _cases(given.cases)
+    depths = given.depths or [None]
+    first = Spec(
+        cases[0], given.model, given.size, depths[0], given.alpha, given.beta,
+        {"chunk_size": given.chunk_size},
+    )  # fmt: skip
+    specs = [replace(first, case=case) for case in cases if case != BUDGET]
+    results = _head(given, cases) | measure.facts(first)
+    write(results, given.output)
+    if "memory" in given.measure or "batch" in given.measure:
+        for depth in depths:
+            deep = [replace(spec, depth=depth) for spec in specs]
+            lines = measure.memory(deep, tuple(given.batches))
+            results.setdefault("memory", {})[str(depth or "own")] = lines
+            write(results, given.output)
+    if "time" in given.measure:
+        timed = list(specs)
+        if BUDGET in cases:
+            timed.append(measure.budget_spec(first, given.time_batch))
+        results["time"] = measure.times(timed, given.time_batch, given.rounds)
+        exact = [spec for spec in specs if spec.case.startswith("exact")]
+        results["arithmetic"] = measure.share_of_arithmetic(exact, given.time_batch, given.rounds)
+        write(results, given.output)
+    if "batch" in given.measure:
+        lines = results["memory"][str(depths[0] or "own")]
+        results["batch"] = measure.confirm(specs, lines, results["limit"])
+        write(results, given.output)
+    if "resolution" in given.measure:
+        slices = {"chunk_size": 1, "chunk_tokens": given.chunk_tokens}
+        large = [replace(spec, slices=slices) for spec in specs]
+        results["resolution"] = measure.resolution(large, tuple(given.sizes), results["patch"])
+        write(results, given.output)
+    print((given.output / "results.md").read_text(), end="")
+    return 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    for name in ("batches", "sizes"):
+        low, high = getattr(given, name)
+        if not 0 < low < high:
+            raise UserError(f"--{name}: found {low} {high}, the second must be the larger")
+    for name in ("rounds", "time_batch", "chunk_size", "chunk_tokens", "size"):
+        if getattr(given, name) < 1:
+            raise UserError(
+                f"--{name.replace('_', '-')}: found {getattr(given, name)}, allowed is 1 or more"
+            )
+
+
+def _cases(asked: list[str] | None) -> list[str]:
+    """Those asked for, checked, or all; libraries must be installed if they are compared."""
+    from dr2dist.bench.cases import CASES, LIBRARIES, check_case
+
+    for case in asked or []:
+        check_case(case)
+    cases = [case for case in CASES if asked is None or case in asked]
+    missing = [c for c in cases if c in LIBRARIES and importlib.util.find_spec(c) is None]
+    if missing:
+        raise UserError(
+            f"--cases: {', '.join(missing)} is not installed: pip install 'dr2dist[bench]', or "
+            "name the cases to compare"
+        )
+    return cases
+
+
+def _bytes(name: str, text: str) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise UserError(f"--{name}: found '{text}', allowed is a size like 3GiB") from None
+
+
+def _head(given: argparse.Namespace, cases: list[str]) -> dict[str, Any]:
+    import torch
+
+    return {
+        "command": shlex.join(["dr2dist", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "model": given.model,
+        "size": given.size,
+        "alpha": given.alpha,
+        "beta": given.beta,
+        "cases": cases,
+        "batches": given.batches,
+        "sizes": given.sizes,
+        "limit": _bytes("limit", given.limit),
+        "size_limit": _bytes("size-limit", given.size_limit),
+    }
+
+
+def write(results: dict[str, Any], output: Path) -> None:
+    """results.json, results.md and results.png of what is measured so far."""
+    from dr2dist.bench.report import plot, table
+
+    with replaced(output / "results.json") as aside:
+        aside.write_text(json.dumps(results, indent=1) + "\n")
+    with replaced(output / "results.md") as aside:
+        aside.write_text(table(results))
+    if any(measure in results for measure in ("memory", "time", "resolution")):
+        plot(results, output / "results.png")

@@ -1,0 +1,162 @@
+"""The process of one case: builds it, then answers one line of JSON with another."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dr2dist.backbones.network import ReversibleNetwork, convert
+from dr2dist.bench.cases import Spec, build
+from dr2dist.errors import UserError
+from dr2dist.reversible import State
+from dr2dist.reversible.certificate import Witness
+from dr2dist.reversible.tape import arithmetic_of
+
+
+class Worker:
+    """A case's network and the images that it trains on."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.net: nn.Module = build(spec).to(self.device)
+        self.images = self._images(0)
+
+    def growth(self, batch: int) -> dict[str, Any]:
+        """Bytes by which a step grows the peak, images, weights and gradients excluded, and the
+        peak of the whole process (on a GPU: of its tensors).
+        """
+        # What a budget holds is measured in the first step, on the batch that it is for.
+        self._step(self._images(batch if self.spec.memory_budget is not None else 1))
+        images = self._images(batch)
+        before = _start_peak(self.device)
+        self._step(images)
+        peak = _peak(self.device)
+        return {"growth": peak - before, "peak": peak}
+
+    def seconds(self, batch: int) -> dict[str, Any]:
+        """Of one step; images are the same in every call."""
+        if len(self.images) != batch:
+            self.images = self._images(batch)
+            self._step(self.images)
+        start = self._now()
+        self._step(self.images)
+        return {"seconds": self._now() - start}
+
+    def elementwise(self, batch: int) -> dict[str, Any]:
+        """Seconds that a step's exact arithmetic takes: tokens, coupling and packing, of all
+        functions, forth and back, apart from the functions themselves."""
+        net = self._reversible()
+        total = 0.0
+        with torch.no_grad():
+            for chain, tokens in _chain_inputs(net, self._images(batch)):
+                arithmetic: Any = arithmetic_of(chain.setting, torch.float32, self.device)
+                one = _coupling_seconds(arithmetic, tokens, self._now)
+                total += one * len(chain.functions)
+        return {"seconds": total}
+
+    def facts(self) -> dict[str, Any]:
+        """Bytes of one sample's tokens in fp32 (the first chain's), pixels of a patch, functions,
+        device."""
+        net = self._reversible()
+        with torch.no_grad():
+            tokens = next(_chain_inputs(net, self._images(1)))[1]
+        functions = sum(len(chain.functions) for chain in net.chains)
+        patch = int(net.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        return {
+            "token_bytes": tokens.numel() * 4,
+            "patch": patch,
+            "functions": functions,
+            "device": name,
+        }
+
+    def _reversible(self) -> ReversibleNetwork:
+        net = self.net
+        return net if isinstance(net, ReversibleNetwork) else convert(net, 0.5, 0.5)
+
+    def _images(self, batch: int) -> Tensor:
+        return torch.randn(batch, 3, self.spec.size, self.spec.size, device=self.device)
+
+    def _step(self, images: Tensor) -> None:
+        self.net(images).square().mean().backward()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _chain_inputs(net: ReversibleNetwork, images: Tensor) -> Any:
+    """(chain, its tokens) for each chain."""
+    tokens = net.family.stem(net, images).tokens
+    for index, chain in enumerate(net.chains):
+        transition = net._transitions.get(index)
+        tokens = tokens if transition is None else transition(tokens, None)
+        yield chain, tokens
+
+
+def _coupling_seconds(arithmetic: Any, tokens: Tensor, now: Any) -> float:
+    """The median of five: one function's arithmetic, forth and back."""
+    previous = arithmetic.start(torch.randn_like(tokens)).current
+    f, seen, times = torch.randn_like(tokens), Witness(), []
+    state = State(arithmetic.start(tokens.contiguous()).current, previous)
+    for _ in range(6):
+        start = now()
+        arithmetic.tokens(state.current)
+        remainders = arithmetic.advance(state, f, arithmetic.target(state, True), True, seen)
+        arithmetic.tokens(state.current)
+        arithmetic.retreat(State(state.previous, state.current), f, remainders, seen)
+        times.append(now() - start)
+    return statistics.median(times[1:])
+
+
+def _start_peak(device: torch.device) -> int:
+    """Gives back what is free, starts the peak anew; returns the bytes held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (text,) = (line for line in lines if line.startswith(f"{field}:"))
+    return int(text.split()[1]) * 1024
+
+
+def main() -> None:
+    """Reads the case from the first line, then a request per line, until there is none."""
+    # Libraries may write to stdout; answers have it for themselves.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    try:
+        worker = Worker(Spec(**json.loads(sys.stdin.readline())))
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer = getattr(worker, request.pop("measure"))(**request)
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+    except UserError as error:
+        answers.write(json.dumps({"error": str(error)}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
