@@ -18,8 +18,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['model']}, fp32, alpha {results['alpha']:g}, beta {results['beta']:g}, "
         f"{results['size']} pixels; one token tensor is {results['token_bytes']} bytes a sample.",
-        f"{results['machine']}, {results['threads']} threads, torch {results['torch']}, {results['date']}: "
-        f"`{results['command']}`",
+        f"{results['machine']}, {results['threads']} threads, torch {results['torch']}, "
+        f"{results['date']}: `{results['command']}`",
         "",
         f"| | {' | '.join(title for title, _ in columns)} |",
         "|---|" + "---|" * len(columns),
