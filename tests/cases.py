@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from dr2dist.backbones.build import build_deferred, build_model
 from dr2dist.config import load_config
 from dr2dist.parallel.deepspeed_json import deepspeed_config
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
+from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.reversible import Chain
 from dr2dist.training.run import run
 from tests.models import build
@@ -23,9 +25,19 @@ GLOBAL_BATCH = 8
 
 
 def make_engine(
-    kind: str, zero: int, bf16: bool = False, accumulate: int = 1, sgd: bool = False, **setting: Any
+    kind: str,
+    zero: int,
+    bf16: bool = False,
+    accumulate: int = 1,
+    sgd: bool = False,
+    hold_nothing: bool = False,
+    **setting: Any,
 ) -> ReversibleEngine:
-    """A tiny model of a kind, converted and put on an engine."""
+    """A tiny model of a kind, converted and put on an engine.
+
+    hold_nothing: under ZeRO-3 a module's parameters are given back after each use, as those of
+    a network are that is too large to be held.
+    """
     torch.manual_seed(0)
     net = dr2dist.convert(build(kind, depth=3) if kind != "swin" else build(kind), **setting)
     ranks = dist.get_world_size()
@@ -38,6 +50,10 @@ def make_engine(
         clip=1.0,
         extra={"steps_per_print": 10**6},
     )
+    if hold_nothing:
+        limits = ("max_live_parameters", "max_reuse_distance", "param_persistence_threshold")
+        config["zero_optimization"] |= {f"stage3_{name}": 0 for name in limits}
+        config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
     if sgd:
         optimizer: Any = torch.optim.SGD(net.parameters(), 1e-2, momentum=0.9)
     else:
@@ -154,6 +170,46 @@ def fault(kind: str, zero: int, memory: str = "reverse") -> dict[str, Any]:
         if name != "blocks.1.mlp.fc2.weight" and not torch.equal(value, after[name])
     ]
     return {"text": text, "kinds": kinds, "applied": engine.applied, "changed": changed}
+
+
+class Collectives:
+    """What is gathered: bytes, and in which order gathers start and are waited for."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.bytes = 0
+        self.log: list[str] = []
+        backend = deepspeed.comm.comm.cdb
+        self._inner = backend.all_gather_function
+        patch.setattr(backend, "all_gather_function", self._gather)
+
+    def _gather(self, output_tensor: Tensor, **options: Any) -> Any:
+        self.bytes += output_tensor.nbytes
+        self.log.append("start")
+        work = self._inner(output_tensor=output_tensor, **options)
+        return work if work is None else _Waited(work, self.log)
+
+
+class _Waited:
+    def __init__(self, work: Any, log: list[str]) -> None:
+        self.work, self.log = work, log
+
+    def wait(self) -> None:
+        self.log.append("wait")
+        self.work.wait()
+
+
+def gathers(zero: int = 3, accumulate: int = 1, **setting: Any) -> Any:
+    """(bytes gathered in a step, order of gathers and runs inside the chain)."""
+    engine = make_engine("vit", zero, accumulate=accumulate, hold_nothing=True, **setting)
+    take_step(engine, 0, accumulate)
+    with pytest.MonkeyPatch.context() as patch:
+        found = Collectives(patch)
+        (chain,) = engine.chains
+        for function in chain.functions:
+            twin = cast(GatheredRunner, chain.runner)._copies[function]
+            twin.register_forward_hook(lambda *_: found.log.append("run"))
+        take_step(engine, 1, accumulate)
+    return found.bytes, found.log
 
 
 def passing_fault(zero: int, accumulate: int) -> Any:

@@ -2,7 +2,8 @@
 
 The engine's own hooks gather for each call of a module, which would be once a slice. Here the
 function's parameters are gathered around all its slices, and a copy of the function without
-hooks or weights is called with them.
+hooks or weights is called with them. While it runs, those of the function that comes next are on
+their way already, forth and back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -30,12 +32,22 @@ class GatheredRunner:
 
     def __init__(self, functions: Iterable[nn.Module]) -> None:
         self._copies = {function: copy.deepcopy(function).to("meta") for function in functions}
+        self._started: dict[nn.Module, Any] = {}
 
     @contextmanager
-    def open(self, function: nn.Module) -> Iterator[LiveFunction]:
+    def open(
+        self, function: nn.Module, upcoming: nn.Module | None = None
+    ) -> Iterator[LiveFunction]:
         """Gathers the function's parameters; every rank must come here in the same order."""
         named = dict(function.named_parameters())
+        self._start(function)
+        handle = self._started.pop(function, None)
+        if handle is not None:
+            handle.wait()
+        # Gathers what another function has given back meanwhile, and gives back all at the end.
         with deepspeed.zero.GatheredParameters(list(named.values())):
+            if upcoming is not None:
+                self._start(upcoming)
             leaves = {
                 name: parameter.detach().requires_grad_(parameter.requires_grad)
                 for name, parameter in named.items()
@@ -43,6 +55,13 @@ class GatheredRunner:
             trained = [name for name, parameter in named.items() if parameter.requires_grad]
             call = partial(self._call, function, leaves)
             yield LiveFunction(call, [leaves[n] for n in trained], [named[n] for n in trained])
+
+    def _start(self, function: nn.Module) -> None:
+        """Begins to gather what is not there and not on its way."""
+        parameters: list[Any] = list(function.parameters())
+        missing = [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if missing:
+            self._started[function] = missing[0].all_gather_coalesced(missing)
 
     def _call(
         self, function: nn.Module, leaves: dict[str, Tensor], x: Tensor, **sides: Any

@@ -70,7 +70,8 @@ class Reversal:
     def _step(self, index: int, keep: bool) -> None:
         mode, seen = self.tape.mode(index), Witness()
         after = _after(self.grad)
-        with self.runner.open(self.functions[index]) as live:
+        upcoming = self.functions[index - 1] if index > self.tape.first else None
+        with self.runner.open(self.functions[index], upcoming) as live:
             step = _Step(self, index, live, after, seen, keep)
             if mode == "store":
                 for kept in self.tape.kept[index]:

@@ -58,8 +58,13 @@ class LiveFunction(NamedTuple):
 class FunctionRunner(Protocol):
     """Makes a function's parameters present, once per function and pass."""
 
-    def open(self, function: nn.Module) -> AbstractContextManager[LiveFunction]:
-        """Parameters are present, and may be handed gradients, inside the context."""
+    def open(
+        self, function: nn.Module, upcoming: nn.Module | None = None
+    ) -> AbstractContextManager[LiveFunction]:
+        """Parameters are present, and may be handed gradients, inside the context.
+
+        upcoming: the function that is opened next, whose parameters may be fetched meanwhile.
+        """
         ...
 
 
@@ -67,7 +72,9 @@ class PlainRunner:
     """Parameters are where they always are: one process, DistributedDataParallel, ZeRO 0 to 2."""
 
     @contextmanager
-    def open(self, function: nn.Module) -> Iterator[LiveFunction]:
+    def open(
+        self, function: nn.Module, upcoming: nn.Module | None = None
+    ) -> Iterator[LiveFunction]:
         """See FunctionRunner."""
         parameters = trainable(function)
         yield LiveFunction(function, list(parameters), parameters)

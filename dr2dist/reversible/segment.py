@@ -153,7 +153,7 @@ class Segment:
         advance = _Advance(tape.arithmetic, state, out, mode == "reverse" and index > 0, seen)
         tokens = partial(_tokens, tape.arithmetic, state, tape.dtype)
         kept = []
-        with self.runner.open(function) as live:
+        with self.runner.open(function, self._next(index)) as live:
             for work in tape.work(index, function, state.current.shape):
                 held = Kept(work, [], []) if mode == "store" else None
                 calls = work.calls(
@@ -174,6 +174,9 @@ class Segment:
             tape.kept[index] = kept
         return out
 
+    def _next(self, index: int) -> nn.Module | None:
+        return self.functions[index + 1] if index + 1 < len(self.functions) else None
+
     def _plain_step(
         self,
         index: int,
@@ -189,7 +192,7 @@ class Segment:
         out = arithmetic.target(state, in_place=True)
         advance = _Advance(arithmetic, state, out, keep=False, seen=seen)
         tokens = partial(_tokens, arithmetic, state, dtype)
-        with torch.no_grad(), self.runner.open(function) as live:
+        with torch.no_grad(), self.runner.open(function, self._next(index)) as live:
             shape = state.current.shape
             slices = parts_of(function, shape, layout, sides.of(function))
             for work in sides.work(function, slices, shape):
