@@ -39,17 +39,29 @@ def test_a_step_is_undone_bit_for_bit_with_the_least_bits(beta: float) -> None:
     exact = Fraction(round_coefficient(beta))
     bits = (math.ceil(1 / exact) - 1).bit_length()
     assert 2**bits >= 1 / exact > (2 ** (bits - 1) if bits else 0)
-    tiles = [len(part) for part in now.split(CPU_TILE)]
-    assert remainders.nbytes == sum(bits * math.ceil(n / 8) for n in tiles)
+    assert remainders.nbytes == bits * math.ceil(len(now) / 8)
     for x, image in zip(before[-90:].tolist(), out.current[-90:].tolist(), strict=True):
         assert image == math.floor(exact * x + Fraction(1, 2))
-    parts = zip(remainders.split([bits * -(-n // 8) for n in tiles]), tiles, strict=True)
-    rest = max(int(unpack(part, bits, n).max()) for part, n in parts)
+    assert len(now) < CPU_TILE
+    rest = int(unpack(remainders, bits, len(now)).max())
     assert rest < 1 / exact
     if beta > 0.01:  # 200,000 random values meet every remainder
         assert rest == math.ceil(1 / exact) - 1
     state = arithmetic.retreat(State(out.current.clone(), now.clone()), f, remainders, Witness())
     assert torch.equal(state.current, now)
+    assert torch.equal(state.previous, before)
+
+
+@pytest.mark.parametrize("count", [int(1.4 * CPU_TILE), int(1.6 * CPU_TILE), 5 * CPU_TILE + 3])
+def test_a_step_over_several_tiles_is_undone(count: int) -> None:
+    arithmetic = ExactArithmetic(Setting(0.5, 0.1), torch.float32)
+    before, now = states(count, 1) // 4, states(count, 2) // 4
+    f = torch.randn(now.shape)
+    out = State(torch.empty_like(now), now)
+    remainders = arithmetic.advance(State(now, before), f, out, True, Witness())
+    assert remainders is not None
+    assert remainders.nbytes == 4 * math.ceil(len(now) / 8)
+    state = arithmetic.retreat(State(out.current, now.clone()), f, remainders, Witness())
     assert torch.equal(state.previous, before)
 
 

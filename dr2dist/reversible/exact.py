@@ -14,6 +14,7 @@ gives the same bits as a separate one, and only F itself can differ between two 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -26,7 +27,7 @@ from dr2dist.reversible.state import State
 
 INT32 = torch.iinfo(torch.int32)
 CPU_TILE = 1 << 18
-"""Elements that elementwise work takes at a time on a CPU, so that it stays in a cache."""
+"""About how many elements elementwise work takes at a time on a CPU, to stay in a cache."""
 GPU_TILE = 1 << 22
 """The same on a GPU, so that what it needs on its way stays small; not measured on one yet."""
 
@@ -83,11 +84,10 @@ class ExactArithmetic:
 
         What is no int32 is noted, and the state then undefined; where nothing looks, it ends
         outside the allowed range.
-        Returns the packed remainders if they are to be kept: uint8, bits * ceil(n / 8) bytes
-        for every tile of n elements.
+        Returns the packed remainders if they are to be kept: uint8, bits * ceil(n / 8) bytes.
         """
         bits = self.bits if keep else 0
-        remainders = f.new_empty(_remainder_bytes(bits, f.numel(), f), dtype=torch.uint8)
+        remainders = f.new_empty(packed_bytes(bits, f.numel()), dtype=torch.uint8)
         room, start = self._room(f), 0
         for target, now, before, branch in _tiles(out.current, *state, f):
             source = room.cut(0, before).copy_(before)
@@ -180,15 +180,13 @@ def _sum(state: Tensor) -> Tensor:
 
 
 def _tile(tensor: Tensor) -> int:
-    return CPU_TILE if tensor.device.type == "cpu" else GPU_TILE
+    """Elements of all tiles but the last: about as many as they should be, in whole octets."""
+    wanted = CPU_TILE if tensor.device.type == "cpu" else GPU_TILE
+    tiles = max(1, round(tensor.numel() / wanted))
+    return 8 * max(1, math.ceil(tensor.numel() / (8 * tiles)))
 
 
 def _tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Flat views of the tensors, cut alike."""
     size = _tile(tensors[0])
     return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
-
-
-def _remainder_bytes(bits: int, numel: int, like: Tensor) -> int:
-    whole, rest = divmod(numel, _tile(like))
-    return whole * packed_bytes(bits, _tile(like)) + packed_bytes(bits, rest)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -46,7 +47,8 @@ class Randomness:
         if device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[device.index or 0])
         self._before: Tensor | None = torch.default_generator.get_state()
-        self._seed = int(torch.randint(2**62, ()))
+        # Read as host memory: it never was on a device, so nothing has to wait for one.
+        self._seed = int(torch.randint(2**62, (1,)).numpy()[0])
         self._drawn = torch.default_generator.get_state()
 
     @contextmanager
@@ -72,7 +74,7 @@ class Randomness:
 
 
 def _moved(generator: torch.Generator, state: Tensor) -> bool:
-    return not torch.equal(generator.get_state(), state)
+    return not np.array_equal(generator.get_state().numpy(), state.numpy())
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -146,17 +145,15 @@ class _Step:
         index, tape = self.index, self.tape
         stream, needs = tape.stream(index), tape.needs_grad(index)
         shape = self._shape()
-        for work in tape.work(index, self.function, shape):
-            with ExitStack() as stack:
-                stack.enter_context(kept_statistics(self.function))
-                calls = work.calls(self.live, self._tokens, stream, needs)
-                for part, call in calls:
+        with kept_statistics(self.function):
+            for work in tape.work(index, self.function, shape):
+                for part, call in work.calls(self.live, self._tokens, stream, needs):
                     self._retreat(part, call.output)
                     self._differentiate(part, call)
                     del call
                 if self.after is not None:
                     self._spread(work, work.contexts(self.live, self._reached, stream, needs))
-            work.forget()
+                work.forget()
 
     def _shape(self) -> torch.Size:
         if self.tape.mode(self.index) == "checkpoint":
