@@ -58,13 +58,14 @@ def run(given: argparse.Namespace) -> int:
         {"chunk_size": given.chunk_size},
     )  # fmt: skip
     specs = [replace(first, case=case) for case in cases if case != BUDGET]
-    results = _head(given, cases) | measure.facts(first)
+    results = _begin(given, cases)
+    results |= measure.facts(first)
     write(results, given.output)
     if "memory" in given.measure or "batch" in given.measure:
         for depth in depths:
             deep = [replace(spec, depth=depth) for spec in specs]
             lines = measure.memory(deep, tuple(given.batches))
-            results.setdefault("memory", {})[str(depth or "own")] = lines
+            results.setdefault("memory", {}).setdefault(str(depth or "own"), {}).update(lines)
             write(results, given.output)
     if "time" in given.measure:
         timed = list(specs)
@@ -122,24 +123,37 @@ def _bytes(name: str, text: str) -> int:
         raise UserError(f"--{name}: found '{text}', allowed is a size like 3GiB") from None
 
 
-def _head(given: argparse.Namespace, cases: list[str]) -> dict[str, Any]:
+def _begin(given: argparse.Namespace, cases: list[str]) -> dict[str, Any]:
+    """The results that the folder holds already, or none yet, with this command noted.
+
+    Raises UserError if they were measured with other settings.
+    """
     import torch
 
-    return {
-        "command": shlex.join(["dr2dist", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
+    settings = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "model": given.model,
-        "size": given.size,
-        "alpha": given.alpha,
-        "beta": given.beta,
-        "cases": cases,
-        "batches": given.batches,
-        "sizes": given.sizes,
         "limit": _bytes("limit", given.limit),
         "size_limit": _bytes("size-limit", given.size_limit),
+    }
+    named = ("model", "size", "alpha", "beta", "batches", "sizes", "chunk_size", "chunk_tokens")
+    settings |= {name: getattr(given, name) for name in named}
+    path = given.output / "results.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in settings.items():
+        if known and known[name] != value:
+            raise UserError(
+                f"--output: {given.output} holds results with {name} {known[name]}, not {value}: "
+                "choose another folder"
+            )
+    command = f"{datetime.date.today().isoformat()}: {shlex.join(['dr2dist', *sys.argv[1:]])}"
+    present = known.get("cases", [])
+    return {
+        **known,
+        **settings,
+        "commands": [*known.get("commands", []), command],
+        "cases": [*present, *(case for case in cases if case not in present)],
     }
 
 

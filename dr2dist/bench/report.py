@@ -17,9 +17,11 @@ def table(results: dict[str, Any]) -> str:
     cases = [case for case in results["cases"] if any(case in found for _, found in columns)]
     lines = [
         f"{results['model']}, fp32, alpha {results['alpha']:g}, beta {results['beta']:g}, "
-        f"{results['size']} pixels; one token tensor is {results['token_bytes']} bytes a sample.",
-        f"{results['machine']}, {results['threads']} threads, torch {results['torch']}, "
-        f"{results['date']}: `{results['command']}`",
+        f"{results['size']} pixels; slices of {results['chunk_size']} samples, of one image "
+        f"{results['chunk_tokens']} tokens; one token tensor is {results['token_bytes']} bytes a "
+        f"sample. {results['machine']}, {results['threads']} threads, torch {results['torch']}.",
+        "",
+        *(f"    {command}" for command in results["commands"]),
         "",
         f"| | {' | '.join(title for title, _ in columns)} |",
         "|---|" + "---|" * len(columns),
