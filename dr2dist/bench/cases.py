@@ -8,11 +8,15 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from dr2dist.backbones.network import convert
 from dr2dist.errors import UserError, nearest
 
 CONVENTIONAL, PER_BLOCK, BUDGET = "conventional", "checkpoint per block", "budget"
+WHOLE_BLOCK = "checkpoint per block, no early stop"
+"""Torch's checkpointing ends a recompute at the last tensor that gradients need, before a block's
+last matrix product, whose output no reversal can do without. This runs all of it again."""
 
 CONVERTED: dict[str, dict[str, Any]] = {
     "checkpoint per function": {"arithmetic": "float", "memory": "checkpoint"},
@@ -27,7 +31,7 @@ CONVERTED: dict[str, dict[str, Any]] = {
 LIBRARIES = ("revlib", "momentumnet")
 """Packages from PyPI that reverse a run of functions, by other couplings than Dr2Net's."""
 
-CASES = (CONVENTIONAL, PER_BLOCK, *CONVERTED, *LIBRARIES)
+CASES = (CONVENTIONAL, PER_BLOCK, WHOLE_BLOCK, *CONVERTED, *LIBRARIES)
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,9 @@ def build(spec: Spec) -> nn.Module:
     model = _model(spec)
     if spec.case == CONVENTIONAL:
         return model
-    if spec.case == PER_BLOCK:
+    if spec.case in (PER_BLOCK, WHOLE_BLOCK):
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-        return model
+        return model if spec.case == PER_BLOCK else _WholeBlocks(model)
     if spec.case in LIBRARIES:
         return _Foreign(model, spec)
     options = dict(CONVERTED[spec.case])
@@ -88,6 +92,17 @@ def _model(spec: Spec) -> nn.Module:
     except (TypeError, AssertionError, ValueError) as error:
         raise UserError(f"--model: {spec.model} cannot be built with {options}: {error}") from None
     return model
+
+
+class _WholeBlocks(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        """As the model's own; a checkpoint remembers what was said when it was made."""
+        with set_checkpoint_early_stop(False):
+            return self.model(images)
 
 
 class _Foreign(nn.Module):

@@ -44,6 +44,8 @@ class ExactArithmetic:
         self.inverse = 1 / setting.beta
         self.bits = setting.remainder_bits
         self.dtype = dtype
+        self.half = torch.tensor(0.5, dtype=torch.float64)
+        self.offset = torch.tensor(-(self.inverse / 2 + 2.0**-18), dtype=torch.float64)
 
     def start(self, h: Tensor) -> State:
         """(X_0, X_{-1} = X_0) from the tokens h, whatever their float dtype."""
@@ -91,12 +93,12 @@ class ExactArithmetic:
         room, start = self._room(f), 0
         for target, now, before, branch in _tiles(out.current, *state, f):
             source = room.cut(0, before).copy_(before)
-            image = torch.mul(source, self.beta, out=room.cut(1, before)).add_(0.5).floor_()
+            image = self._image(source, room.cut(1, before))
             total = self._function(branch, now, room).add_(image)
             size = packed_bytes(bits, len(now))
             if size:
                 source.sub_(self._preimage(image))
-                pack(room.integers(source), bits, remainders[start : start + size])
+                pack(source, bits, remainders[start : start + size])
             if seen:
                 seen.state(branch, total)
             else:
@@ -125,7 +127,7 @@ class ExactArithmetic:
         room = self._room(f)
         for after, now, branch in _tiles(*state, f):
             seen.again(branch)
-            image = room.cut(0, now).copy_(now).mul_(self.beta).add_(0.5).floor_()
+            image = self._image(room.cut(0, now).copy_(now), room.cut(1, now))
             count += image.add_(self._function(branch, now, room)).ne(after).sum()
         return count
 
@@ -145,9 +147,17 @@ class ExactArithmetic:
         scaled = room.cut(2, f).copy_(f).mul_(self.scale)
         return scaled.add_(room.cut(3, f).copy_(x), alpha=self.alpha).round_()
 
+    def _image(self, source: Tensor, out: Tensor) -> Tensor:
+        """enc(X), fp64: product and sum are exact, so that one pass may do both."""
+        return torch.add(self.half, source, alpha=self.beta, out=out).floor_()
+
     def _preimage(self, image: Tensor) -> Tensor:
-        """The smallest X with enc(X) = image, fp64 integers, in place."""
-        return image.mul_(self.inverse).sub_(self.inverse / 2 + 2.0**-18).ceil_()
+        """The smallest X with enc(X) = image, fp64 integers, in place.
+
+        The offset keeps away from integers by more than a product's rounding, so that it makes
+        no difference whether that is rounded before the sum.
+        """
+        return torch.add(self.offset, image, alpha=self.inverse, out=image).ceil_()
 
     def _room(self, like: Tensor) -> _Room:
         return _Room(min(_tile(like), like.numel()), like.device)
@@ -158,15 +168,10 @@ class _Room:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._doubles = torch.empty(4, size, dtype=torch.float64, device=device)
-        self._integers = torch.empty(size, dtype=torch.int32, device=device)
 
     def cut(self, place: int, like: Tensor) -> Tensor:
         """Place 0 .. 3, fp64, as long as a tile."""
         return self._doubles[place, : len(like)]
-
-    def integers(self, values: Tensor) -> Tensor:
-        """Integral fp64 values as int32."""
-        return self._integers[: len(values)].copy_(values)
 
 
 def _clamp(value: Tensor) -> Tensor:

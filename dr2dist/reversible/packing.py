@@ -34,9 +34,12 @@ def packed_bytes(bits: int, count: int) -> int:
 def pack(values: Tensor, bits: int, out: Tensor) -> None:
     """Packs the values into `out`.
 
-    values: flat int32 [count], each in 0 .. 2^bits - 1. out: uint8 [packed_bytes(bits, count)].
+    values: flat [count], whole numbers 0 .. 2^bits - 1 of any dtype.
+    out: uint8 [packed_bytes(bits, count)].
     """
     start = 0
+    if bits not in (1, 2, 4, 8):  # several planes: each is cut out of the values
+        values = values.int()
     plane = torch.empty(8 * _octets(len(values)), dtype=torch.uint8, device=values.device)
     plane[len(values) :] = 0
     for width, low, size in _planes(bits, len(values)):

@@ -96,6 +96,18 @@ def run(
     return Call(inputs, live.leaves, output if isinstance(output, tuple) else (output,))
 
 
+def without_saved() -> AbstractContextManager[None]:
+    """Inside, graphs are made as ever but keep no tensors: for a run that is never differentiated.
+
+    Kernels are chosen as in a run that is, and activations are freed as without gradients.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _never)
+
+
+def _never(kept: None) -> Tensor:
+    raise AssertionError("a run without saved tensors was differentiated")
+
+
 def gradients(
     call: Call, grads: Sequence[Tensor | None], keep_graph: bool
 ) -> tuple[list[Tensor | None], ...]:

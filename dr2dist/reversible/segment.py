@@ -17,7 +17,7 @@ from dr2dist.reversible.certificate import Flags, Probe, Witness
 from dr2dist.reversible.exact import ExactArithmetic
 from dr2dist.reversible.replay import Autocast, Randomness
 from dr2dist.reversible.reversal import Backward, Reversal
-from dr2dist.reversible.runner import FunctionRunner, needs_grad, trainable
+from dr2dist.reversible.runner import FunctionRunner, needs_grad, trainable, without_saved
 from dr2dist.reversible.setting import Setting
 from dr2dist.reversible.slices import Layout, Part, joined, parts_of
 from dr2dist.reversible.state import Gradient, State
@@ -153,7 +153,8 @@ class Segment:
         advance = _Advance(tape.arithmetic, state, out, mode == "reverse" and index > 0, seen)
         tokens = partial(_tokens, tape.arithmetic, state, tape.dtype)
         kept = []
-        with self.runner.open(function, self._next(index)) as live:
+        graphs = nullcontext() if mode == "store" else without_saved()
+        with self.runner.open(function, self._next(index)) as live, graphs:
             for work in tape.work(index, function, state.current.shape):
                 held = Kept(work, [], []) if mode == "store" else None
                 calls = work.calls(
