@@ -11,11 +11,14 @@ bench() {
 for part in "${@:-memory limits resolution depths time}"; do
     for name in $part; do
         case $name in
-            memory) bench --measure memory --depths 48 ;;
-            limits) bench --measure memory batch --depths 24 ;;
+            memory) bench --measure memory --depths 24 48 ;;
+            limits)
+                bench --measure memory batch --depths 24 --cases conventional \
+                    "checkpoint per block" "exact sliced"
+                ;;
             resolution)
                 bench --measure resolution --cases conventional "checkpoint per block" \
-                    "float sliced" exact "exact sliced"
+                    "exact sliced"
                 ;;
             depths) bench --measure memory --depths 12 96 --cases "float sliced" "exact sliced" ;;
             time) bench --measure time --depths 24 ;;

@@ -1,0 +1,73 @@
+"""The bench command: measures in processes of their own, adds to its folder, refuses mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dr2dist.bench.cases import CASES, Spec, build
+from dr2dist.bench.measure import largest
+from dr2dist.cli import main
+
+TINY = ["--model", "vit_tiny_patch16_224", "--size", "32", "--depths", "2"]
+SMALL = ["--batches", "1", "3", "--time-batch", "2", "--rounds", "2", "--chunk-size", "1"]
+
+
+def bench(output: Path, *arguments: str) -> object:
+    """Runs the command; its exit status."""
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *TINY, *SMALL, "--output", str(output), *arguments])
+    return end.value.code
+
+
+def test_measurements_of_several_commands_are_one_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(tmp_path, "--cases", "exact", "--measure", "memory") == 0
+    assert bench(tmp_path, "--cases", "conventional", "exact", "--measure", "time") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    line = results["memory"]["2"]["exact"]
+    assert line["slope"] == (line["growth"][1] - line["growth"][0]) / 2
+    times = results["time"]
+    assert len(times["exact"]["rounds"]) == 2 and times["conventional"]["to conventional"] == 1
+    assert 0 < results["arithmetic"]["exact"]["share"] < 1
+    table = capsys.readouterr().out
+    assert "| exact |" in table and "| conventional |" in table
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert bench(tmp_path, "--cases", "exact", "--beta", "0.25") == 2  # other settings
+    assert "holds results with beta" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "exactt"], "did you mean 'exact'"),
+        (["--batches", "3", "1"], "--batches: found 3 1"),
+        (["--limit", "much"], "--limit: found 'much'"),
+        (["--model", "vit_tiny"], "is not a model of timm"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert bench(tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "budget"])
+def test_every_case_trains_the_same_model(case: str) -> None:
+    spec = Spec(case, "vit_tiny_patch16_224", 32, 1, slices={"chunk_size": 1})
+    net = build(spec)
+    output = net(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    output.square().mean().backward()
+    assert output.shape == (2, 10)
+    assert sum(p.grad is not None for p in net.parameters()) == 12 + 3 + 5
+
+
+def test_the_largest_amount_is_where_the_line_meets_the_limit() -> None:
+    assert largest({"peak_at_0": 100, "peak_slope": 10.0}, 205) == 10
