@@ -34,3 +34,10 @@ def three_ranks() -> Iterator[Pool]:
     pool = Pool(3)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Pool]:
+    pool = Pool(4)
+    yield pool
+    pool.close()

@@ -47,8 +47,8 @@ class ReversibleEngine:
     DeepSpeed's configuration, complete. precision: what functions compute in, with fp32 master
     weights on every ZeRO stage. ema: decay of averaged weights, if they are wanted. weights:
     gives the values of parameters by name where the network's are on the meta device (ZeRO 3
-    only), of which no rank then holds more than one whole at a time. The process group must
-    exist.
+    only), of which no rank then holds more than one whole at a time. groups: DeepSpeed's grid of
+    process groups where ranks differ in their layers. The process group must exist.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class ReversibleEngine:
         precision: Precision = "fp32",
         ema: float | None = None,
         weights: Callable[[str], Tensor] | None = None,
+        groups: Any = None,
     ) -> None:
         self.chains = net.chains
         self.zero = int(config["zero_optimization"]["stage"])
@@ -66,7 +67,9 @@ class ReversibleEngine:
         if weights is not None:
             shard(net, weights, config, DTYPES[precision])
         parameters = [p for p in net.parameters() if p.requires_grad]
-        self._engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+        self._engine, *_ = deepspeed.initialize(
+            model=net, optimizer=optimizer, config=config, mpu=groups
+        )
         self.net: nn.Module = self._engine.module
         for chain in net.chains:
             chain.runner = runner
@@ -96,11 +99,15 @@ class ReversibleEngine:
         Raises UnprovenStepError, with nothing applied on any rank, if the verdict is not clean. A
         mismatch is tried once more first.
         """
-        verdict = self._attempt(losses, count)
+        return self._decided(lambda: self._attempt(losses, count), learning_rates)
+
+    def _decided(self, attempt: Callable[[], Verdict], learning_rates: list[float]) -> Verdict:
+        """Applies what an attempt gathered, if its verdict or that of a second one is clean."""
+        verdict = attempt()
         if verdict.kinds == {"mismatch"}:
             log.warning("step %d: %s; trying again", self.applied, "; ".join(verdict.messages))
             self._discard()
-            verdict = self._attempt(losses, count)
+            verdict = attempt()
         if not verdict.ok:
             self._discard()
             raise UnprovenStepError(verdict)

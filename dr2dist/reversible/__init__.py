@@ -7,13 +7,16 @@ from dr2dist.reversible.planner import Planner
 from dr2dist.reversible.runner import FunctionRunner, PlainRunner
 from dr2dist.reversible.segment import Segment
 from dr2dist.reversible.setting import Setting, round_coefficient
-from dr2dist.reversible.state import State
+from dr2dist.reversible.slices import Layout
+from dr2dist.reversible.state import Gradient, State
 from dr2dist.reversible.tape import Sides, Tape
 
 __all__ = [
     "Chain",
     "ChainCertificate",
     "FunctionRunner",
+    "Gradient",
+    "Layout",
     "Piece",
     "PlainRunner",
     "Planner",

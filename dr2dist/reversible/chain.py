@@ -191,10 +191,16 @@ class Chain(nn.Module):
         """
         tape = recorded.tape
         first = self.segment.reverse(tape, recorded.state)
-        self._enter(tape, tape.remainder_bytes)
+        self.enter(tape, tape.remainder_bytes)
         return tape.arithmetic.hand_out(first.current, recorded.output.dtype)
 
-    def _enter(self, tape: Tape, remainder_bytes: int) -> None:
+    def open(self, tape: Tape) -> None:
+        """Takes note of a pass of the chain, or of a part of it: until it is reversed, the
+        coefficients stay."""
+        self._tapes.add(tape)
+
+    def enter(self, tape: Tape, remainder_bytes: int) -> None:
+        """Enters what a finished backward pass has verified into the records."""
         self.ledger.record(tape.flags.tensor.clone(), tape.drift, remainder_bytes)
 
     def certificate(self) -> ChainCertificate | None:
@@ -237,7 +243,7 @@ class _ChainFunction(torch.autograd.Function):
         state, tape, handed = segment.forward(
             x, sides, chain.setting, layout, x.requires_grad, taps
         )
-        chain._tapes.add(tape)
+        chain.open(tape)
         ctx.chain, ctx.segment, ctx.tape = chain, segment, tape
         ctx.state = state if tape.mode(len(segment.functions) - 1) == "reverse" else None
         ctx.taps, ctx.box, ctx.x_dtype = taps, box, x.dtype
@@ -264,9 +270,9 @@ class _ChainFunction(torch.autograd.Function):
         state, grad = ctx.state, ctx.box.pop()
         if not keep:
             ctx.state = None
-        result = ctx.segment.backward(tape, state, grad, taps, keep)
+        result = ctx.segment.backward(tape, state, Gradient(grad, None), taps, keep)
         del grad
-        ctx.chain._enter(tape, remainder_bytes)
+        ctx.chain.enter(tape, remainder_bytes)
         sides = _side_grads(tape, result.sides)
         return (None,) * 7 + (_input_grad(ctx, result.grad), *sides)
 

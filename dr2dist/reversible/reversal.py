@@ -79,7 +79,9 @@ class Reversal:
                 step.recompute()
             self.hand_over.finish(live.parameters)
         if mode == "checkpoint" or (mode == "reverse" and not self._floating):
-            self.tape.flags.note_recompute(index, seen.bits != self.tape.sums[index])
+            self.tape.flags.note_recompute(
+                self.tape.begin + index, seen.bits != self.tape.sums[index]
+            )
         self.grad = after
         if mode == "reverse":
             assert self.state is not None
@@ -189,7 +191,7 @@ class _Step:
         for state, piece in zip(self._states(part), part.split(f), strict=True):
             if isinstance(self.arithmetic, FloatArithmetic):
                 self.arithmetic.retreat(state, piece)
-            elif self.index > 0:
+            elif not self.tape.starts_chain(self.index):
                 remainders = self.tape.remainders[self.index][self.number]
                 assert remainders is not None
                 self.arithmetic.retreat(state, piece, remainders, self.seen)

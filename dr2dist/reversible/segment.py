@@ -25,11 +25,17 @@ from dr2dist.reversible.tape import Arithmetic, Kept, Sides, Tape, arithmetic_of
 
 
 class Segment:
-    """Functions F_a .. F_b of a chain, with the runner that calls them."""
+    """Functions F_a .. F_b of a chain, with the runner that calls them.
 
-    def __init__(self, functions: Sequence[nn.Module], runner: FunctionRunner) -> None:
+    begin: a, the number of functions before it in its chain.
+    """
+
+    def __init__(
+        self, functions: Sequence[nn.Module], runner: FunctionRunner, begin: int = 0
+    ) -> None:
         self.functions = functions
         self.runner = runner
+        self.begin = begin
 
     def first_trained(self, sides: Sides, x_needs_grad: bool) -> int:
         """Index of the first function that gradients concern; the number of functions if none."""
@@ -71,11 +77,30 @@ class Segment:
         taps: Sequence[int] = (),
     ) -> tuple[State, Tape, dict[int, Tensor]]:
         """Runs the chain from its tokens h [B, ...] to (last state, tape, tapped tokens)."""
-        tape = self._new_tape(h, sides, setting, layout, x_needs_grad)
-        arithmetic = tape.arithmetic
-        state = arithmetic.start(h)
+        arithmetic, dtype = _arithmetic(h, setting)
+        tape = self._new_tape(arithmetic, dtype, sides, setting, layout, x_needs_grad, h.device)
+        return self._run(arithmetic.start(h), tape, taps)
+
+    def go_on(
+        self, state: State, dtype: torch.dtype, sides: Sides, setting: Setting, layout: Layout
+    ) -> tuple[State, Tape]:
+        """Runs a chain's middle or end, from the state that the functions before it reached.
+
+        state: consumed. dtype: of the tokens that the chain began with. Returns (last state,
+        tape); `backward` leads to the state given here, and to the gradient of both its parts.
+        """
+        device = state.current.device
+        like = torch.empty(0, dtype=dtype, device=device)
+        tape = self._new_tape(*_arithmetic(like, setting), sides, setting, layout, True, device)
+        last, tape, _ = self._run(state, tape, ())
+        return last, tape
+
+    def _run(
+        self, state: State, tape: Tape, taps: Sequence[int]
+    ) -> tuple[State, Tape, dict[int, Tensor]]:
+        arithmetic, sides, layout = tape.arithmetic, tape.sides, tape.layout
         if isinstance(arithmetic, ExactArithmetic):
-            tape.flags.note_state(0, state.current)
+            tape.flags.note_state(self.begin, state.current)
         handed = {}
         for index in range(len(self.functions)):
             seen = Witness()
@@ -84,7 +109,7 @@ class Segment:
             else:
                 state = self._step(index, state, tape, seen)
                 tape.sums[index] = seen.bits
-            tape.flags.note_function(index, seen)
+            tape.flags.note_function(self.begin + index, seen)
             if index in taps:
                 handed[index] = arithmetic.hand_out(state.current, tape.dtype)
         tape.randomness.close()
@@ -94,13 +119,13 @@ class Segment:
         self,
         tape: Tape,
         state: State | None,
-        grad: Tensor,
+        grad: Gradient,
         taps: Mapping[int, Tensor] | None = None,
         keep: bool = False,
     ) -> Backward:
         """Reverses the segment from its last state, which is consumed unless `keep`.
 
-        state: None where the last function keeps its activations. grad: of the last tokens, in
+        state: None where the last function keeps its activations. grad: of the last state, in
         the state dtype and contiguous; consumed. taps: gradients of tapped tokens by function.
         Parameters get their gradients here, once each. Raises RuntimeError on a used tape.
         """
@@ -111,7 +136,7 @@ class Segment:
             )
         if keep and state is not None:
             state = state.copy()
-        reversal = Reversal(self.functions, self.runner, tape, state, Gradient(grad, None))
+        reversal = Reversal(self.functions, self.runner, tape, state, grad)
         result = reversal.run(taps or {}, keep)
         if not keep:
             tape.close()
@@ -124,20 +149,27 @@ class Segment:
         return found.state
 
     def _new_tape(
-        self, h: Tensor, sides: Sides, setting: Setting, layout: Layout, x_needs_grad: bool
+        self,
+        arithmetic: Arithmetic,
+        dtype: torch.dtype,
+        sides: Sides,
+        setting: Setting,
+        layout: Layout,
+        x_needs_grad: bool,
+        device: torch.device,
     ) -> Tape:
-        arithmetic, dtype = _arithmetic(h, setting)
         return Tape(
             setting=setting,
             layout=layout,
             arithmetic=arithmetic,
-            autocast=Autocast.current(h.device),
-            randomness=Randomness(h.device),
+            autocast=Autocast.current(device),
+            randomness=Randomness(device),
             sides=sides,
             dtype=dtype,
+            begin=self.begin,
             first=self.first_trained(sides, x_needs_grad),
-            sums=torch.zeros(len(self.functions), dtype=torch.int64, device=h.device),
-            flags=Flags(h.device),
+            sums=torch.zeros(len(self.functions), dtype=torch.int64, device=device),
+            flags=Flags(device),
             x_needs_grad=x_needs_grad,
         )
 
@@ -149,8 +181,8 @@ class Segment:
         )
         _note(tape, index, state)
         out = tape.arithmetic.target(state, tape.may_overwrite(index))
-        # A chain's first state is its own previous one: nothing to keep.
-        advance = _Advance(tape.arithmetic, state, out, mode == "reverse" and index > 0, seen)
+        keep = mode == "reverse" and not tape.starts_chain(index)
+        advance = _Advance(tape.arithmetic, state, out, keep, seen)
         tokens = partial(_tokens, tape.arithmetic, state, tape.dtype)
         kept = []
         graphs = nullcontext() if mode == "store" else without_saved()

@@ -66,7 +66,8 @@ class Tape:
     """One pass of one segment: everything that its reversal needs, and no activation.
 
     setting, layout, arithmetic, autocast, randomness, sides: frozen, never read again from
-    outside. dtype: what F is called with. first: index of the first function that is reversed.
+    outside. dtype: what F is called with. begin: functions of the chain before the segment.
+    first: index of the first function that is reversed.
     sums: int64 [functions], the bits of F's outputs.
 
     By function, as far as its memory mode needs them: parts, its slices; remainders, one entry
@@ -81,6 +82,7 @@ class Tape:
     randomness: Randomness
     sides: Sides
     dtype: torch.dtype
+    begin: int
     first: int
     sums: Tensor
     flags: Flags
@@ -99,6 +101,11 @@ class Tape:
         if self.setting.memory != "budget":
             return self.setting.memory
         return "store" if index in self.layout.kept else "reverse"
+
+    def starts_chain(self, index: int) -> bool:
+        """Whether a function sees a chain's first state, which is its own previous one: nothing
+        of it is discarded."""
+        return self.begin + index == 0
 
     def starts_stretch(self, index: int) -> bool:
         """Whether reversal ends at function `index`, for now or for good."""

@@ -1,0 +1,1 @@
+"""Pipeline stages that reconstruct their own activations."""

@@ -1,0 +1,261 @@
+"""A network cut into stages: DeepSpeed's engine on each stage's layers, its 1F1B schedule between.
+
+DeepSpeed's own pipeline engine steps inside its schedule, before any verdict, keeps what a stage
+received until its gradient is sent, and sizes gradient messages by outputs. What is used of
+DeepSpeed here are its schedule of instructions, its grid of process groups, and its engine with
+ZeRO 0 or 1 on a stage's replicas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid
+from torch import Tensor
+
+from dr2dist.backbones.network import ReversibleNetwork
+from dr2dist.errors import UserError
+from dr2dist.parallel.deepspeed_json import Precision
+from dr2dist.parallel.engine import ReversibleEngine
+from dr2dist.parallel.pipeline.grid import Grid
+from dr2dist.parallel.pipeline.layers import Layer
+from dr2dist.parallel.pipeline.stage import Pass, Stage
+from dr2dist.parallel.verdict import Report, Verdict, decide
+
+
+class Work(NamedTuple):
+    """A step's micro-batches, asked for by number where they are needed.
+
+    images: [B, C, H, W], on the first stage. loss: mean loss of the output, on the last.
+    """
+
+    images: Callable[[int], Tensor]
+    loss: Callable[[int, Any], Tensor]
+
+
+class StagedEngine(ReversibleEngine):
+    """Runs the optimiser steps of one stage; every rank of the grid must run them together.
+
+    net: the whole network with no parameters but this stage's (`layers.keep_only`). optimizer: over
+    them. config: DeepSpeed's, ZeRO 0 or 1. layers, own: of the whole network, and which are this
+    stage's. returned: the next stage sends a stage's last state back with its gradient, so that
+    nothing but remainders is held for micro-batches in flight. Raises UserError for another ZeRO.
+    """
+
+    def __init__(
+        self,
+        net: ReversibleNetwork,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        grid: Grid,
+        layers: list[Layer],
+        own: range,
+        precision: Precision = "fp32",
+        returned: bool = True,
+    ) -> None:
+        if config["zero_optimization"]["stage"] > 1:
+            raise UserError(
+                f"parallel.zero is {config['zero_optimization']['stage']}: stages hold whole "
+                "layers, allowed with them is 0 or 1; use zero 2 or 3 with parallel.stages 1"
+            )
+        returned = returned and net.chains[0].setting.memory == "reverse"
+        topology = PipeDataParallelTopology(grid.stages, grid.replicas)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints
+            groups = PipelineParallelGrid(topology)
+        for parameter in net.parameters():
+            # DeepSpeed's norm of the gradient counts what is on this stage alone.
+            parameter.model_parallel = True  # type: ignore[attr-defined]
+        super().__init__(net, optimizer, config, precision, groups=groups)
+        self.grid, self._groups = grid, groups
+        self.number, self.replica = grid.place(dist.get_rank())
+        self.stage = Stage(net, layers, own, returned)
+        self._link = _Link(self, layers, own, returned)
+
+    def run_step(self, work: Work, count: int, learning_rates: list[float]) -> Verdict:
+        """One optimiser step from `count` micro-batches; see ReversibleEngine.step."""
+        return self._decided(lambda: self._schedule(work, count), learning_rates)
+
+    def _schedule(self, work: Work, count: int) -> Verdict:
+        """All micro-batches forth and back, in DeepSpeed's order, and the verdict."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        flight = _Flight(self, work, count, total)
+        for commands in schedule.TrainSchedule(count, self.grid.stages, self.number):
+            for command in commands:
+                flight.do(command)
+        self._link.finish()
+        # Only the last stage has losses; the verdict averages over all ranks.
+        report = Report(total * self.grid.stages, self._watch.take(), self.chains)
+        return decide(report, self.coefficients, self.applied)
+
+    def _whole_norm(self) -> Tensor:
+        squared = super()._whole_norm().square()
+        dist.all_reduce(squared, group=self._groups.get_pipe_parallel_group())
+        return squared.sqrt()
+
+    def neighbour(self, step: int) -> int:
+        """The rank of the next (1) or the previous (-1) stage of the same replica."""
+        return self.grid.rank(self.number + step, self.replica)
+
+    @property
+    def first(self) -> bool:
+        """Whether images enter here."""
+        return self.number == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether the loss is computed here."""
+        return self.number == self.grid.stages - 1
+
+
+class _Flight:
+    """A step's micro-batches in flight on one stage; they come back in the order they went."""
+
+    def __init__(self, engine: StagedEngine, work: Work, count: int, total: Tensor) -> None:
+        self.engine, self.work, self.count, self.total = engine, work, count, total
+        self.passes: deque[Pass] = deque()
+        self.losses: deque[Tensor] = deque()
+        self.given: Tensor | None = None
+        self.returned: tuple[Tensor, Tensor | None] | None = None
+        self.back: tuple[Pass, Tensor | None] | None = None
+        self.begun = self.ended = 0
+
+    def do(self, command: Any) -> None:
+        """One instruction of the schedule."""
+        link = self.engine._link
+        if isinstance(command, schedule.RecvActivation):
+            self.given = link.receive_forward()
+        elif isinstance(command, schedule.ForwardPass):
+            self._forward()
+        elif isinstance(command, schedule.SendActivation):
+            link.send_forward(self.passes[-1].message())
+        elif isinstance(command, schedule.RecvGrad):
+            self.returned = link.receive_backward()
+        elif isinstance(command, schedule.BackwardPass):
+            self._backward()
+        elif isinstance(command, schedule.SendGrad):
+            assert self.back is not None
+            link.send_backward(*self.back)
+            self.back = None
+
+    def _forward(self) -> None:
+        engine = self.engine
+        if engine.first:
+            self.given = self.work.images(self.begun).to(engine.device, engine._held)
+        assert self.given is not None
+        with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine._autocast):
+            run = engine.stage.forward(self.given)
+        self.given = None
+        if engine.last:
+            loss = self.work.loss(self.begun, run.given)
+            self.total += loss.detach().double() / self.count
+            run.end_with(loss)
+            self.losses.append(loss.detach())
+        self.passes.append(run)
+        self.begun += 1
+
+    def _backward(self) -> None:
+        engine, run = self.engine, self.passes.popleft()
+        value = self.losses.popleft() if engine.last else torch.zeros((), device=engine.device)
+        found: list[Tensor | None] = []
+        given, self.returned = self.returned, None
+
+        def back(gradient: Tensor) -> None:
+            found.append(run.backward(*(given or (gradient,))))
+
+        self.ended += 1
+        engine._engine.set_gradient_accumulation_boundary(self.ended == self.count)
+        anchor = torch.zeros((), device=engine.device, requires_grad=True)
+        engine._engine.backward(_Turn.apply(back, anchor, value))
+        self.back = run, found[0]
+
+
+class _Turn(torch.autograd.Function):
+    """A stage's backward pass as that of a scalar, so that it runs inside the engine's own.
+
+    On the last stage its gradient is the loss's, already scaled; elsewhere scaling has come with
+    the gradient that was received.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, back: Callable[[Tensor], None], anchor: Tensor, value: Tensor) -> Tensor:
+        ctx.back = back
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.back(gradient)
+        return None, None, None
+
+
+class _Link:
+    """What a stage exchanges with its neighbours. States travel as their bits, untouched."""
+
+    def __init__(
+        self, engine: StagedEngine, layers: list[Layer], own: range, returned: bool
+    ) -> None:
+        self.engine, self.returned = engine, returned
+        self._sent: deque[tuple[Any, Tensor]] = deque()
+        batch = engine._micro_batch
+        self._before = None if engine.first else self._form(layers[own.start - 1], batch)
+        self._after = None if engine.last else self._form(layers[own.stop - 1], batch)
+
+    def _form(self, layer: Layer, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """(shape, dtype) of what crosses the cut behind a layer."""
+        engine, shape = self.engine, (batch, *layer.shape)
+        if not layer.hands_on_state:
+            return shape, engine._held
+        exact = engine.chains[0].setting.arithmetic == "exact"
+        return (2, *shape), torch.int32 if exact else torch.float32
+
+    def receive_forward(self) -> Tensor:
+        """Tokens or a state, in memory of its own."""
+        assert self._before is not None
+        return self._receive(*self._before, -1)
+
+    def send_forward(self, message: Tensor) -> None:
+        """Tokens or a state."""
+        self._send(message, 1)
+
+    def receive_backward(self) -> tuple[Tensor, Tensor | None]:
+        """(gradient, the state that was sent, if it comes back)."""
+        assert self._after is not None
+        shape, dtype = self._after
+        self.finish()  # it has arrived, or there would be no answer; its memory is used again
+        if shape[0] != 2 or not self.engine.stage.gives_state:
+            return self._receive(shape, dtype, 1), None
+        if not self.returned:
+            return self._receive(shape, torch.float32, 1), None
+        both = self._receive((4, *shape[1:]), torch.float32, 1)
+        return both[:2], both[2:].view(dtype)
+
+    def send_backward(self, run: Pass, gradient: Tensor | None) -> None:
+        """The gradient of what was received, with the state that was reconstructed of it."""
+        assert gradient is not None
+        if self.engine.stage.takes_state and self.returned:
+            assert run.state_taken is not None
+            state = torch.stack(tuple(run.state_taken)).view(torch.float32)
+            gradient = torch.cat([gradient, state])
+        self._send(gradient, -1)
+
+    def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, step: int) -> Tensor:
+        buffer = torch.empty(shape, dtype=dtype, device=self.engine.device)
+        dist.recv(buffer, self.engine.neighbour(step))
+        return buffer
+
+    def _send(self, message: Tensor, step: int) -> None:
+        message = message.contiguous()
+        self._sent.append((dist.isend(message, self.engine.neighbour(step)), message))
+        while self._sent and self._sent[0][0].is_completed():
+            self._sent.popleft()
+
+    def finish(self) -> None:
+        """Waits for all that was sent."""
+        while self._sent:
+            self._sent.popleft()[0].wait()

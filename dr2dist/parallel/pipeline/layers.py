@@ -1,0 +1,126 @@
+"""A converted network as a list of layers that stages can be cut from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dr2dist.backbones.network import ReversibleNetwork
+from dr2dist.errors import UserError
+
+Kind = Literal["stem", "transition", "function", "tail"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: the stem, what stands before a chain, a residual function, or norm and head.
+
+    chain: which one, of transitions and functions. index: of a function in its chain. flops: of
+    one sample's forward pass. shape: of one sample's output, without the batch. last: whether it
+    ends its chain.
+    """
+
+    kind: Kind
+    chain: int
+    index: int
+    flops: int
+    shape: tuple[int, ...]
+    last: bool = False
+
+    @property
+    def hands_on_state(self) -> bool:
+        """Whether a chain goes on behind it, so that both parts of its state must."""
+        return self.kind == "function" and not self.last
+
+
+def layers_of(net: ReversibleNetwork, size: tuple[int, int]) -> list[Layer]:
+    """The network's layers in order, measured on the meta device for images of a size.
+
+    Raises UserError for a network that cannot be cut: one whose functions share inputs, or whose
+    family does not say what its head uses.
+    """
+    if net._tail is None:
+        raise UserError(f"parallel.stages: the family {net.family.name} does not name its tail")
+    meta: Any = copy.deepcopy(net).to("meta").eval()
+    with torch.no_grad():
+        return list(_walk(meta, torch.empty(1, 3, *size, device="meta")))
+
+
+def _walk(net: Any, images: Tensor) -> Iterator[Layer]:
+    counted = _Counted()
+    stem = counted(net.family.stem, net, images)
+    if stem.sides:
+        raise UserError(
+            f"parallel.stages: functions of this {net.family.name} model share inputs "
+            f"({', '.join(stem.sides)}), which stages do not hand on"
+        )
+    tokens = stem.tokens
+    yield Layer("stem", 0, 0, counted.flops, tuple(tokens.shape[1:]))
+    for chain, found in enumerate(net.chains):
+        transition = net._transitions.get(chain)
+        if transition is not None:
+            tokens = counted(transition.module, tokens)
+            yield Layer("transition", chain, 0, counted.flops, tuple(tokens.shape[1:]))
+        for index, function in enumerate(found.functions):
+            counted(function, tokens)
+            last = index == len(found.functions) - 1
+            yield Layer("function", chain, index, counted.flops, tuple(tokens.shape[1:]), last)
+    output = counted(net._tail.module, tokens)
+    yield Layer("tail", 0, 0, counted.flops, tuple(output.shape[1:]))
+
+
+class _Counted:
+    """Calls what it is given and counts its FLOPs."""
+
+    flops = 0
+
+    def __call__(self, function: Any, *args: Any) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = function(*args)
+        self.flops = int(counter.get_total_flops())
+        return result
+
+
+def keep_only(net: ReversibleNetwork, layers: Sequence[Layer], own: range) -> None:
+    """Takes the parameters of all layers but a stage's own out of the network.
+
+    Raises UserError if none of its own is trained: DeepSpeed needs something to step.
+    """
+    kept = {id(p) for layer in layers[own.start : own.stop] for p in parameters_of(net, layer)}
+    for module in net.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in kept:
+                module._parameters[name] = None
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise UserError(
+            f"parallel.stages: nothing of layers {own.start} to {own.stop - 1} is trained; use "
+            "fewer stages or freeze less"
+        )
+
+
+def parameters_of(net: Any, layer: Layer) -> list[nn.Parameter]:
+    """A layer's parameters."""
+    if layer.kind == "function":
+        return list(net.chains[layer.chain].functions[layer.index].parameters())
+    if layer.kind == "transition":
+        return list(net._transitions[layer.chain].module.parameters())
+    if layer.kind == "tail":
+        return list(net._tail.module.parameters())
+    functions = [function for chain in net.chains for function in chain.functions]
+    others = {id(p) for module in (*functions, *map(_module, net.pieces)) for p in _all(module)}
+    return [parameter for parameter in net.parameters() if id(parameter) not in others]
+
+
+def _module(piece: Any) -> nn.Module:
+    module: nn.Module = piece.module
+    return module
+
+
+def _all(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters())

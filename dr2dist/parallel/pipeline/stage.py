@@ -1,0 +1,210 @@
+"""One stage's layers on one micro-batch: forward to what crosses the cut, and back.
+
+A stage keeps the remainders of its chains and, unless the next stage sends it back, its last
+state. What it was given is overwritten on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from dr2dist.backbones.network import ReversibleNetwork
+from dr2dist.parallel.pipeline.layers import Layer
+from dr2dist.reversible import Chain, Gradient, Layout, Segment, Sides, State, Tape
+
+NO_SIDES = Sides({})
+
+
+class Stage:
+    """Consecutive layers of a network.
+
+    layers: of the whole network. own: this stage's. returned: whether the next stage sends this
+    one's last state back with its gradient.
+    """
+
+    def __init__(
+        self, net: ReversibleNetwork, layers: Sequence[Layer], own: range, returned: bool
+    ) -> None:
+        self.net, self.returned = net, returned
+        self.layers = layers[own.start : own.stop]
+        before = layers[own.start - 1] if own.start else None
+        self.takes_state = before is not None and before.hands_on_state
+        self.gives_state = self.layers[-1].hands_on_state
+        self.runs = _runs(self.layers)
+
+    def forward(self, value: Tensor) -> Pass:
+        """Images, tokens [B, ...], or a state [2, B, ...] in memory of its own, to an open pass."""
+        run = Pass(self)
+        given: Tensor | State = State(value[0], value[1]) if self.takes_state else value
+        for layers in self.runs:
+            given = run.extend(layers, given)
+        run.given = given
+        return run
+
+
+def _runs(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Functions of one chain together, all else by itself."""
+    runs: list[list[Layer]] = []
+    for layer in layers:
+        last = runs[-1][-1] if runs else None
+        if last and last.kind == layer.kind == "function" and last.chain == layer.chain:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return runs
+
+
+class Pass:
+    """A micro-batch between its forward and its backward pass.
+
+    given: what the last layer gave: tokens, a state, or the network's output with its graph.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.given: Any = None
+        self.state_taken: State | None = None
+        self._undo: list[_Graph | _Reversal] = []
+
+    def extend(self, layers: Sequence[Layer], given: Tensor | State) -> Any:
+        """Runs some layers on what the ones before them gave."""
+        first, net = layers[0], self.stage.net
+        if first.kind == "function":
+            chain = net.chains[first.chain]
+            functions = list(chain.functions)[first.index : layers[-1].index + 1]
+            segment = Segment(functions, chain.runner, first.index)
+            reversal = _Reversal(chain, segment, given, layers[-1].last)
+            self._undo.append(reversal)
+            return reversal.state if reversal.ends_open else reversal.tokens()
+        assert isinstance(given, Tensor)
+        graph = _Graph(_call_of(net, first), given, leaf=first.kind != "stem")
+        self._undo.append(graph)
+        return graph.output if first.kind == "tail" else graph.drop_output()
+
+    def message(self) -> Tensor:
+        """What crosses the cut, in memory of its own: tokens, or the state stacked."""
+        if not self.stage.gives_state:
+            tokens: Tensor = self.given
+            return tokens
+        message = torch.stack(tuple(self.given))
+        # The pass goes on from the message: no state is held twice.
+        reversal = self._undo[-1]
+        assert isinstance(reversal, _Reversal)
+        reversal.state = None if self.stage.returned else State(message[0], message[1])
+        self.given = None
+        return message
+
+    def end_with(self, loss: Tensor) -> None:
+        """Takes the loss of the network's output for what the pass is differentiated from."""
+        graph = self._undo[-1]
+        assert isinstance(graph, _Graph)
+        graph.drop_output(loss)
+        self.given = None
+
+    def backward(self, gradient: Tensor, returned: Tensor | None = None) -> Tensor | None:
+        """From the gradient of what was given to that of what was taken, which is returned.
+
+        gradient: of a loss, of tokens [B, ...], or of both parts of a state [2, B, ...]; consumed.
+        returned: the state that the next stage has reconstructed, stacked. Where the stage took a
+        state the result is [2, B, ...]; `state_taken` then holds that state again.
+        """
+        found: Any = gradient
+        if self.stage.gives_state:
+            found = Gradient(gradient[0], gradient[1])
+            if returned is not None:
+                last = self._undo[-1]
+                assert isinstance(last, _Reversal)
+                last.state = State(returned[0], returned[1])
+        while self._undo:
+            step = self._undo.pop()
+            found = step.backward(found)
+        if self.stage.takes_state:
+            assert isinstance(step, _Reversal)
+            self.state_taken = step.state
+            return torch.stack((found.x, found.y))
+        return found if isinstance(found, Tensor) else None
+
+
+def _call_of(net: Any, layer: Layer) -> Callable[[Tensor], Any]:
+    if layer.kind == "stem":
+        return lambda images: net.family.stem(net, images).tokens
+    if layer.kind == "transition":
+        return lambda tokens: net._transitions[layer.chain](tokens, net._chunk_size)
+
+    def tail(tokens: Tensor) -> Any:
+        net._tail.module.renew(net)
+        return net._tail(tokens, net._chunk_size)
+
+    return tail
+
+
+class _Graph:
+    """A layer under ordinary autograd; transitions and tail keep no more than their input."""
+
+    def __init__(self, call: Callable[[Tensor], Any], given: Tensor, leaf: bool) -> None:
+        self.input = given.detach().requires_grad_(leaf)
+        with torch.enable_grad():
+            self.output: Any = call(self.input)
+        self._root: GradientEdge | None = None
+
+    def drop_output(self, root: Tensor | None = None) -> Tensor:
+        """The output without its graph, of which only the root stays here."""
+        output: Tensor = self.output if root is None else root
+        self._root = get_gradient_edge(output) if output.requires_grad else None
+        self.output = None
+        return output.detach()
+
+    def backward(self, gradient: Tensor) -> Tensor | None:
+        if self._root is not None:
+            torch.autograd.backward(self._root, gradient)
+        found, self.input.grad = self.input.grad, None
+        return found
+
+
+class _Reversal:
+    """Functions of a chain, run and ready to be reversed."""
+
+    def __init__(self, chain: Chain, segment: Segment, given: Tensor | State, last: bool) -> None:
+        self.chain, self.segment, self.ends_open = chain, segment, not last
+        setting = chain.setting
+        layout = Layout(setting.chunk_size, setting.chunk_tokens)  # type: ignore[arg-type]
+        self.began_with_state = isinstance(given, State)
+        self.tape: Tape
+        self.state: State | None
+        with torch.no_grad():
+            if isinstance(given, State):
+                dtype = next(segment.functions[0].parameters()).dtype
+                self.state, self.tape = segment.go_on(given, dtype, NO_SIDES, setting, layout)
+                self.dtype = self.tape.dtype
+            else:
+                self.dtype = given.dtype
+                self.state, self.tape, _ = segment.forward(given, NO_SIDES, setting, layout)
+        chain.open(self.tape)
+
+    def tokens(self) -> Tensor:
+        """The chain's output, a new tensor."""
+        assert self.state is not None
+        return self.tape.arithmetic.hand_out(self.state.current, self.tape.dtype)
+
+    def backward(self, gradient: Any) -> Any:
+        """From tokens' or a state's gradient to that of what it began with."""
+        if isinstance(gradient, Tensor):
+            dtype = torch.promote_types(gradient.dtype, torch.float32)
+            gradient = Gradient(gradient.to(dtype).contiguous(), None)
+        held = self.tape.remainder_bytes
+        state, self.state = self.state, None
+        with torch.no_grad():
+            result = self.segment.backward(self.tape, state, gradient)
+        self.chain.enter(self.tape, held)
+        self.state = result.state
+        if self.began_with_state:
+            return result.grad
+        self.state = None
+        assert result.grad is not None and result.grad.y is not None
+        start = result.grad.x.add_(result.grad.y, alpha=self.tape.setting.beta)
+        return start.to(self.dtype)

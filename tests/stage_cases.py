@@ -1,0 +1,110 @@
+"""What the ranks of a pool run with pipeline stages; all of them call every function here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import dr2dist
+from dr2dist.parallel.deepspeed_json import deepspeed_config
+from dr2dist.parallel.engine import UnprovenStepError
+from dr2dist.parallel.pipeline.engine import StagedEngine, Work
+from dr2dist.parallel.pipeline.grid import Grid
+from dr2dist.parallel.pipeline.layers import keep_only, layers_of
+from dr2dist.parallel.pipeline.partition import partition
+from tests.cases import GLOBAL_BATCH, full_state
+from tests.models import build
+
+SIZE = (32, 32)
+
+
+def make_engine(
+    kind: str,
+    stages: int,
+    zero: int = 0,
+    accumulate: int = 4,
+    bf16: bool = False,
+    returned: bool = True,
+    cuts: tuple[int, ...] | None = None,
+    noisy: bool = False,
+    **setting: Any,
+) -> StagedEngine:
+    """A tiny model of a kind, cut into stages.
+
+    cuts: where, otherwise by FLOPs. noisy: with dropout and DropPath.
+    """
+    torch.manual_seed(0)
+    grid = Grid.of(dist.get_world_size(), stages)
+    options: dict[str, Any] = {} if kind == "swin" else {"depth": 4}
+    if noisy:
+        options |= {"drop_path_rate": 0.3, "proj_drop_rate": 0.1}
+    net = dr2dist.convert(build(kind, **options), **setting).train()
+    layers = layers_of(net, SIZE)
+    parts = partition([layer.flops for layer in layers], stages)
+    if cuts is not None:
+        parts = tuple(range(a, b) for a, b in zip((0, *cuts), (*cuts, len(layers)), strict=True))
+    own = parts[grid.place(dist.get_rank())[0]]
+    keep_only(net, layers, own)
+    precision = "bf16" if bf16 else "fp32"
+    config = deepspeed_config(
+        zero=zero,
+        precision=precision,  # type: ignore[arg-type]
+        micro_batch=GLOBAL_BATCH // grid.replicas // accumulate,
+        accumulate=accumulate,
+        replicas=grid.replicas,
+        clip=1.0,
+        extra={"steps_per_print": 10**6},
+    )
+    optimizer = torch.optim.SGD(net.parameters(), 1e-2, momentum=0.9)
+    return StagedEngine(net, optimizer, config, grid, layers, own, precision, returned)  # type: ignore[arg-type]
+
+
+def work(engine: StagedEngine, step: int, accumulate: int) -> Work:
+    """This replica's share of the step's global batch."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(GLOBAL_BATCH, 3, *SIZE, generator=generator)
+    labels = torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator)
+
+    def own(values: Tensor, number: int) -> Tensor:
+        return values.chunk(accumulate)[number].chunk(engine.grid.replicas)[engine.replica]
+
+    def loss(number: int, output: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.float(), own(labels, number))
+
+    return Work(lambda number: own(images, number), loss)
+
+
+def curve(kind: str, stages: int, steps: int = 20, accumulate: int = 4, **options: Any) -> Any:
+    """(losses, weights on rank 0, gradient norms, layers of each stage) of a short run."""
+    engine = make_engine(kind, stages, accumulate=accumulate, **options)
+    losses, norms = [], []
+    for step in range(steps):
+        torch.manual_seed(step)
+        verdict = engine.run_step(work(engine, step, accumulate), accumulate, [1e-2])
+        losses.append(verdict.loss)
+        norms.append(float(engine.gradient_norm))
+    return losses, full_state(engine), norms, [layer.kind for layer in engine.stage.layers]
+
+
+def fault(kind: str) -> str:
+    """The error of a step in which the last rank differs from the others."""
+    engine = make_engine("vit", 2)
+    before = [p.detach().clone() for p in engine.net.parameters()]
+    if dist.get_rank() == dist.get_world_size() - 1:
+        if kind == "coefficients":
+            for chain in engine.chains:
+                chain.set_coefficients(0.8, 0.2)
+        if kind == "bits":
+            for chain in engine.chains:
+                chain.setting = replace(chain.setting, fraction_bits=17)
+        if kind == "step":
+            engine.applied += 1
+    with pytest.raises(UnprovenStepError) as error:
+        engine.run_step(work(engine, 0, 4), 4, [1e-2])
+    assert all(map(torch.equal, before, engine.net.parameters()))
+    return str(error.value)

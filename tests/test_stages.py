@@ -1,0 +1,123 @@
+"""Pipeline stages in real processes: the same training, however the network is cut."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+import dr2dist
+from dr2dist.errors import UserError
+from dr2dist.parallel.pipeline.grid import Grid
+from dr2dist.parallel.pipeline.layers import layers_of
+from dr2dist.parallel.pipeline.partition import partition
+from tests.models import build
+from tests.pool import Pool
+
+CURVE = "tests.stage_cases:curve"
+
+
+@pytest.fixture(scope="module", params=["vit", "swin"])
+def whole(request: pytest.FixtureRequest, one_rank: Pool) -> Any:
+    """(kind, the curve of one stage on one rank)."""
+    (found,) = one_rank.run(CURVE, kind=request.param, stages=1)
+    return request.param, found
+
+
+def check(found: Any, wanted: Any, kind: str) -> None:
+    """Losses within 1e-4; weights within 1e-3 of how far training has moved them."""
+    (losses, weights, norms, _), *_ = found
+    assert losses == pytest.approx(wanted[0], rel=1e-4)
+    assert norms == pytest.approx(wanted[2], rel=1e-3)
+    torch.manual_seed(0)
+    start = build(kind, **({} if kind == "swin" else {"depth": 4})).state_dict()
+    names = [name for name in wanted[1] if start[name].is_floating_point()]
+    moved = sum((wanted[1][n] - start[n]).square().sum() for n in names)
+    apart = sum((wanted[1][n] - weights[n]).square().sum() for n in names)
+    assert set(weights) == set(wanted[1])
+    assert 0 <= apart.sqrt() < 1e-3 * moved.sqrt()
+
+
+def test_two_stages_train_as_one_does(whole: Any, two_ranks: Pool) -> None:
+    kind, wanted = whole
+    found = two_ranks.run(CURVE, kind=kind, stages=2)
+    check(found, wanted, kind)
+    assert all(layers for *_, layers in found)
+
+
+def test_four_stages_train_as_one_does(whole: Any, four_ranks: Pool) -> None:
+    kind, wanted = whole
+    check(four_ranks.run(CURVE, kind=kind, stages=4), wanted, kind)
+
+
+def test_stages_and_replicas_under_zero_1_train_as_one_does(whole: Any, four_ranks: Pool) -> None:
+    kind, wanted = whole
+    check(four_ranks.run(CURVE, kind=kind, stages=2, zero=1), wanted, kind)
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("cut", [1, 4, 9])
+def test_a_cut_anywhere_gives_the_same_bits_reversed_returned_or_stored(
+    cut: int, bf16: bool, arithmetic: str, two_ranks: Pool
+) -> None:
+    # After the stem, inside a block, before the head.
+    options = {"cuts": (cut,), "bf16": bf16, "noisy": True, "arithmetic": arithmetic, "beta": 0.5}
+    options |= {"kind": "vit", "stages": 2, "steps": 2, "alpha": 0.5}
+    results = [
+        two_ranks.run(CURVE, **options, **mode)[0]
+        for mode in ({}, {"returned": False}, {"memory": "store"})
+    ]
+    if arithmetic == "float":
+        # What comes back has drifted; what was kept has not.
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+        return
+    for losses, weights, *_ in results[1:]:
+        assert losses == results[0][0]
+        for name, value in results[0][1].items():
+            assert torch.equal(value, weights[name]), name
+
+
+@pytest.mark.parametrize("kind", ["coefficients", "step"])
+def test_a_rank_that_disagrees_is_named_and_nothing_is_applied(kind: str, two_ranks: Pool) -> None:
+    for message in two_ranks.run("tests.stage_cases:fault", kind=kind):
+        assert "rank 1: coefficients or step differ" in message
+
+
+def test_the_grid_is_deepspeeds_and_keeps_a_stages_replicas_together() -> None:
+    for stages, replicas in itertools.product(range(1, 5), range(1, 5)):
+        grid = Grid.of(stages * replicas, stages)
+        topology = PipeDataParallelTopology(stages, replicas)
+        for rank in range(stages * replicas):
+            stage, replica = grid.place(rank)
+            assert topology.get_coord(rank) == (stage, replica)
+            assert grid.rank(stage, replica) == rank
+    assert [Grid(2, 4).place(rank)[0] for rank in range(8)] == [0] * 4 + [1] * 4
+    assert Grid(4, 1).bubble(12) == pytest.approx(3 / 15)
+    with pytest.raises(UserError, match=r"parallel\.stages is 3, which does not divide the 4"):
+        Grid.of(4, 3)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_slowest_stage_is_as_fast_as_it_can_be(seed: int) -> None:
+    draw = random.Random(seed)
+    costs = [float(draw.randint(1, 30)) for _ in range(draw.randint(4, 9))]
+    stages = draw.randint(1, 4)
+    best = min(
+        max(sum(costs[a:b]) for a, b in zip((0, *cuts), (*cuts, len(costs)), strict=True))
+        for cuts in itertools.combinations(range(1, len(costs)), stages - 1)
+    )
+    found = partition(costs, stages)
+    assert [index for part in found for index in part] == list(range(len(costs)))
+    assert all(found) and max(sum(costs[i] for i in part) for part in found) == best
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(UserError, match=r"parallel\.stages is 5, the network has 4 layers"):
+        partition([1.0] * 4, 5)
+    with pytest.raises(UserError, match="share inputs"):
+        layers_of(dr2dist.convert(build("beit-shared-bias")), (32, 32))
