@@ -74,7 +74,7 @@ def test_a_cut_anywhere_gives_the_same_bits_reversed_returned_or_stored(
     ]
     if arithmetic == "float":
         # What comes back has drifted; what was kept has not.
-        assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+        assert results[0][0] == pytest.approx(results[1][0], rel=2e-2 if bf16 else 1e-3)
         return
     for losses, weights, *_ in results[1:]:
         assert losses == results[0][0]
