@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import deepspeed
@@ -15,7 +14,7 @@ import dr2dist
 from dr2dist.backbones.build import build_deferred, build_model
 from dr2dist.config import load_config
 from dr2dist.parallel.deepspeed_json import deepspeed_config
-from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
+from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError, Work
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.reversible import Chain
 from dr2dist.training.run import run
@@ -75,14 +74,13 @@ def take_step(engine: ReversibleEngine, step: int, accumulate: int = 1, between:
     """One step; `between` is called after each forward pass."""
     batches = micro_batches(step, accumulate)
 
-    def losses() -> Iterator[Tensor]:
-        for images, labels in batches:
-            output = engine.forward(images)
-            if between is not None:
-                between()
-            yield nn.functional.cross_entropy(output.float(), labels)
+    def loss(number: int, output: Any) -> Tensor:
+        if between is not None:
+            between()
+        return nn.functional.cross_entropy(output.float(), batches[number][1])
 
-    return engine.step(losses, accumulate, [1e-3] * engine.num_groups)
+    work = Work(lambda: None, lambda number: batches[number][0], loss)
+    return engine.step(work, accumulate, [1e-3] * engine.num_groups)
 
 
 def curve(kind: str, steps: int = 20, accumulate: int = 1, **options: Any) -> Any:
@@ -274,7 +272,12 @@ def sharded_build(bf16: bool) -> tuple[int, int, int, bool]:
         torch.equal(state[key], value.to(kind).float()) for key, value in whole.items()
     )
     sizes = [value.numel() for value in whole.values()]
-    engine.step(lambda: [engine.forward(torch.randn(1, 3, 32, 32)).float().sum()], 1, [1e-2])
+    work = Work(
+        lambda: None,
+        lambda number: torch.randn(1, 3, 32, 32),
+        lambda number, output: output.float().sum(),
+    )
+    engine.step(work, 1, [1e-2])
     return max(held), max(sizes), sum(sizes), equal
 
 
@@ -286,11 +289,17 @@ def run_until(path: str, overrides: list[str], step: int) -> None:
     """A run that ends in the middle of the optimiser step after `step` applied ones."""
     original = ReversibleEngine.step
 
-    def broken(self: ReversibleEngine, losses: Any, *rest: Any) -> Any:
-        if self.applied == step:
-            next(iter(losses()))
+    def broken(self: ReversibleEngine, work: Work, *rest: Any) -> Any:
+        if self.applied != step:
+            return original(self, work, *rest)
+
+        def loss(number: int, output: Any) -> Tensor:
+            work.loss(number, output)
             raise BrokenOffError
-        return original(self, losses, *rest)
+
+        if not (self.first and self.last):  # its neighbours would wait for it
+            raise BrokenOffError
+        return original(self, work._replace(loss=loss), *rest)
 
     ReversibleEngine.step = broken  # type: ignore[method-assign]
     try:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import dr2dist
 from dr2dist.parallel.deepspeed_json import deepspeed_config
-from dr2dist.parallel.engine import UnprovenStepError
-from dr2dist.parallel.pipeline.engine import StagedEngine, Work
+from dr2dist.parallel.engine import UnprovenStepError, Work
+from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only, layers_of
 from dr2dist.parallel.pipeline.partition import partition
@@ -76,7 +76,7 @@ def work(engine: StagedEngine, step: int, accumulate: int) -> Work:
     def loss(number: int, output: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output.float(), own(labels, number))
 
-    return Work(lambda number: own(images, number), loss)
+    return Work(lambda: None, lambda number: own(images, number), loss)
 
 
 def curve(kind: str, stages: int, steps: int = 20, accumulate: int = 4, **options: Any) -> Any:
@@ -85,7 +85,7 @@ def curve(kind: str, stages: int, steps: int = 20, accumulate: int = 4, **option
     losses, norms = [], []
     for step in range(steps):
         torch.manual_seed(step)
-        verdict = engine.run_step(work(engine, step, accumulate), accumulate, [1e-2])
+        verdict = engine.step(work(engine, step, accumulate), accumulate, [1e-2])
         losses.append(verdict.loss)
         norms.append(float(engine.gradient_norm))
     return losses, full_state(engine), norms, [layer.kind for layer in engine.stage.layers]
@@ -105,6 +105,6 @@ def fault(kind: str) -> str:
         if kind == "step":
             engine.applied += 1
     with pytest.raises(UnprovenStepError) as error:
-        engine.run_step(work(engine, 0, 4), 4, [1e-2])
+        engine.step(work(engine, 0, 4), 4, [1e-2])
     assert all(map(torch.equal, before, engine.net.parameters()))
     return str(error.value)

@@ -146,6 +146,9 @@ class Train(Section):
 class Parallel(Section):
     """How the model is spread over ranks."""
 
+    stages: Positive = Field(
+        1, description="pipeline stages, with zero 0 or 1; ranks / stages are replicas"
+    )
     zero: Literal[0, 1, 2, 3] = Field(2, description="ZeRO stage")
     offload_optimizer: bool = Field(False, description="keep masters and moments in host memory")
     deepspeed: str | None = Field(None, description="a JSON file of DeepSpeed's own settings")
@@ -154,6 +157,15 @@ class Parallel(Section):
     def _sharded(self) -> Self:
         if self.offload_optimizer and self.zero == 0:
             raise ValueError("offload_optimizer needs zero 1, 2 or 3: without ZeRO nothing moves")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_layers(self) -> Self:
+        if self.stages > 1 and self.zero > 1:
+            raise ValueError(
+                f"zero is {self.zero}, allowed with stages is 0 or 1: a stage holds its layers "
+                "whole through all micro-batches in flight; use zero 2 or 3 with stages 1"
+            )
         return self
 
 
@@ -186,6 +198,11 @@ class Config(Section):
             raise ValueError(
                 f"train.micro_batch is {self.train.micro_batch}: task.mixup and task.cutmix mix "
                 "pairs, allowed is an even number"
+            )
+        if self.parallel.stages > 1 and self.setting().measured:
+            raise ValueError(
+                f"parallel.stages is {self.parallel.stages}: reversible.memory budget and "
+                "chunk_size auto are measured on whole chains, allowed with stages 1 only"
             )
         if self.train.precision == "fp16" and self.parallel.zero == 0:
             raise ValueError("train.precision fp16 needs parallel.zero 1, 2 or 3")

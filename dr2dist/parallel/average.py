@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,16 +17,17 @@ class Average:
     """average = decay * average + (1 - decay) * master, after each applied step.
 
     Starts from the masters as they are. Holds 4 bytes for each trained parameter of this rank's
-    share, on every ZeRO stage; ranks that all hold the same masters share the work.
+    share, on every ZeRO stage; ranks that all hold the same masters share the work. group: of the
+    ranks that hold the same layers, None for all.
     """
 
-    def __init__(self, masters: Masters, decay: float) -> None:
-        self._masters, self._decay = masters, decay
+    def __init__(self, masters: Masters, decay: float, group: Any = None) -> None:
+        self._masters, self._decay, self._group = masters, decay, group
         self._values = {key: values.clone() for key, values in self._master_shares()}
 
     def _master_shares(self) -> Iterator[tuple[tuple[str, int], Tensor]]:
         """(parameter, start) and this rank's part of the masters, a view."""
-        rank, ranks = dist.get_rank(), dist.get_world_size()
+        rank, ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
         for fragment in self._masters.fragments:
             share = fragment.share(rank, ranks)
             if fragment.owner is not None and share.start != share.stop:
@@ -65,12 +67,12 @@ class Average:
         """All averages of a fragment: of a replicated one, the shares of all ranks."""
         if not fragment.replicated:
             return self._values[fragment.name, fragment.start]
-        rank, ranks = dist.get_rank(), dist.get_world_size()
+        rank, ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
         share = fragment.share(rank, ranks)
         padded = fragment.values.new_zeros(fragment.share(0, ranks).stop)
         if share.start != share.stop:
             own = self._values[fragment.name, fragment.start + share.start]
             padded[: len(own)] = own
         parts = [torch.empty_like(padded) for _ in range(ranks)]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self._group)
         return torch.cat(parts)[: len(fragment.values)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dr2dist.backbones.network import ReversibleNetwork
@@ -30,6 +31,17 @@ DTYPES: dict[Precision, torch.dtype] = {
 _LAYOUT = ("memory", "memory_budget", "chunk_size", "chunk_tokens", "chunk_budget")
 
 log = logging.getLogger(__name__)
+
+
+class Work(NamedTuple):
+    """A step's micro-batches, asked for by number, in order, where they are needed.
+
+    begin: called before each pass over them. images: [B, C, H, W]. loss: mean loss of an output.
+    """
+
+    begin: Callable[[], None]
+    images: Callable[[int], Tensor]
+    loss: Callable[[int, Any], Tensor]
 
 
 class UnprovenStepError(RuntimeError):
@@ -81,7 +93,11 @@ class ReversibleEngine:
         self._held = torch.float32 if self._autocast else DTYPES[precision]
         self._watch = GradientWatch(parameters, self.device)
         self.masters = Masters(self._engine, self.zero)
-        self.average = None if ema is None else Average(self.masters, ema)
+        self.average = (
+            None
+            if ema is None
+            else Average(self.masters, ema, groups and groups.get_data_parallel_group())
+        )
         self._planner = net.planner
         self._planner.agree = slowest
         self._micro_batch = int(config["train_micro_batch_size_per_gpu"])
@@ -89,25 +105,18 @@ class ReversibleEngine:
         """2-norm of the last applied step's gradient before clipping."""
         self.applied = 0
 
-    def step(
-        self, losses: Callable[[], Iterable[Tensor]], count: int, learning_rates: list[float]
-    ) -> Verdict:
+    def step(self, work: Work, count: int, learning_rates: list[float]) -> Verdict:
         """One optimiser step from `count` micro-batches.
 
-        losses: called for a pass over the step's micro-batches, computes each one's mean loss
-            when asked for it. learning_rates: one for each parameter group.
+        learning_rates: one for each parameter group.
         Raises UnprovenStepError, with nothing applied on any rank, if the verdict is not clean. A
         mismatch is tried once more first.
         """
-        return self._decided(lambda: self._attempt(losses, count), learning_rates)
-
-    def _decided(self, attempt: Callable[[], Verdict], learning_rates: list[float]) -> Verdict:
-        """Applies what an attempt gathered, if its verdict or that of a second one is clean."""
-        verdict = attempt()
+        verdict = self._attempt(work, count)
         if verdict.kinds == {"mismatch"}:
             log.warning("step %d: %s; trying again", self.applied, "; ".join(verdict.messages))
             self._discard()
-            verdict = attempt()
+            verdict = self._attempt(work, count)
         if not verdict.ok:
             self._discard()
             raise UnprovenStepError(verdict)
@@ -121,9 +130,11 @@ class ReversibleEngine:
             self.average.update()
         return verdict
 
-    def _attempt(self, losses: Callable[[], Iterable[Tensor]], count: int) -> Verdict:
+    def _attempt(self, work: Work, count: int) -> Verdict:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, loss in enumerate(losses()):
+        work.begin()
+        for number in range(count):
+            loss = work.loss(number, self.forward(work.images(number)))
             self._engine.set_gradient_accumulation_boundary(number == count - 1)
             self._engine.backward(loss)
             total += loss.detach().double() / count
@@ -147,6 +158,21 @@ class ReversibleEngine:
         return int(self._engine.dp_world_size)
 
     @property
+    def replica(self) -> int:
+        """This rank's number among them."""
+        return dist.get_rank()
+
+    @property
+    def first(self) -> bool:
+        """Whether images enter here."""
+        return True
+
+    @property
+    def last(self) -> bool:
+        """Whether the network's output comes out here."""
+        return True
+
+    @property
     def num_groups(self) -> int:
         """Parameter groups of the optimiser."""
         return len(self._engine.optimizer.param_groups)
@@ -156,8 +182,9 @@ class ReversibleEngine:
         """Bytes of remainders that the last pass of this rank held."""
         return sum(chain.ledger.remainder_bytes for chain in self.chains)
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, images: Tensor | None) -> Any:
         """The network's output for images [B, C, H, W] of any float dtype and device."""
+        assert images is not None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             return self._engine(images.to(self.device, self._held))
 

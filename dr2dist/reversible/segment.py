@@ -48,14 +48,57 @@ class Segment:
 
     @torch.no_grad()
     def infer(
-        self, h: Tensor, sides: Sides, setting: Setting, layout: Layout, taps: Sequence[int] = ()
+        self,
+        given: Tensor | State,
+        sides: Sides,
+        setting: Setting,
+        layout: Layout,
+        taps: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The chain without any bookkeeping: (output, taps).
+        """The chain to its end without any bookkeeping: (output, taps).
 
-        No certificate speaks here, so a sample whose state leaves the range comes out as NaN.
+        given: its tokens h [B, ...], or the state that the functions before have reached (consumed,
+        with the dtype of the tokens that the chain began with). No certificate speaks here, so a
+        sample whose state leaves the range comes out as NaN.
         """
-        arithmetic, dtype = _arithmetic(h, setting)
-        state = arithmetic.start(h)
+        state, outside, arithmetic, dtype, handed = self._infer(
+            given, sides, setting, layout, taps, dtype
+        )
+        output = arithmetic.hand_out(state.current, dtype).masked_fill_(outside, torch.nan)
+        return output, [handed[index] for index in taps]
+
+    @torch.no_grad()
+    def infer_state(
+        self,
+        given: Tensor | State,
+        sides: Sides,
+        setting: Setting,
+        layout: Layout,
+        dtype: torch.dtype,
+    ) -> State:
+        """The same to the state after its last function, which the chain's next part takes.
+
+        A sample whose state leaves the range stays outside of it.
+        """
+        state, outside, *_ = self._infer(given, sides, setting, layout, (), dtype)
+        if setting.arithmetic == "exact":
+            state.current.masked_fill_(outside, torch.iinfo(torch.int32).max)
+        return state
+
+    def _infer(
+        self,
+        given: Tensor | State,
+        sides: Sides,
+        setting: Setting,
+        layout: Layout,
+        taps: Sequence[int],
+        dtype: torch.dtype | None,
+    ) -> tuple[State, Tensor, Arithmetic, torch.dtype, dict[int, Tensor]]:
+        """(last state, which samples left the range, arithmetic, tokens' dtype, taps)."""
+        like = given.current.new_empty(0, dtype=dtype) if isinstance(given, State) else given
+        arithmetic, dtype = _arithmetic(like, setting)
+        state = given if isinstance(given, State) else arithmetic.start(given)
         outside = arithmetic.outside(state.current)
         handed: dict[int, Tensor] = {}
         for index in range(len(self.functions)):
@@ -64,8 +107,7 @@ class Segment:
             if index in taps:
                 handed[index] = arithmetic.hand_out(state.current, dtype)
                 handed[index].masked_fill_(outside, torch.nan)
-        output = arithmetic.hand_out(state.current, dtype).masked_fill_(outside, torch.nan)
-        return output, [handed[index] for index in taps]
+        return state, outside, arithmetic, dtype, handed
 
     def forward(
         self,

@@ -121,7 +121,7 @@ class Tape:
         """The context of calls of function `index` with gradients."""
 
         def at(key: tuple[int, ...]) -> AbstractContextManager[None]:
-            return function_context(self.autocast, self.randomness, index, key)
+            return function_context(self.autocast, self.randomness, self.begin + index, key)
 
         return at
 

@@ -7,7 +7,7 @@ share one, wherever they are in the network.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -62,6 +62,13 @@ def parameter_groups(
         if parameter.requires_grad:
             merged.setdefault(settings[parameter], []).append(parameter)
     return [ParameterGroup(tuple(found), *key) for key, found in merged.items()]
+
+
+def kept_groups(groups: Sequence[ParameterGroup], net: nn.Module) -> list[ParameterGroup]:
+    """The groups with those parameters only that are left in a network; none is empty."""
+    left = set(net.parameters())
+    found = [replace(g, parameters=tuple(p for p in g.parameters if p in left)) for g in groups]
+    return [group for group in found if group.parameters]
 
 
 def _by_timm(

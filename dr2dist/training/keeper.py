@@ -62,9 +62,8 @@ class Keeper:
             "progress": asdict(progress),
             "layouts": engine.layouts(),
         }
-        shapes = {name: tuple(value.shape) for name, value in engine.buffers().items()}
         folder = checkpoint_folder(self.run, engine.applied)
-        write_checkpoint(folder, _tensors(engine), {**engine.shapes(), **shapes}, state)
+        write_checkpoint(folder, _tensors(engine), _shapes(engine), state)
         if dist.get_rank() == 0:
             self._forget(progress)
 
@@ -82,7 +81,7 @@ class Keeper:
         saved = Checkpoint(folder)
         with agree(UserError):
             saved.verify(dist.get_rank(), dist.get_world_size())
-        wanted = {*engine.shapes(), *engine.buffers()}
+        wanted = _shapes(engine).keys()
         if wanted != saved.shapes.keys():
             strange = sorted(wanted ^ saved.shapes.keys())
             raise UserError(f"{folder}: is of another model: {', '.join(strange[:3])}")
@@ -92,8 +91,16 @@ class Keeper:
         return Progress(**saved.state["progress"])
 
 
+def _shapes(engine: ReversibleEngine) -> dict[str, tuple[int, ...]]:
+    """Of the whole network's parameters and buffers, by name; every rank must call it."""
+    own = {name: tuple(value.shape) for name, value in engine.buffers().items()} | engine.shapes()
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return {name: shape for shapes in found for name, shape in shapes.items()}
+
+
 def _tensors(engine: ReversibleEngine) -> dict[str, Tensor]:
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks = engine.replica, engine.replicas
     tensors = {}
     for fragment in engine.masters.fragments:
         share = fragment.share(rank, ranks)
@@ -109,7 +116,7 @@ def _tensors(engine: ReversibleEngine) -> dict[str, Tensor]:
     if engine.average is not None:
         for (name, start), values in engine.average.shares():
             tensors[f"{EMA}/{name}/{start}"] = values
-    if rank == 0:
+    if dist.get_rank() == 0:
         for name, buffer in engine.buffers().items():
             tensors[f"buffer/{name}/0"] = buffer.reshape(-1)
     # A copy each: what safetensors writes must not share memory, and views of one tensor do.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from dr2dist.config import Config
 from dr2dist.data.index import Index, read_index
 from dr2dist.errors import UserError
 from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
+from dr2dist.parallel.pipeline.grid import Grid
+from dr2dist.parallel.pipeline.layers import Layer, layers_of
+from dr2dist.parallel.pipeline.partition import partition
 from dr2dist.tasks.classification import balanced_weights
 from dr2dist.training.groups import freeze, parameter_groups
 from dr2dist.training.speed import model_flops
@@ -24,8 +28,10 @@ from dr2dist.training.speed import model_flops
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration comes to on a number of data-parallel ranks.
+    """What a configuration comes to on a number of ranks.
 
+    grid: stages and data-parallel replicas. layers: of the network if it is cut into stages;
+    parts: which are each stage's.
     steps: optimiser steps. steps_per_epoch: whole global batches of an epoch. class_weights:
     factors of the classes' losses, None for 1. image_size: height and width in pixels; mean, std
     of the three channels. deepspeed: DeepSpeed's configuration. lengths: functions of each chain.
@@ -33,7 +39,9 @@ class Plan:
     one image.
     """
 
-    ranks: int
+    grid: Grid
+    layers: list[Layer]
+    parts: tuple[range, ...]
     steps: int
     steps_per_epoch: int
     schedule: Schedule
@@ -69,10 +77,39 @@ class Plan:
                 f"({last.alpha:.4f}, {last.beta:.4f})",
                 f"samples       {self.train.num_samples} for training, {held_out} for validation",
                 f"steps         {self.steps} of {self.global_batch} samples on "
-                f"{self.ranks} rank(s), {self.steps_per_epoch} an epoch",
+                f"{self.grid.replicas} replica(s), {self.steps_per_epoch} an epoch",
                 f"ZeRO          {self.deepspeed['zero_optimization']['stage']}",
+                *self._describe_stages(),
             ]
         )
+
+    def _describe_stages(self) -> list[str]:
+        if self.grid.stages == 1:
+            return []
+        total = sum(layer.flops for layer in self.layers)
+        bubble = self.grid.bubble(self.deepspeed["gradient_accumulation_steps"])
+        lines = [
+            f"stages        {self.grid.stages} x {self.grid.replicas} replica(s), "
+            f"idle for {bubble:.0%} of a step"
+        ]
+        for number, part in enumerate(self.parts):
+            own = self.layers[part.start : part.stop]
+            share = sum(layer.flops for layer in own) / total
+            ranks = [self.grid.rank(number, replica) for replica in range(self.grid.replicas)]
+            lines.append(
+                f"  stage {number}     ranks {ranks[0]} to {ranks[-1]}: layers {part.start} to "
+                f"{part.stop - 1} ({own[0].kind} to {own[-1].kind}), {share:.0%} of the FLOPs"
+                + self._cut(own[-1])
+            )
+        return lines
+
+    def _cut(self, layer: Layer) -> str:
+        if layer.kind == "tail":
+            return ""
+        parts = 2 if layer.hands_on_state else 1
+        size = parts * math.prod(layer.shape) * 4 * self.deepspeed["train_micro_batch_size_per_gpu"]
+        back = 2 * size if layer.hands_on_state else size
+        return f"; {size:,} bytes on and {back:,} back a micro-batch (fp32)"
 
 
 def make_plan(config: Config, ranks: int) -> Plan:
@@ -82,12 +119,13 @@ def make_plan(config: Config, ranks: int) -> Plan:
     """
     _check_precision(config.train.precision)
     train, val = _indices(config)
-    batch = config.train.micro_batch * config.train.accumulate * ranks
+    grid = Grid.of(ranks, config.parallel.stages)
+    batch = config.train.micro_batch * config.train.accumulate * grid.replicas
     per_epoch = train.num_samples // batch
     if not per_epoch:
         raise UserError(
             f"{config.data.train}: holds {train.num_samples} samples, fewer than a global batch "
-            f"of {batch} (train.micro_batch x train.accumulate x {ranks} ranks)"
+            f"of {batch} (train.micro_batch x train.accumulate x {grid.replicas} replicas)"
         )
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * per_epoch))
     schedule = config.coefficients.schedule(steps)
@@ -101,8 +139,11 @@ def make_plan(config: Config, ranks: int) -> Plan:
         schedule.check(setting, list(lengths.values()))
     normalised = model.pretrained_cfg
     size = config.model.image_size or tuple(normalised["input_size"][1:])
+    layers = layers_of(net, size) if grid.stages > 1 else []
     return Plan(
-        ranks=ranks,
+        grid=grid,
+        layers=layers,
+        parts=partition([layer.flops for layer in layers], grid.stages) if layers else (),
         steps=steps,
         steps_per_epoch=per_epoch,
         schedule=schedule,
@@ -112,7 +153,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
         image_size=size,
         mean=config.data.mean or normalised["mean"],
         std=config.data.std or normalised["std"],
-        deepspeed=_deepspeed(config, ranks),
+        deepspeed=_deepspeed(config, grid.replicas),
         lengths=lengths,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -174,14 +215,14 @@ def model_options(config: Config) -> dict[str, Any]:
     }
 
 
-def _deepspeed(config: Config, ranks: int) -> dict[str, Any]:
+def _deepspeed(config: Config, replicas: int) -> dict[str, Any]:
     path = config.parallel.deepspeed
     return deepspeed_config(
         zero=config.parallel.zero,
         precision=config.train.precision,
         micro_batch=config.train.micro_batch,
         accumulate=config.train.accumulate,
-        replicas=ranks,
+        replicas=replicas,
         clip=config.optim.clip,
         offload_optimizer=config.parallel.offload_optimizer,
         extra=None if path is None else read_deepspeed_json(path),

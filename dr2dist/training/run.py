@@ -22,10 +22,12 @@ from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.data.transforms import eval_transform, train_transform
 from dr2dist.errors import UserError
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
+from dr2dist.parallel.pipeline.engine import StagedEngine
+from dr2dist.parallel.pipeline.layers import keep_only
 from dr2dist.parallel.processes import join, largest, share_cores
 from dr2dist.tasks.classification import Classification
 from dr2dist.training.folder import find_start, finished
-from dr2dist.training.groups import ParameterGroup, freeze, parameter_groups
+from dr2dist.training.groups import ParameterGroup, freeze, kept_groups, parameter_groups
 from dr2dist.training.keeper import Keeper, Progress
 from dr2dist.training.plan import Plan, make_plan, model_options
 from dr2dist.training.profile import Profile
@@ -96,23 +98,29 @@ def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, 
     groups = parameter_groups(
         model, config.optim.weight_decay, config.optim.layer_decay, config.optim.groups
     )
-    net = convert(model, **asdict(config.setting()))
-    engine = ReversibleEngine(
-        net.train(),
-        _optimizer(config.optim, groups),
-        plan.deepspeed,
-        config.train.precision,
-        config.train.ema,
-        weights,
-    )
+    net = convert(model, **asdict(config.setting())).train()
+    precision, ema = config.train.precision, config.train.ema
+    if plan.grid.stages == 1:
+        optimizer = _optimizer(config.optim, groups)
+        engine = ReversibleEngine(net, optimizer, plan.deepspeed, precision, ema, weights)
+    else:
+        own = plan.parts[plan.grid.place(dist.get_rank())[0]]
+        keep_only(net, plan.layers, own, weights)
+        groups = kept_groups(groups, net)
+        optimizer = _optimizer(config.optim, groups)
+        engine = StagedEngine(
+            net, optimizer, plan.deepspeed, plan.grid, plan.layers, own, precision, ema
+        )
     return engine, tuple(group.lr_scale for group in groups)
 
 
 def _model(config: Config) -> tuple[torch.nn.Module, Callable[[str], Tensor] | None]:
-    """The model; under ZeRO-3 without its parameters, and what gives them one at a time."""
+    """The model; under ZeRO-3 and in stages without its parameters, and what gives them one at a
+    time."""
     torch.manual_seed(config.train.seed)
     part, options = config.model, model_options(config)
-    if config.parallel.zero == 3 and part.weights != "hub":
+    in_parts = config.parallel.zero == 3 or config.parallel.stages > 1
+    if in_parts and part.weights != "hub":
         return build_deferred(part.name, weights=part.weights, **options)
     return build_model(part.name, weights=part.weights, **options), None
 
@@ -169,8 +177,7 @@ def _trainer(
         mixup=config.task.mixup,
         cutmix=config.task.cutmix,
     )
-    rank = dist.get_rank()
-    train, val = _streams(config, plan, rank, engine.applied)
+    train, val = _streams(config, plan, engine)
     return Trainer(
         engine,
         task,
@@ -180,13 +187,13 @@ def _trainer(
         records,
         keeper,
         progress,
-        Speed(plan.flops, device_peak(config.train.precision), engine.replicas),
+        Speed(plan.flops // plan.grid.stages, device_peak(config.train.precision), engine.replicas),
         Profile(Path(config.output) / "profile", config.train.profile),
-        seed=(config.train.seed, rank),
+        seed=(config.train.seed, engine.replica),
     )
 
 
-def _streams(config: Config, plan: Plan, rank: int, start: int) -> Any:
+def _streams(config: Config, plan: Plan, engine: ReversibleEngine) -> Any:
     data, train = config.data, config.train
     shape = (plan.image_size, plan.mean, plan.std)
     transform = train_transform(
@@ -205,19 +212,22 @@ def _streams(config: Config, plan: Plan, rank: int, start: int) -> Any:
         train.seed,
         micro_batch=train.micro_batch,
         accumulate=train.accumulate,
-        rank=rank,
-        ranks=plan.ranks,
-        start=start,
+        rank=engine.replica,
+        ranks=engine.replicas,
+        start=engine.applied,
     )
-    stream = iter(loader(dataset, batches, data.num_workers))
+    needed = engine.first or engine.last
+    stream = iter(loader(dataset, batches, data.num_workers) if needed else ())
     if data.val is None:
         return stream, None
     held_out = ShardDataset(
         data.val, eval_transform(*shape), unreadable="blank" if skip else "fail"
     )
-    own = validation_batches(len(held_out), batch=train.micro_batch, rank=rank, ranks=plan.ranks)
+    own = validation_batches(
+        len(held_out), batch=train.micro_batch, rank=engine.replica, ranks=engine.replicas
+    )
     items = [[(0, index) for index in batch] for batch in own]
-    return stream, loader(held_out, items, data.num_workers)
+    return stream, loader(held_out, items, data.num_workers) if needed else items
 
 
 def _summary(
@@ -231,7 +241,8 @@ def _summary(
         "reason": None if failure is None else str(failure),
         "model": config.model.name,
         "steps": trainer.engine.applied,
-        "ranks": plan.ranks,
+        "ranks": plan.grid.stages * plan.grid.replicas,
+        "stages": plan.grid.stages,
         "alpha": alpha,
         "beta": beta,
         "arithmetic": config.reversible.arithmetic,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dr2dist.coefficients import Schedule
 from dr2dist.data.randomness import keyed
 from dr2dist.data.stream import Batch
-from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
+from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError, Work
 from dr2dist.parallel.processes import total
 from dr2dist.parallel.verdict import Verdict
 from dr2dist.tasks.classification import Classification
@@ -56,7 +56,8 @@ class Pace:
 class Trainer:
     """Runs the steps of one rank.
 
-    train: endless micro-batches. val: this rank's share, gone through at each validation.
+    train: endless micro-batches, none on stages that need no samples. val: this replica's share,
+    gone through at each validation.
     records: on rank 0, None elsewhere. keeper: of the run's checkpoints. progress: what an
     engine that goes on from a checkpoint has reached. seed: of mixing, dropout and the like, this
     rank's own; each step draws from a stream of its own, so a repeated step is the same.
@@ -121,13 +122,14 @@ class Trainer:
         rate = self.pace.learning_rate(step)
         rates = [rate * scale for scale in self.pace.lr_scales]
         try:
-            verdict = self.engine.step(lambda: self._losses(batches), len(batches), rates)
+            verdict = self.engine.step(self._work(batches), self.pace.accumulate, rates)
         except UnprovenStepError as failure:
             named = self._name_samples(failure.verdict)
             self._log(named, rate)
             raise UnprovenStepError(named) from None
         self.progress.loss = verdict.loss
-        self._skipped += sum(batch["skipped"] for batch in batches)
+        if self.engine.last:  # stages see the same samples
+            self._skipped += sum(batch["skipped"] for batch in batches)
         self.speed.count(sum(batch["count"] for batch in batches))
         self._note_drift(verdict)
         bar.update()
@@ -135,16 +137,24 @@ class Trainer:
         if self._due(self.pace.log_every):
             self._log(verdict, rate)
 
-    def _losses(self, batches: list[Batch]) -> Iterator[Tensor]:
+    def _work(self, batches: list[Batch]) -> Work:
+        """The step on its micro-batches, which stages without inputs or labels do not have."""
         step = self.engine.applied
-        self._checked = []
-        torch.manual_seed(hash((*self.seed, step)) & (2**63 - 1))
-        for number, batch in enumerate(batches):
+
+        def begin() -> None:
+            self._checked = []
+            torch.manual_seed(hash((*self.seed, step)) & (2**63 - 1))
+
+        def mixed(number: int) -> tuple[Tensor, Tensor]:
+            batch = batches[number]
             with keyed(*self.seed, step, number):
-                images, targets = self.task.mix(batch["image"], batch["label"])
-            output = self.engine.forward(images)
-            self._checked.append((batch, output.detach().isfinite().flatten(1).all(1)))
-            yield self.task.training_loss(output, targets.to(self.engine.device))
+                return self.task.mix(batch["image"], batch["label"])
+
+        def loss(number: int, output: Tensor) -> Tensor:
+            self._checked.append((batches[number], output.detach().isfinite().flatten(1).all(1)))
+            return self.task.training_loss(output, mixed(number)[1].to(self.engine.device))
+
+        return Work(begin, lambda number: mixed(number)[0], loss)
 
     def _name_samples(self, verdict: Verdict) -> Verdict:
         """Adds the samples of a step that was not finite; every rank must call it."""
@@ -161,7 +171,7 @@ class Trainer:
         dist.all_gather_object(found, bad or whole)
         texts = list(verdict.messages)
         for rank, keys in enumerate(found):
-            if any(text.startswith(f"rank {rank}: ") for text in verdict.messages):
+            if keys and any(text.startswith(f"rank {rank}: ") for text in verdict.messages):
                 more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
                 step = self.engine.applied + 1
                 texts.append(f"rank {rank}: step {step}: samples {', '.join(keys[:NAMED])}{more}")

@@ -41,7 +41,9 @@ def validate(
     with torch.no_grad(), engine.averaged():
         for batch in batches:
             # Every rank runs every batch, since ZeRO-3 gathers weights as it goes.
-            output = engine.forward(batch["image"])
+            output = engine.forward(batch["image"] if engine.first else None)
+            if not engine.last:
+                continue
             skipped.update(batch["skipped"])
             if batch["count"]:
                 labels = batch["label"].to(device)

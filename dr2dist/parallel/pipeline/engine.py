@@ -12,7 +12,7 @@ import contextlib
 import io
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,21 +23,11 @@ from torch import Tensor
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.errors import UserError
 from dr2dist.parallel.deepspeed_json import Precision
-from dr2dist.parallel.engine import ReversibleEngine
+from dr2dist.parallel.engine import ReversibleEngine, Work
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.parallel.pipeline.stage import Pass, Stage
 from dr2dist.parallel.verdict import Report, Verdict, decide
-
-
-class Work(NamedTuple):
-    """A step's micro-batches, asked for by number where they are needed.
-
-    images: [B, C, H, W], on the first stage. loss: mean loss of the output, on the last.
-    """
-
-    images: Callable[[int], Tensor]
-    loss: Callable[[int, Any], Tensor]
 
 
 class StagedEngine(ReversibleEngine):
@@ -58,6 +48,7 @@ class StagedEngine(ReversibleEngine):
         layers: list[Layer],
         own: range,
         precision: Precision = "fp32",
+        ema: float | None = None,
         returned: bool = True,
     ) -> None:
         if config["zero_optimization"]["stage"] > 1:
@@ -72,19 +63,16 @@ class StagedEngine(ReversibleEngine):
         for parameter in net.parameters():
             # DeepSpeed's norm of the gradient counts what is on this stage alone.
             parameter.model_parallel = True  # type: ignore[attr-defined]
-        super().__init__(net, optimizer, config, precision, groups=groups)
+        super().__init__(net, optimizer, config, precision, ema, groups=groups)
         self.grid, self._groups = grid, groups
-        self.number, self.replica = grid.place(dist.get_rank())
+        self.number = grid.place(dist.get_rank())[0]
         self.stage = Stage(net, layers, own, returned)
         self._link = _Link(self, layers, own, returned)
 
-    def run_step(self, work: Work, count: int, learning_rates: list[float]) -> Verdict:
-        """One optimiser step from `count` micro-batches; see ReversibleEngine.step."""
-        return self._decided(lambda: self._schedule(work, count), learning_rates)
-
-    def _schedule(self, work: Work, count: int) -> Verdict:
+    def _attempt(self, work: Work, count: int) -> Verdict:
         """All micro-batches forth and back, in DeepSpeed's order, and the verdict."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        work.begin()
         flight = _Flight(self, work, count, total)
         for commands in schedule.TrainSchedule(count, self.grid.stages, self.number):
             for command in commands:
@@ -99,9 +87,31 @@ class StagedEngine(ReversibleEngine):
         dist.all_reduce(squared, group=self._groups.get_pipe_parallel_group())
         return squared.sqrt()
 
+    def forward(self, images: Tensor | None) -> Any:
+        """The network's output on the last stage, None on others; no gradients.
+
+        images: [B, C, H, W] on the first stage. Every stage must come here.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            given = self._link.receive_any() if images is None else self._here(images)
+            found = self.stage.infer(given)
+        if self.last:
+            return found
+        self._link.send_any(found)
+        self._link.finish()
+        return None
+
+    def _here(self, images: Tensor) -> Tensor:
+        return images.to(self.device, self._held)
+
     def neighbour(self, step: int) -> int:
         """The rank of the next (1) or the previous (-1) stage of the same replica."""
         return self.grid.rank(self.number + step, self.replica)
+
+    @property
+    def replica(self) -> int:
+        """See ReversibleEngine."""
+        return self.grid.place(dist.get_rank())[1]
 
     @property
     def first(self) -> bool:
@@ -147,7 +157,7 @@ class _Flight:
     def _forward(self) -> None:
         engine = self.engine
         if engine.first:
-            self.given = self.work.images(self.begun).to(engine.device, engine._held)
+            self.given = engine._here(self.work.images(self.begun))
         assert self.given is not None
         with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine._autocast):
             run = engine.stage.forward(self.given)
@@ -203,6 +213,7 @@ class _Link:
         self.engine, self.returned = engine, returned
         self._sent: deque[tuple[Any, Tensor]] = deque()
         batch = engine._micro_batch
+        self._sample_before = layers[own.start - 1].shape
         self._before = None if engine.first else self._form(layers[own.start - 1], batch)
         self._after = None if engine.last else self._form(layers[own.stop - 1], batch)
 
@@ -221,6 +232,20 @@ class _Link:
 
     def send_forward(self, message: Tensor) -> None:
         """Tokens or a state."""
+        self._send(message, 1)
+
+    def receive_any(self) -> Tensor:
+        """As receive_forward, for any number of samples."""
+        assert self._before is not None
+        shape, dtype = self._before
+        batch = int(self._receive((1,), torch.int64, -1))
+        place = len(shape) - len(self._sample_before)
+        return self._receive((*shape[: place - 1], batch, *shape[place:]), dtype, -1)
+
+    def send_any(self, message: Tensor) -> None:
+        """As send_forward, for any number of samples."""
+        batch = message.shape[1 if self.engine.stage.gives_state else 0]
+        self._send(torch.tensor([batch], device=message.device), 1)
         self._send(message, 1)
 
     def receive_backward(self) -> tuple[Tensor, Tensor | None]:

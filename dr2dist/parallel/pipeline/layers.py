@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,9 +87,16 @@ class _Counted:
         return result
 
 
-def keep_only(net: ReversibleNetwork, layers: Sequence[Layer], own: range) -> None:
+def keep_only(
+    net: ReversibleNetwork,
+    layers: Sequence[Layer],
+    own: range,
+    weights: Callable[[str], Tensor] | None = None,
+) -> None:
     """Takes the parameters of all layers but a stage's own out of the network.
 
+    weights: gives the values of parameters by name where the network's are on the meta device;
+    only its own are asked for, and stay the same objects.
     Raises UserError if none of its own is trained: DeepSpeed needs something to step.
     """
     kept = {id(p) for layer in layers[own.start : own.stop] for p in parameters_of(net, layer)}
@@ -97,6 +104,10 @@ def keep_only(net: ReversibleNetwork, layers: Sequence[Layer], own: range) -> No
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in kept:
                 module._parameters[name] = None
+    if weights is not None:
+        for name, parameter in net.named_parameters():
+            real = nn.Parameter(weights(name), requires_grad=parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, real)
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise UserError(
             f"parallel.stages: nothing of layers {own.start} to {own.stop - 1} is trained; use "

@@ -46,6 +46,41 @@ class Stage:
         run.given = given
         return run
 
+    def infer(self, value: Tensor) -> Any:
+        """The same without a pass: what crosses the cut, or the network's output."""
+        given: Any = State(value[0], value[1]) if self.takes_state else value
+        with torch.no_grad():
+            for layers in self.runs:
+                if layers[0].kind == "function":
+                    given = self._infer_chain(layers, given)
+                else:
+                    given = _call_of(self.net, layers[0])(given)
+        return torch.stack(tuple(given)) if self.gives_state else given
+
+    def _infer_chain(self, layers: Sequence[Layer], given: Tensor | State) -> Tensor | State:
+        chain, segment = self._segment(layers)
+        dtype = _dtype(segment) if isinstance(given, State) else given.dtype
+        layout = _layout(chain)
+        if layers[-1].last:
+            return segment.infer(given, NO_SIDES, chain.setting, layout, dtype=dtype)[0]
+        return segment.infer_state(given, NO_SIDES, chain.setting, layout, dtype)
+
+    def _segment(self, layers: Sequence[Layer]) -> tuple[Chain, Segment]:
+        """A chain, and the part of it that some layers are."""
+        chain = self.net.chains[layers[0].chain]
+        functions = list(chain.functions)[layers[0].index : layers[-1].index + 1]
+        return chain, Segment(functions, chain.runner, layers[0].index)
+
+
+def _layout(chain: Chain) -> Layout:
+    setting = chain.setting
+    return Layout(setting.chunk_size, setting.chunk_tokens)  # type: ignore[arg-type]
+
+
+def _dtype(segment: Segment) -> torch.dtype:
+    """What tokens are handed on in, where only a state is known: what weights are held in."""
+    return next(segment.functions[0].parameters()).dtype
+
 
 def _runs(layers: Sequence[Layer]) -> list[list[Layer]]:
     """Functions of one chain together, all else by itself."""
@@ -75,10 +110,7 @@ class Pass:
         """Runs some layers on what the ones before them gave."""
         first, net = layers[0], self.stage.net
         if first.kind == "function":
-            chain = net.chains[first.chain]
-            functions = list(chain.functions)[first.index : layers[-1].index + 1]
-            segment = Segment(functions, chain.runner, first.index)
-            reversal = _Reversal(chain, segment, given, layers[-1].last)
+            reversal = _Reversal(*self.stage._segment(layers), given, layers[-1].last)
             self._undo.append(reversal)
             return reversal.state if reversal.ends_open else reversal.tokens()
         assert isinstance(given, Tensor)
@@ -171,14 +203,13 @@ class _Reversal:
 
     def __init__(self, chain: Chain, segment: Segment, given: Tensor | State, last: bool) -> None:
         self.chain, self.segment, self.ends_open = chain, segment, not last
-        setting = chain.setting
-        layout = Layout(setting.chunk_size, setting.chunk_tokens)  # type: ignore[arg-type]
+        setting, layout = chain.setting, _layout(chain)
         self.began_with_state = isinstance(given, State)
         self.tape: Tape
         self.state: State | None
         with torch.no_grad():
             if isinstance(given, State):
-                dtype = next(segment.functions[0].parameters()).dtype
+                dtype = _dtype(segment)
                 self.state, self.tape = segment.go_on(given, dtype, NO_SIDES, setting, layout)
                 self.dtype = self.tape.dtype
             else:
