@@ -15,6 +15,8 @@ from dr2dist.errors import UserError
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import layers_of
 from dr2dist.parallel.pipeline.partition import partition
+from dr2dist.parallel.pipeline.stage import Stage
+from dr2dist.reversible.costs import Watermark
 from tests.models import build
 from tests.pool import Pool
 
@@ -121,3 +123,23 @@ def test_what_cannot_be_cut_is_refused() -> None:
         partition([1.0] * 4, 5)
     with pytest.raises(UserError, match="share inputs"):
         layers_of(dr2dist.convert(build("beit-shared-bias")), (32, 32))
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_a_micro_batch_in_flight_holds_remainders_and_at_most_a_state(returned: bool) -> None:
+    net = dr2dist.convert(build("vit", depth=4), alpha=0.5, beta=0.5).train()
+    stage = Stage(net, layers_of(net, (32, 32)), range(3, 7), returned)
+    batch, tokens, width, functions = 8, 17, 48, 4
+    held, flight = [], []
+    with Watermark() as mark:
+        for _ in range(4):
+            run = stage.forward(torch.zeros(2, batch, tokens, width, dtype=torch.int32))
+            run.message()
+            flight.append(run)
+            held.append(mark.alive)
+    one_tensor = 4 * batch * tokens * width
+    state = 0 if returned else 2 * one_tensor
+    # 1 bit of each element and function; 8 bytes a function and some for flags and seeds.
+    grown = {after - before for before, after in itertools.pairwise(held)}
+    small = max(grown) - state - functions * one_tensor // 32
+    assert len(grown) == 1 and 0 <= small < 1000

@@ -35,7 +35,7 @@ def _columns(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     """(title, text by case)."""
     columns = []
     token = results["token_bytes"]
-    for depth, lines in results.get("memory", {}).items():
+    for depth, lines in _by_depth(results):
         low, high = results["batches"]
         title = f"depth {depth}: memory of batch {high}"
         columns.append((title, _texts(lines, lambda x: f"{x['growth'][1] / MIB:.0f} MiB")))
@@ -55,12 +55,19 @@ def _columns(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     return columns
 
 
+def _by_depth(results: dict[str, Any]) -> list[tuple[str, dict[str, Found]]]:
+    """The measurements of memory, from the shallowest network to the deepest."""
+    found = results.get("memory", {})
+    return sorted(found.items(), key=lambda item: 0 if item[0] == "own" else int(item[0]))
+
+
 def _depth_column(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     if len(results.get("memory", {})) < 2:
         return []
-    (low, first), *_, (high, last) = results["memory"].items()
+    (low, first), *_, (high, last) = _by_depth(results)
     unit = (int(high) - int(low)) * results["token_bytes"]
-    both = {case: {"slope": last[case]["slope"] - first[case]["slope"]} for case in _sound(last)}
+    known = set(_sound(last)) & set(_sound(first))
+    both = {case: {"slope": last[case]["slope"] - first[case]["slope"]} for case in known}
     return [
         ("token tensors per sample and block", _texts(both, lambda x: f"{x['slope'] / unit:.2f}"))
     ]
@@ -105,7 +112,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     panels = []
-    for depth, lines in results.get("memory", {}).items():
+    for depth, lines in _by_depth(results):
         panels.append((_draw_lines, lines, f"samples, depth {depth}"))
     if "time" in results:
         panels.append((_draw_times, results["time"], "seconds a step"))
