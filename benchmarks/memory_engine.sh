@@ -21,7 +21,10 @@ for part in "${@:-memory limits resolution depths time}"; do
                     "exact sliced"
                 ;;
             depths) bench --measure memory --depths 12 96 --cases "float sliced" "exact sliced" ;;
-            time) bench --measure time --depths 24 ;;
+            time)
+                bench --measure time --depths 12 --cases conventional "checkpoint per block" \
+                    "checkpoint per block, no early stop" exact "exact sliced" budget
+                ;;
             *)
                 echo "memory_engine.sh: found '$name', allowed are memory, limits, resolution," \
                     "depths, time" >&2
