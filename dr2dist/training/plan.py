@@ -77,7 +77,7 @@ class Plan:
                 f"({last.alpha:.4f}, {last.beta:.4f})",
                 f"samples       {self.train.num_samples} for training, {held_out} for validation",
                 f"steps         {self.steps} of {self.global_batch} samples on "
-                f"{self.grid.replicas} replica(s), {self.steps_per_epoch} an epoch",
+                f"{self.grid.stages * self.grid.replicas} rank(s), {self.steps_per_epoch} an epoch",
                 f"ZeRO          {self.deepspeed['zero_optimization']['stage']}",
                 *self._describe_stages(),
             ]
