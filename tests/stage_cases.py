@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,6 +99,9 @@ def fault(kind: str) -> str:
         if kind == "coefficients":
             for chain in engine.chains:
                 chain.set_coefficients(0.8, 0.2)
+        if kind == "bits":
+            for chain in engine.chains:
+                chain.setting = replace(chain.setting, fraction_bits=17)
         if kind == "step":
             engine.applied += 1
     with pytest.raises(UnprovenStepError) as error:

@@ -84,10 +84,10 @@ def test_a_cut_anywhere_gives_the_same_bits_reversed_returned_or_stored(
             assert torch.equal(value, weights[name]), name
 
 
-@pytest.mark.parametrize("kind", ["coefficients", "step"])
+@pytest.mark.parametrize("kind", ["coefficients", "bits", "step"])
 def test_a_rank_that_disagrees_is_named_and_nothing_is_applied(kind: str, two_ranks: Pool) -> None:
     for message in two_ranks.run("tests.stage_cases:fault", kind=kind):
-        assert "rank 1: coefficients or step differ" in message
+        assert "rank 1: coefficients, fraction bits or step differ" in message
 
 
 def test_the_grid_is_deepspeeds_and_keeps_a_stages_replicas_together() -> None:

@@ -79,6 +79,8 @@ class ReversibleEngine:
         if weights is not None:
             shard(net, weights, config, DTYPES[precision])
         parameters = [p for p in net.parameters() if p.requires_grad]
+        # DeepSpeed remembers a process's last grid, also for engines that have none.
+        deepspeed.utils.groups.mpu = groups
         self._engine, *_ = deepspeed.initialize(
             model=net, optimizer=optimizer, config=config, mpu=groups
         )

@@ -53,7 +53,8 @@ class Report:
         """fp64 [3 + chains * (Flags.SIZE + 1)]: every integer here is below 2^53."""
         device = self.loss.device
         head = torch.stack([self.loss.double(), self.gradient.double()])
-        key = torch.tensor([_hash(coefficients, step)], dtype=torch.float64, device=device)
+        bits = [chain.setting.fraction_bits for chain in self.chains]
+        key = torch.tensor([_hash(coefficients, step, bits)], dtype=torch.float64, device=device)
         parts = [head, key]
         for chain in self.chains:
             flags, drift = chain.ledger.take()
@@ -85,7 +86,9 @@ def _read(rows: list[list[float]], names: list[str]) -> Verdict:
     for rank, (loss, gradient, key, *chains) in enumerate(rows):
         if key != rows[0][2]:
             kinds.add("disagreement")
-            messages.append(f"rank {rank}: coefficients or step differ from rank 0's")
+            messages.append(
+                f"rank {rank}: coefficients, fraction bits or step differ from rank 0's"
+            )
         for place, name in enumerate(names):
             start = place * (Flags.SIZE + 1)
             flags = [int(value) for value in chains[start : start + Flags.SIZE]]
@@ -117,8 +120,8 @@ def failure_kinds(flags: list[int]) -> set[Kind]:
     return kinds
 
 
-def _hash(coefficients: tuple[float, float], step: int) -> int:
-    return zlib.crc32(struct.pack("<ddq", *coefficients, step))
+def _hash(coefficients: tuple[float, float], step: int, fraction_bits: list[int]) -> int:
+    return zlib.crc32(struct.pack("<ddq", *coefficients, step) + bytes(fraction_bits))
 
 
 class GradientWatch:
