@@ -308,13 +308,9 @@ def _sum_taps(taps: Sequence[int], grads: Sequence[Tensor | None]) -> dict[int, 
 
 
 def _input_grad(ctx: Any, grad: Gradient) -> Tensor | None:
-    """dh = dx_0 + beta * dy_0: the stem feeds both residuals."""
     if not ctx.tape.x_needs_grad:
         return None
-    dx = grad.x
-    if grad.y is not None:
-        dx = dx.add_(grad.y, alpha=ctx.tape.setting.beta)
-    return dx.to(ctx.x_dtype)
+    return grad.of_tokens(ctx.tape.setting.beta).to(ctx.x_dtype)
 
 
 def _side_grads(tape: Tape, found: dict[str, Tensor]) -> list[Tensor | None]:

@@ -26,3 +26,7 @@ class Gradient(NamedTuple):
 
     x: Tensor
     y: Tensor | None
+
+    def of_tokens(self, beta: float) -> Tensor:
+        """At a chain's start, dh = dx_0 + beta * dy_0: its tokens feed both residuals. Consumed."""
+        return self.x if self.y is None else self.x.add_(self.y, alpha=beta)

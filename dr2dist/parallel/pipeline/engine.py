@@ -67,7 +67,7 @@ class StagedEngine(ReversibleEngine):
         self.grid, self._groups = grid, groups
         self.number = grid.place(dist.get_rank())[0]
         self.stage = Stage(net, layers, own, returned)
-        self._link = _Link(self, layers, own, returned)
+        self._link = _Link(self, layers, own)
 
     def _attempt(self, work: Work, count: int) -> Verdict:
         """All micro-batches forth and back, in DeepSpeed's order, and the verdict."""
@@ -207,10 +207,8 @@ class _Turn(torch.autograd.Function):
 class _Link:
     """What a stage exchanges with its neighbours. States travel as their bits, untouched."""
 
-    def __init__(
-        self, engine: StagedEngine, layers: list[Layer], own: range, returned: bool
-    ) -> None:
-        self.engine, self.returned = engine, returned
+    def __init__(self, engine: StagedEngine, layers: list[Layer], own: range) -> None:
+        self.engine = engine
         self._sent: deque[tuple[Any, Tensor]] = deque()
         batch = engine._micro_batch
         self._sample_before = layers[own.start - 1].shape
@@ -253,9 +251,9 @@ class _Link:
         assert self._after is not None
         shape, dtype = self._after
         self.finish()  # it has arrived, or there would be no answer; its memory is used again
-        if shape[0] != 2 or not self.engine.stage.gives_state:
+        if not self.engine.stage.gives_state:
             return self._receive(shape, dtype, 1), None
-        if not self.returned:
+        if not self.engine.stage.returned:
             return self._receive(shape, torch.float32, 1), None
         both = self._receive((4, *shape[1:]), torch.float32, 1)
         return both[:2], both[2:].view(dtype)
@@ -263,7 +261,7 @@ class _Link:
     def send_backward(self, run: Pass, gradient: Tensor | None) -> None:
         """The gradient of what was received, with the state that was reconstructed of it."""
         assert gradient is not None
-        if self.engine.stage.takes_state and self.returned:
+        if self.engine.stage.takes_state and self.engine.stage.returned:
             assert run.state_taken is not None
             state = torch.stack(tuple(run.state_taken)).view(torch.float32)
             gradient = torch.cat([gradient, state])

@@ -120,15 +120,15 @@ class Pass:
 
     def message(self) -> Tensor:
         """What crosses the cut, in memory of its own: tokens, or the state stacked."""
+        given, self.given = self.given, None
         if not self.stage.gives_state:
-            tokens: Tensor = self.given
+            tokens: Tensor = given
             return tokens
-        message = torch.stack(tuple(self.given))
+        message = torch.stack(tuple(given))
         # The pass goes on from the message: no state is held twice.
         reversal = self._undo[-1]
         assert isinstance(reversal, _Reversal)
         reversal.state = None if self.stage.returned else State(message[0], message[1])
-        self.given = None
         return message
 
     def end_with(self, loss: Tensor) -> None:
@@ -211,10 +211,10 @@ class _Reversal:
             if isinstance(given, State):
                 dtype = _dtype(segment)
                 self.state, self.tape = segment.go_on(given, dtype, NO_SIDES, setting, layout)
-                self.dtype = self.tape.dtype
             else:
-                self.dtype = given.dtype
+                dtype = given.dtype
                 self.state, self.tape, _ = segment.forward(given, NO_SIDES, setting, layout)
+        self.dtype = dtype
         chain.open(self.tape)
 
     def tokens(self) -> Tensor:
@@ -236,6 +236,5 @@ class _Reversal:
         if self.began_with_state:
             return result.grad
         self.state = None
-        assert result.grad is not None and result.grad.y is not None
-        start = result.grad.x.add_(result.grad.y, alpha=self.tape.setting.beta)
-        return start.to(self.dtype)
+        assert result.grad is not None
+        return result.grad.of_tokens(self.tape.setting.beta).to(self.dtype)
