@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Measures, writing the files anew after each measurement, and prints the table."""
+    """Measures, writing the files anew after each case, and prints the table."""
     from dr2dist.bench import measure
     from dr2dist.bench.cases import BUDGET, Spec
 
@@ -60,30 +61,35 @@ def run(given: argparse.Namespace) -> int:
     specs = [replace(first, case=case) for case in cases if case != BUDGET]
     results = _begin(given, cases)
     results |= measure.facts(first)
-    write(results, given.output)
+
+    def keep(found: Iterable[tuple[str, Any]], *place: str) -> None:
+        """Writes each case's result as it comes: a measurement may take long."""
+        lines = results
+        for name in place:
+            lines = lines.setdefault(name, {})
+        for case, line in found:
+            lines[case] = line
+            write(results, given.output)
+
     if "memory" in given.measure or "batch" in given.measure:
         for depth in depths:
             deep = [replace(spec, depth=depth) for spec in specs]
-            lines = measure.memory(deep, tuple(given.batches))
-            results.setdefault("memory", {}).setdefault(str(depth or "own"), {}).update(lines)
-            write(results, given.output)
+            keep(measure.memory(deep, tuple(given.batches)), "memory", str(depth or "own"))
     if "time" in given.measure:
         timed = list(specs)
         if BUDGET in cases:
             timed.append(measure.budget_spec(first, given.time_batch))
         results["time"] = measure.times(timed, given.time_batch, given.rounds)
         exact = [spec for spec in specs if spec.case.startswith("exact")]
-        results["arithmetic"] = measure.share_of_arithmetic(exact, given.time_batch, given.rounds)
-        write(results, given.output)
+        keep(measure.share_of_arithmetic(exact, given.time_batch, given.rounds), "arithmetic")
     if "batch" in given.measure:
         lines = results["memory"][str(depths[0] or "own")]
-        results["batch"] = measure.confirm(specs, lines, results["limit"])
-        write(results, given.output)
+        keep(measure.confirm(specs, lines, results["limit"]), "batch")
     if "resolution" in given.measure:
         slices = {"chunk_size": 1, "chunk_tokens": given.chunk_tokens}
         large = [replace(spec, slices=slices) for spec in specs]
-        results["resolution"] = measure.resolution(large, tuple(given.sizes), results["patch"])
-        write(results, given.output)
+        keep(measure.resolution(large, tuple(given.sizes), results["patch"]), "resolution")
+    write(results, given.output)
     print((given.output / "results.md").read_text(), end="")
     return 0
 

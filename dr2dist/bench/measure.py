@@ -1,10 +1,10 @@
-"""The measurements: each takes cases to plain values, by case."""
+"""The measurements: each takes cases to plain values; those of memory case by case."""
 
 from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from dr2dist.bench.cases import BUDGET, CONVENTIONAL, PER_BLOCK, Spec
 from dr2dist.bench.process import CaseError, Process, ask_once
 
 Found = dict[str, Any]
+ByCase = Iterator[tuple[str, Found]]
 
 SPARE = 0.97
 """A limit is aimed at with this part of what the slope promises."""
@@ -25,12 +26,12 @@ def facts(spec: Spec) -> Found:
     return ask_once(spec, "facts")
 
 
-def memory(specs: Sequence[Spec], batches: tuple[int, int]) -> dict[str, Found]:
+def memory(specs: Sequence[Spec], batches: tuple[int, int]) -> ByCase:
     """Growth of peak memory at two batches, and its slope in bytes per sample."""
     return _each(specs, "memory", lambda spec: _line(spec, [(batch, spec) for batch in batches]))
 
 
-def resolution(specs: Sequence[Spec], sizes: tuple[int, int], patch: int) -> dict[str, Found]:
+def resolution(specs: Sequence[Spec], sizes: tuple[int, int], patch: int) -> ByCase:
     """Growth of one image at two sizes, and its slope in bytes per token of patch x patch."""
 
     def one(spec: Spec) -> Found:
@@ -62,7 +63,7 @@ def largest(line: Found, limit: int) -> int:
     return max(0, int((limit - line["peak_at_0"]) / line["peak_slope"]))
 
 
-def confirm(specs: Sequence[Spec], lines: dict[str, Found], limit: int) -> dict[str, Found]:
+def confirm(specs: Sequence[Spec], lines: dict[str, Found], limit: int) -> ByCase:
     """The largest batch under a limit: predicted from the slopes, then run and found within it."""
 
     def one(spec: Spec) -> Found:
@@ -111,7 +112,7 @@ def _ratios(case: str, found: dict[str, list[float]]) -> Found:
     return result
 
 
-def share_of_arithmetic(specs: Sequence[Spec], batch: int, rounds: int) -> dict[str, Found]:
+def share_of_arithmetic(specs: Sequence[Spec], batch: int, rounds: int) -> ByCase:
     """The part of a step that exact arithmetic takes: both measured by turns in one process."""
 
     def one(spec: Spec) -> Found:
@@ -126,12 +127,10 @@ def share_of_arithmetic(specs: Sequence[Spec], batch: int, rounds: int) -> dict[
     return _each(specs, "arithmetic", one)
 
 
-def _each(specs: Sequence[Spec], title: str, one: Callable[[Spec], Found]) -> dict[str, Found]:
-    """The results of all cases; one whose process ended has its last words instead."""
-    found: dict[str, Found] = {}
+def _each(specs: Sequence[Spec], title: str, one: Callable[[Spec], Found]) -> ByCase:
+    """The result of each case; one whose process ended has its last words instead."""
     for spec in tqdm(specs, desc=title):
         try:
-            found[spec.case] = one(spec)
+            yield spec.case, one(spec)
         except CaseError as error:
-            found[spec.case] = {"failed": str(error)}
-    return found
+            yield spec.case, {"failed": str(error)}
