@@ -61,6 +61,12 @@ def test_stages_and_replicas_under_zero_1_train_as_one_does(whole: Any, four_ran
     check(four_ranks.run(CURVE, kind=kind, stages=2, zero=1), wanted, kind)
 
 
+@pytest.mark.parametrize("kind", ["eva-rope", "eva-mixed-rope", "beit-shared-bias"])
+def test_what_functions_share_crosses_the_cuts(kind: str, one_rank: Pool, four_ranks: Pool) -> None:
+    (wanted,) = one_rank.run(CURVE, kind=kind, stages=1, steps=5)
+    check(four_ranks.run(CURVE, kind=kind, stages=4, steps=5, cuts=(3, 4, 9)), wanted, kind)
+
+
 @pytest.mark.parametrize("arithmetic", ["exact", "float"])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("cut", [1, 4, 9])
@@ -121,8 +127,6 @@ def test_the_slowest_stage_is_as_fast_as_it_can_be(seed: int) -> None:
 def test_what_cannot_be_cut_is_refused() -> None:
     with pytest.raises(UserError, match=r"parallel\.stages is 5, the network has 4 layers"):
         partition([1.0] * 4, 5)
-    with pytest.raises(UserError, match="share inputs"):
-        layers_of(dr2dist.convert(build("beit-shared-bias")), (32, 32))
 
 
 @pytest.mark.parametrize("returned", [True, False])

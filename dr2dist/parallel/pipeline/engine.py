@@ -26,6 +26,7 @@ from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.engine import ReversibleEngine, Work
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer
+from dr2dist.parallel.pipeline.link import Handed, Link, Returned
 from dr2dist.parallel.pipeline.stage import Pass, Stage
 from dr2dist.parallel.verdict import Report, Verdict, decide
 
@@ -67,7 +68,15 @@ class StagedEngine(ReversibleEngine):
         self.grid, self._groups = grid, groups
         self.number = grid.place(dist.get_rank())[0]
         self.stage = Stage(net, layers, own, returned)
-        self._link = _Link(self, layers, own)
+        self._link = Link(
+            self.stage,
+            None if self.first else layers[own.start - 1],
+            None if self.last else layers[own.stop - 1],
+            (self._neighbour(-1), self._neighbour(1)),
+            self._micro_batch,
+            self._held,
+            self.device,
+        )
 
     def _attempt(self, work: Work, count: int) -> Verdict:
         """All micro-batches forth and back, in DeepSpeed's order, and the verdict."""
@@ -93,10 +102,10 @@ class StagedEngine(ReversibleEngine):
         images: [B, C, H, W] on the first stage. Every stage must come here.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            given = self._link.receive_any() if images is None else self._here(images)
-            found = self.stage.infer(given)
+            given = self._link.receive_any() if images is None else Handed(self._here(images), {})
+            found = Handed(*self.stage.infer(*given))
         if self.last:
-            return found
+            return found.value
         self._link.send_any(found)
         self._link.finish()
         return None
@@ -104,9 +113,10 @@ class StagedEngine(ReversibleEngine):
     def _here(self, images: Tensor) -> Tensor:
         return images.to(self.device, self._held)
 
-    def neighbour(self, step: int) -> int:
-        """The rank of the next (1) or the previous (-1) stage of the same replica."""
-        return self.grid.rank(self.number + step, self.replica)
+    def _neighbour(self, step: int) -> int | None:
+        """The rank of the next (1) or the previous (-1) stage of the same replica, if there is."""
+        stage = self.number + step
+        return self.grid.rank(stage, self.replica) if 0 <= stage < self.grid.stages else None
 
     @property
     def replica(self) -> int:
@@ -131,8 +141,8 @@ class _Flight:
         self.engine, self.work, self.count, self.total = engine, work, count, total
         self.passes: deque[Pass] = deque()
         self.losses: deque[Tensor] = deque()
-        self.given: Tensor | None = None
-        self.returned: tuple[Tensor, Tensor | None] | None = None
+        self.given: Handed | None = None
+        self.returned: Returned | None = None
         self.back: tuple[Pass, Tensor | None] | None = None
         self.begun = self.ended = 0
 
@@ -144,7 +154,8 @@ class _Flight:
         elif isinstance(command, schedule.ForwardPass):
             self._forward()
         elif isinstance(command, schedule.SendActivation):
-            link.send_forward(self.passes[-1].message())
+            run = self.passes[-1]
+            link.send_forward(Handed(run.message(), run.shared))
         elif isinstance(command, schedule.RecvGrad):
             self.returned = link.receive_backward()
         elif isinstance(command, schedule.BackwardPass):
@@ -157,10 +168,10 @@ class _Flight:
     def _forward(self) -> None:
         engine = self.engine
         if engine.first:
-            self.given = engine._here(self.work.images(self.begun))
+            self.given = Handed(engine._here(self.work.images(self.begun)), {})
         assert self.given is not None
         with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine._autocast):
-            run = engine.stage.forward(self.given)
+            run = engine.stage.forward(*self.given)
         self.given = None
         if engine.last:
             loss = self.work.loss(self.begun, run.given)
@@ -202,83 +213,3 @@ class _Turn(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         ctx.back(gradient)
         return None, None, None
-
-
-class _Link:
-    """What a stage exchanges with its neighbours. States travel as their bits, untouched."""
-
-    def __init__(self, engine: StagedEngine, layers: list[Layer], own: range) -> None:
-        self.engine = engine
-        self._sent: deque[tuple[Any, Tensor]] = deque()
-        batch = engine._micro_batch
-        self._sample_before = layers[own.start - 1].shape
-        self._before = None if engine.first else self._form(layers[own.start - 1], batch)
-        self._after = None if engine.last else self._form(layers[own.stop - 1], batch)
-
-    def _form(self, layer: Layer, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """(shape, dtype) of what crosses the cut behind a layer."""
-        engine, shape = self.engine, (batch, *layer.shape)
-        if not layer.hands_on_state:
-            return shape, engine._held
-        exact = engine.chains[0].setting.arithmetic == "exact"
-        return (2, *shape), torch.int32 if exact else torch.float32
-
-    def receive_forward(self) -> Tensor:
-        """Tokens or a state, in memory of its own."""
-        assert self._before is not None
-        return self._receive(*self._before, -1)
-
-    def send_forward(self, message: Tensor) -> None:
-        """Tokens or a state."""
-        self._send(message, 1)
-
-    def receive_any(self) -> Tensor:
-        """As receive_forward, for any number of samples."""
-        assert self._before is not None
-        shape, dtype = self._before
-        batch = int(self._receive((1,), torch.int64, -1))
-        place = len(shape) - len(self._sample_before)
-        return self._receive((*shape[: place - 1], batch, *shape[place:]), dtype, -1)
-
-    def send_any(self, message: Tensor) -> None:
-        """As send_forward, for any number of samples."""
-        batch = message.shape[1 if self.engine.stage.gives_state else 0]
-        self._send(torch.tensor([batch], device=message.device), 1)
-        self._send(message, 1)
-
-    def receive_backward(self) -> tuple[Tensor, Tensor | None]:
-        """(gradient, the state that was sent, if it comes back)."""
-        assert self._after is not None
-        shape, dtype = self._after
-        self.finish()  # it has arrived, or there would be no answer; its memory is used again
-        if not self.engine.stage.gives_state:
-            return self._receive(shape, dtype, 1), None
-        if not self.engine.stage.returned:
-            return self._receive(shape, torch.float32, 1), None
-        both = self._receive((4, *shape[1:]), torch.float32, 1)
-        return both[:2], both[2:].view(dtype)
-
-    def send_backward(self, run: Pass, gradient: Tensor | None) -> None:
-        """The gradient of what was received, with the state that was reconstructed of it."""
-        assert gradient is not None
-        if self.engine.stage.takes_state and self.engine.stage.returned:
-            assert run.state_taken is not None
-            state = torch.stack(tuple(run.state_taken)).view(torch.float32)
-            gradient = torch.cat([gradient, state])
-        self._send(gradient, -1)
-
-    def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, step: int) -> Tensor:
-        buffer = torch.empty(shape, dtype=dtype, device=self.engine.device)
-        dist.recv(buffer, self.engine.neighbour(step))
-        return buffer
-
-    def _send(self, message: Tensor, step: int) -> None:
-        message = message.contiguous()
-        self._sent.append((dist.isend(message, self.engine.neighbour(step)), message))
-        while self._sent and self._sent[0][0].is_completed():
-            self._sent.popleft()
-
-    def finish(self) -> None:
-        """Waits for all that was sent."""
-        while self._sent:
-            self._sent.popleft()[0].wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.errors import UserError
+from dr2dist.reversible import Sides
 
 Kind = Literal["stem", "transition", "function", "tail"]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An input that functions share. trained: whether the stem gets a gradient for it."""
+
+    name: str
+    shape: tuple[int, ...]
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Layer:
 
     chain: which one, of transitions and functions. index: of a function in its chain. flops: of
     one sample's forward pass. shape: of one sample's output, without the batch. last: whether it
-    ends its chain.
+    ends its chain. shared: what functions behind it take of the stem beside tokens.
     """
 
     kind: Kind
@@ -32,6 +42,7 @@ class Layer:
     flops: int
     shape: tuple[int, ...]
     last: bool = False
+    shared: tuple[Shared, ...] = ()
 
     @property
     def hands_on_state(self) -> bool:
@@ -42,25 +53,45 @@ class Layer:
 def layers_of(net: ReversibleNetwork, size: tuple[int, int]) -> list[Layer]:
     """The network's layers in order, measured on the meta device for images of a size.
 
-    Raises UserError for a network that cannot be cut: one whose functions share inputs, or whose
-    family does not say what its head uses.
+    Raises UserError for a network that cannot be cut: one whose functions share what differs from
+    sample to sample, or whose family does not say what its head uses.
     """
     if net._tail is None:
         raise UserError(f"parallel.stages: the family {net.family.name} does not name its tail")
     meta: Any = copy.deepcopy(net).to("meta").eval()
+    meta._cut()  # functions still hold a block's own parameters as they were
+    images = torch.empty(1, 3, *size, device="meta")
+    stem = meta.family.stem(meta, images)  # with its graph, which tells what is trained
+    shared = [_shared(name, value, stem.batched) for name, value in stem.sides.items()]
     with torch.no_grad():
-        return list(_walk(meta, torch.empty(1, 3, *size, device="meta")))
+        return _with_shared(list(_walk(meta, images)), meta, shared)
+
+
+def _shared(name: str, value: Any, batched: Sequence[str]) -> Shared:
+    if name in batched or not isinstance(value, Tensor):
+        raise UserError(
+            f"parallel.stages: functions share the input {name}, which stages do not hand on: it "
+            "must be a tensor that is the same for all samples"
+        )
+    return Shared(name, tuple(value.shape), value.requires_grad)
+
+
+def _with_shared(layers: list[Layer], net: Any, shared: Sequence[Shared]) -> list[Layer]:
+    """The layers, each with what the ones behind it take."""
+    sides = Sides({each.name: each for each in shared})
+    needed: set[str] = set()
+    found = []
+    for layer in reversed(layers):
+        found.append(replace(layer, shared=tuple(x for x in shared if x.name in needed)))
+        if layer.kind == "function":
+            needed |= sides.of(net.chains[layer.chain].functions[layer.index]).keys()
+    return found[::-1]
 
 
 def _walk(net: Any, images: Tensor) -> Iterator[Layer]:
     counted = _Counted()
     stem = counted(net.family.stem, net, images)
-    if stem.sides:
-        raise UserError(
-            f"parallel.stages: functions of this {net.family.name} model share inputs "
-            f"({', '.join(stem.sides)}), which stages do not hand on"
-        )
-    tokens = stem.tokens
+    tokens, sides = stem.tokens, Sides(stem.sides)
     yield Layer("stem", 0, 0, counted.flops, tuple(tokens.shape[1:]))
     for chain, found in enumerate(net.chains):
         transition = net._transitions.get(chain)
@@ -68,7 +99,7 @@ def _walk(net: Any, images: Tensor) -> Iterator[Layer]:
             tokens = counted(transition.module, tokens)
             yield Layer("transition", chain, 0, counted.flops, tuple(tokens.shape[1:]))
         for index, function in enumerate(found.functions):
-            counted(function, tokens)
+            counted(function, tokens, **sides.of(function))
             last = index == len(found.functions) - 1
             yield Layer("function", chain, index, counted.flops, tuple(tokens.shape[1:]), last)
     output = counted(net._tail.module, tokens)
@@ -80,9 +111,9 @@ class _Counted:
 
     flops = 0
 
-    def __call__(self, function: Any, *args: Any) -> Any:
+    def __call__(self, function: Any, *args: Any, **options: Any) -> Any:
         with FlopCounterMode(display=False) as counter:
-            result = function(*args)
+            result = function(*args, **options)
         self.flops = int(counter.get_total_flops())
         return result
 

@@ -6,7 +6,7 @@ state. What it was given is overwritten on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.reversible import Chain, Gradient, Layout, Segment, Sides, State, Tape
 
-NO_SIDES = Sides({})
+Shares = dict[str, Tensor]
+"""What functions share beside the tokens, by name; or gradients of it, fp32."""
 
 
 class Stage:
@@ -37,33 +38,42 @@ class Stage:
         self.gives_state = self.layers[-1].hands_on_state
         self.runs = _runs(self.layers)
 
-    def forward(self, value: Tensor) -> Pass:
-        """Images, tokens [B, ...], or a state [2, B, ...] in memory of its own, to an open pass."""
-        run = Pass(self)
+    def forward(self, value: Tensor, shared: Mapping[str, Tensor] | None = None) -> Pass:
+        """Images, tokens [B, ...], or a state [2, B, ...] in memory of its own, to an open pass.
+
+        shared: what the stages before hand on; those that gradients are wanted of require them.
+        """
+        run = Pass(self, dict(shared or {}))
         given: Tensor | State = State(value[0], value[1]) if self.takes_state else value
         for layers in self.runs:
             given = run.extend(layers, given)
         run.given = given
         return run
 
-    def infer(self, value: Tensor) -> Any:
-        """The same without a pass: what crosses the cut, or the network's output."""
+    def infer(self, value: Tensor, shared: Mapping[str, Tensor] | None = None) -> tuple[Any, Any]:
+        """The same without a pass: what crosses the cut or comes out, and what is shared."""
         given: Any = State(value[0], value[1]) if self.takes_state else value
+        shares: Mapping[str, Tensor] = shared or {}
         with torch.no_grad():
             for layers in self.runs:
-                if layers[0].kind == "function":
-                    given = self._infer_chain(layers, given)
+                if layers[0].kind == "stem":
+                    stem = self.net.family.stem(self.net, given)
+                    given, shares = stem.tokens, stem.sides
+                elif layers[0].kind == "function":
+                    given = self._infer_chain(layers, given, Sides(dict(shares)))
                 else:
                     given = _call_of(self.net, layers[0])(given)
-        return torch.stack(tuple(given)) if self.gives_state else given
+        return torch.stack(tuple(given)) if self.gives_state else given, shares
 
-    def _infer_chain(self, layers: Sequence[Layer], given: Tensor | State) -> Tensor | State:
+    def _infer_chain(
+        self, layers: Sequence[Layer], given: Tensor | State, sides: Sides
+    ) -> Tensor | State:
         chain, segment = self._segment(layers)
         dtype = _dtype(segment) if isinstance(given, State) else given.dtype
         layout = _layout(chain)
         if layers[-1].last:
-            return segment.infer(given, NO_SIDES, chain.setting, layout, dtype=dtype)[0]
-        return segment.infer_state(given, NO_SIDES, chain.setting, layout, dtype)
+            return segment.infer(given, sides, chain.setting, layout, dtype=dtype)[0]
+        return segment.infer_state(given, sides, chain.setting, layout, dtype)
 
     def _segment(self, layers: Sequence[Layer]) -> tuple[Chain, Segment]:
         """A chain, and the part of it that some layers are."""
@@ -98,23 +108,29 @@ class Pass:
     """A micro-batch between its forward and its backward pass.
 
     given: what the last layer gave: tokens, a state, or the network's output with its graph.
+    shared: what functions share. shared_grads: of it, fp32, as far as the backward pass has come.
     """
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, shared: Shares) -> None:
+        self.stage, self.shared = stage, shared
         self.given: Any = None
         self.state_taken: State | None = None
+        self.shared_grads: Shares = {}
         self._undo: list[_Graph | _Reversal] = []
 
     def extend(self, layers: Sequence[Layer], given: Tensor | State) -> Any:
         """Runs some layers on what the ones before them gave."""
         first, net = layers[0], self.stage.net
         if first.kind == "function":
-            reversal = _Reversal(*self.stage._segment(layers), given, layers[-1].last)
+            sides = Sides(self.shared)
+            reversal = _Reversal(*self.stage._segment(layers), given, sides, layers[-1].last)
             self._undo.append(reversal)
             return reversal.state if reversal.ends_open else reversal.tokens()
         assert isinstance(given, Tensor)
-        graph = _Graph(_call_of(net, first), given, leaf=first.kind != "stem")
+        if first.kind == "stem":
+            graph: _Graph = _StemGraph(net, given, self)
+        else:
+            graph = _Graph(_call_of(net, first), given)
         self._undo.append(graph)
         return graph.output if first.kind == "tail" else graph.drop_output()
 
@@ -138,13 +154,20 @@ class Pass:
         graph.drop_output(loss)
         self.given = None
 
-    def backward(self, gradient: Tensor, returned: Tensor | None = None) -> Tensor | None:
+    def backward(
+        self,
+        gradient: Tensor,
+        returned: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> Tensor | None:
         """From the gradient of what was given to that of what was taken, which is returned.
 
         gradient: of a loss, of tokens [B, ...], or of both parts of a state [2, B, ...]; consumed.
-        returned: the state that the next stage has reconstructed, stacked. Where the stage took a
-        state the result is [2, B, ...]; `state_taken` then holds that state again.
+        returned: the state that the next stage has reconstructed, stacked. shared: gradients of
+        what is shared, from the stages behind. Where the stage took a state the result is
+        [2, B, ...]; `state_taken` then holds that state again.
         """
+        self._add(shared or {})
         found: Any = gradient
         if self.stage.gives_state:
             found = Gradient(gradient[0], gradient[1])
@@ -155,16 +178,20 @@ class Pass:
         while self._undo:
             step = self._undo.pop()
             found = step.backward(found)
+            self._add(step.shared_grads)
         if self.stage.takes_state:
             assert isinstance(step, _Reversal)
             self.state_taken = step.state
             return torch.stack((found.x, found.y))
         return found if isinstance(found, Tensor) else None
 
+    def _add(self, grads: Mapping[str, Tensor]) -> None:
+        for name, grad in grads.items():
+            known = self.shared_grads.get(name)
+            self.shared_grads[name] = grad.float() if known is None else known + grad
+
 
 def _call_of(net: Any, layer: Layer) -> Callable[[Tensor], Any]:
-    if layer.kind == "stem":
-        return lambda images: net.family.stem(net, images).tokens
     if layer.kind == "transition":
         return lambda tokens: net._transitions[layer.chain](tokens, net._chunk_size)
 
@@ -176,10 +203,12 @@ def _call_of(net: Any, layer: Layer) -> Callable[[Tensor], Any]:
 
 
 class _Graph:
-    """A layer under ordinary autograd; transitions and tail keep no more than their input."""
+    """A transition or the tail under ordinary autograd; they keep no more than their input."""
 
-    def __init__(self, call: Callable[[Tensor], Any], given: Tensor, leaf: bool) -> None:
-        self.input = given.detach().requires_grad_(leaf)
+    shared_grads: Mapping[str, Tensor] = {}
+
+    def __init__(self, call: Callable[[Tensor], Any], given: Tensor) -> None:
+        self.input = given.detach().requires_grad_()
         with torch.enable_grad():
             self.output: Any = call(self.input)
         self._root: GradientEdge | None = None
@@ -187,7 +216,7 @@ class _Graph:
     def drop_output(self, root: Tensor | None = None) -> Tensor:
         """The output without its graph, of which only the root stays here."""
         output: Tensor = self.output if root is None else root
-        self._root = get_gradient_edge(output) if output.requires_grad else None
+        self._root = _edge(output)
         self.output = None
         return output.detach()
 
@@ -198,22 +227,51 @@ class _Graph:
         return found
 
 
+class _StemGraph(_Graph):
+    """The stem, whose outputs are tokens and what functions share."""
+
+    def __init__(self, net: Any, images: Tensor, run: Pass) -> None:
+        with torch.enable_grad():
+            stem = net.family.stem(net, images)
+        self.output, self._run = stem.tokens, run
+        self._edges = {name: _edge(value) for name, value in stem.sides.items()}
+        run.shared = {
+            name: value.detach().requires_grad_(self._edges[name] is not None)
+            for name, value in stem.sides.items()
+        }
+
+    def backward(self, gradient: Tensor) -> None:
+        roots = [(self._root, gradient)]
+        roots += [(self._edges[name], grad) for name, grad in self._run.shared_grads.items()]
+        known = [(root, grad) for root, grad in roots if root is not None]
+        if known:
+            edges, grads = map(list, zip(*known, strict=True))
+            torch.autograd.backward(edges, grads)
+
+
+def _edge(value: Tensor) -> GradientEdge | None:
+    return get_gradient_edge(value) if value.requires_grad else None
+
+
 class _Reversal:
     """Functions of a chain, run and ready to be reversed."""
 
-    def __init__(self, chain: Chain, segment: Segment, given: Tensor | State, last: bool) -> None:
+    def __init__(
+        self, chain: Chain, segment: Segment, given: Tensor | State, sides: Sides, last: bool
+    ) -> None:
         self.chain, self.segment, self.ends_open = chain, segment, not last
         setting, layout = chain.setting, _layout(chain)
         self.began_with_state = isinstance(given, State)
         self.tape: Tape
         self.state: State | None
+        self.shared_grads: Mapping[str, Tensor] = {}
         with torch.no_grad():
             if isinstance(given, State):
                 dtype = _dtype(segment)
-                self.state, self.tape = segment.go_on(given, dtype, NO_SIDES, setting, layout)
+                self.state, self.tape = segment.go_on(given, dtype, sides, setting, layout)
             else:
                 dtype = given.dtype
-                self.state, self.tape, _ = segment.forward(given, NO_SIDES, setting, layout)
+                self.state, self.tape, _ = segment.forward(given, sides, setting, layout)
         self.dtype = dtype
         chain.open(self.tape)
 
@@ -232,7 +290,7 @@ class _Reversal:
         with torch.no_grad():
             result = self.segment.backward(self.tape, state, gradient)
         self.chain.enter(self.tape, held)
-        self.state = result.state
+        self.state, self.shared_grads = result.state, result.sides
         if self.began_with_state:
             return result.grad
         self.state = None

@@ -1,0 +1,163 @@
+"""What crosses the cuts between stages, forward and back."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dr2dist.parallel.pipeline.layers import Layer, Shared
+from dr2dist.parallel.pipeline.stage import Pass, Stage
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of what functions share, by the number that travels with it."""
+
+
+class Handed(NamedTuple):
+    """What crosses a cut forward: tokens or a stacked state, and what functions share, by name."""
+
+    value: Tensor
+    shared: dict[str, Tensor]
+
+
+class Returned(NamedTuple):
+    """What crosses a cut backward: the gradient, the state that was sent, if it comes back, and
+    gradients of what is shared."""
+
+    gradient: Tensor
+    state: Tensor | None
+    shared: dict[str, Tensor]
+
+
+class Link:
+    """What a stage exchanges with its neighbours. States travel as their bits, untouched.
+
+    before, after: the layers at its cuts, None at the network's ends; neighbours: the ranks behind
+    them. batch: samples of a micro-batch. held: dtype of tokens where no state crosses.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        before: Layer | None,
+        after: Layer | None,
+        neighbours: tuple[int | None, int | None],
+        batch: int,
+        held: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.stage, self.held, self.device = stage, held, device
+        self.previous, self.next = neighbours
+        self._sent: deque[tuple[Any, Tensor]] = deque()
+        self._sample_before = () if before is None else before.shape
+        self._before = None if before is None else self._form(before, batch)
+        self._after = None if after is None else self._form(after, batch)
+        self._shared_before = () if before is None else before.shared
+        self._shared_after = () if after is None else after.shared
+
+    def _form(self, layer: Layer, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """(shape, dtype) of what crosses the cut behind a layer."""
+        shape = (batch, *layer.shape)
+        if not layer.hands_on_state:
+            return shape, self.held
+        exact = self.stage.net.chains[0].setting.arithmetic == "exact"
+        return (2, *shape), torch.int32 if exact else torch.float32
+
+    def receive_forward(self) -> Handed:
+        """All of it in memory of its own."""
+        assert self._before is not None
+        return Handed(self._receive(*self._before, self.previous), self._receive_shared())
+
+    def send_forward(self, message: Handed) -> None:
+        """See receive_forward."""
+        self._send(message.value, self.next)
+        self._send_shared(message.shared)
+
+    def receive_any(self) -> Handed:
+        """As receive_forward, for any number of samples."""
+        assert self._before is not None
+        shape, dtype = self._before
+        batch = int(self._receive((1,), torch.int64, self.previous))
+        place = len(shape) - len(self._sample_before)
+        shape = (*shape[: place - 1], batch, *shape[place:])
+        return Handed(self._receive(shape, dtype, self.previous), self._receive_shared())
+
+    def send_any(self, message: Handed) -> None:
+        """As send_forward, for any number of samples."""
+        batch = message.value.shape[1 if self.stage.gives_state else 0]
+        self._send(torch.tensor([batch], device=message.value.device), self.next)
+        self.send_forward(message)
+
+    def _receive_shared(self) -> dict[str, Tensor]:
+        """Each in the dtype that the stem gave it, which only the first stage knows."""
+        found = {}
+        for each in self._shared_before:
+            dtype = DTYPES[int(self._receive((1,), torch.int64, self.previous))]
+            found[each.name] = self._receive(each.shape, dtype, self.previous)
+            found[each.name].requires_grad_(each.trained)
+        return found
+
+    def _send_shared(self, shared: dict[str, Tensor]) -> None:
+        for each in self._shared_after:
+            value = shared[each.name].detach()
+            self._send(torch.tensor([DTYPES.index(value.dtype)], device=value.device), self.next)
+            self._send(value, self.next)
+
+    def receive_backward(self) -> Returned:
+        """See Returned."""
+        assert self._after is not None
+        shape, dtype = self._after
+        self.finish()  # it has arrived, or there would be no answer; its memory is used again
+        gradient, state = self._receive_gradient(shape, dtype)
+        shared = {
+            each.name: self._receive(each.shape, torch.float32, self.next)
+            for each in self._shared_after
+            if each.trained
+        }
+        return Returned(gradient, state, shared)
+
+    def _receive_gradient(
+        self, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self.stage.gives_state:
+            return self._receive(shape, dtype, self.next), None
+        if not self.stage.returned:
+            return self._receive(shape, torch.float32, self.next), None
+        both = self._receive((4, *shape[1:]), torch.float32, self.next)
+        return both[:2], both[2:].view(dtype)
+
+    def send_backward(self, run: Pass, gradient: Tensor | None) -> None:
+        """The gradient of what was received, with the state that was reconstructed of it."""
+        assert gradient is not None
+        if self.stage.takes_state and self.stage.returned:
+            assert run.state_taken is not None
+            state = torch.stack(tuple(run.state_taken)).view(torch.float32)
+            gradient = torch.cat([gradient, state])
+        self._send(gradient, self.previous)
+        for each in self._shared_before:
+            if each.trained:
+                # A stage may hand on what it does not use: nothing came of it then.
+                self._send(run.shared_grads.get(each.name, _nothing(each, gradient)), self.previous)
+
+    def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, rank: int | None) -> Tensor:
+        buffer = torch.empty(shape, dtype=dtype, device=self.device)
+        dist.recv(buffer, rank)
+        return buffer
+
+    def _send(self, message: Tensor, rank: int | None) -> None:
+        message = message.contiguous()
+        self._sent.append((dist.isend(message, rank), message))
+        while self._sent and self._sent[0][0].is_completed():
+            self._sent.popleft()
+
+    def finish(self) -> None:
+        """Waits for all that was sent."""
+        while self._sent:
+            self._sent.popleft()[0].wait()
+
+
+def _nothing(shared: Shared, like: Tensor) -> Tensor:
+    return torch.zeros(shared.shape, device=like.device)
