@@ -72,6 +72,9 @@ def test_two_stages_run_as_one_rank_does(
     summary = train(two_ranks, folder, shards, "two", "parallel.stages=2")
     assert (summary["stages"], summary["ranks"], summary["certificate_failures"]) == (2, 2, 0)
     assert_same_curve(folder / "two", whole)
+    shown = make_plan(load_config(folder / "two.yaml", ["parallel.stages=2"]), 2).describe()
+    held = metrics(folder / "two")[0]["remainder_bytes"]  # of the first stage, at the least beta
+    assert f"2 micro-batch(es) in flight, {held:,} bytes of remainders each" in shown
 
 
 def test_a_run_in_stages_goes_on_on_other_layouts_and_back(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_jso
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer, layers_of
 from dr2dist.parallel.pipeline.partition import partition
+from dr2dist.reversible import Setting
 from dr2dist.tasks.classification import balanced_weights
 from dr2dist.training.groups import freeze, parameter_groups
 from dr2dist.training.speed import model_flops
@@ -36,7 +37,7 @@ class Plan:
     factors of the classes' losses, None for 1. image_size: height and width in pixels; mean, std
     of the three channels. deepspeed: DeepSpeed's configuration. lengths: functions of each chain.
     parameters, trained: of the model, in numbers. groups: of the optimiser. flops: of training on
-    one image.
+    one image. remainder_bits: for each element and function, at the smallest beta.
     """
 
     grid: Grid
@@ -57,6 +58,7 @@ class Plan:
     trained: int
     groups: int
     flops: int
+    remainder_bits: int
 
     @property
     def global_batch(self) -> int:
@@ -96,20 +98,36 @@ class Plan:
             own = self.layers[part.start : part.stop]
             share = sum(layer.flops for layer in own) / total
             ranks = [self.grid.rank(number, replica) for replica in range(self.grid.replicas)]
-            lines.append(
+            lines += [
                 f"  stage {number}     ranks {ranks[0]} to {ranks[-1]}: layers {part.start} to "
-                f"{part.stop - 1} ({own[0].kind} to {own[-1].kind}), {share:.0%} of the FLOPs"
-                + self._cut(own[-1])
-            )
+                f"{part.stop - 1} ({own[0].kind} to {own[-1].kind}), {share:.0%} of the FLOPs",
+                f"              {self._held(number, own)}",
+            ]
+            if number < self.grid.stages - 1:
+                lines.append(f"              {self._cut(own[-1])}")
         return lines
 
+    def _held(self, number: int, own: list[Layer]) -> str:
+        """What a stage holds: parameters, and remainders at their most."""
+        text = f"{sum(layer.parameters for layer in own):,} parameters"
+        if not self.remainder_bits:
+            return text
+        flight = min(self.grid.stages - number, self.deepspeed["gradient_accumulation_steps"])
+        # The first function of a chain keeps none: it reverses by y = beta x.
+        kept = [layer for layer in own if layer.kind == "function" and layer.index]
+        size = sum(self._elements(layer.shape) for layer in kept) * self.remainder_bits // 8
+        return f"{text}; {flight} micro-batch(es) in flight, {size:,} bytes of remainders each"
+
+    def _elements(self, shape: tuple[int, ...]) -> int:
+        """Of a micro-batch."""
+        return math.prod(shape) * int(self.deepspeed["train_micro_batch_size_per_gpu"])
+
     def _cut(self, layer: Layer) -> str:
-        if layer.kind == "tail":
-            return ""
-        parts = 2 if layer.hands_on_state else 1
-        size = parts * math.prod(layer.shape) * 4 * self.deepspeed["train_micro_batch_size_per_gpu"]
+        size = (2 if layer.hands_on_state else 1) * 4 * self._elements(layer.shape)
         back = 2 * size if layer.hands_on_state else size
-        return f"; {size:,} bytes on and {back:,} back a micro-batch (fp32)"
+        on = size + sum(4 * math.prod(each.shape) for each in layer.shared)
+        back += sum(4 * math.prod(each.shape) for each in layer.shared if each.trained)
+        return f"{on:,} bytes on and {back:,} back a micro-batch (fp32)"
 
 
 def make_plan(config: Config, ranks: int) -> Plan:
@@ -159,7 +177,15 @@ def make_plan(config: Config, ranks: int) -> Plan:
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         groups=len(groups),
         flops=model_flops(model, size),
+        remainder_bits=_remainder_bits(setting, schedule),
     )
+
+
+def _remainder_bits(setting: Setting, schedule: Schedule) -> int:
+    if setting.memory != "reverse":
+        return 0
+    betas = {schedule.at(step).beta for step in range(0, schedule.steps + 1, schedule.every)}
+    return replace(setting, alpha=1 - min(betas), beta=min(betas)).remainder_bits
 
 
 def _check_precision(precision: str) -> None:

@@ -25,6 +25,7 @@ from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
 from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.layers import keep_only
 from dr2dist.parallel.processes import join, largest, share_cores
+from dr2dist.parallel.watch import Watch
 from dr2dist.tasks.classification import Classification
 from dr2dist.training.folder import find_start, finished
 from dr2dist.training.groups import ParameterGroup, freeze, kept_groups, parameter_groups
@@ -44,7 +45,8 @@ def run(config: Config) -> dict[str, Any]:
     """Trains in the launcher's process group and writes the run's folder; returns its summary.
 
     A folder that holds the run so far is gone on with, a finished one is left alone. Raises
-    UserError for what cannot work and UnprovenStepError for a step that cannot be proven.
+    UserError for what cannot work and UnprovenStepError for a step that cannot be proven. If
+    another rank is lost, the process ends with a line that names it.
     """
     share_cores()
     join()
@@ -52,6 +54,11 @@ def run(config: Config) -> dict[str, Any]:
     if rank:
         logging.getLogger("dr2dist").setLevel(logging.WARNING)  # rank 0 speaks for all
     plan = make_plan(config, ranks)
+    with Watch(plan.grid.name, agreed=(UnprovenStepError,)):
+        return _run(config, plan, rank)
+
+
+def _run(config: Config, plan: Plan, rank: int) -> dict[str, Any]:
     checkpoint = find_start(config, plan.global_batch)
     before = finished(config)
     dist.barrier()  # no rank writes to the folder before all have looked

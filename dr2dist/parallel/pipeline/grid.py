@@ -36,6 +36,13 @@ class Grid:
         """(stage, replica) of a rank."""
         return divmod(rank, self.replicas)
 
+    def name(self, rank: int) -> str:
+        """How messages call a rank."""
+        if self.stages == 1:
+            return f"rank {rank}"
+        stage, replica = self.place(rank)
+        return f"rank {rank} (stage {stage}, replica {replica})"
+
     def bubble(self, micro_batches: int) -> float:
         """The share of a step that a stage is idle, if all take equally long (1F1B)."""
         return (self.stages - 1) / (micro_batches + self.stages - 1)

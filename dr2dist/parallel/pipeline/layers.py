@@ -33,7 +33,8 @@ class Layer:
 
     chain: which one, of transitions and functions. index: of a function in its chain. flops: of
     one sample's forward pass. shape: of one sample's output, without the batch. last: whether it
-    ends its chain. shared: what functions behind it take of the stem beside tokens.
+    ends its chain. shared: what functions behind it take of the stem beside tokens. parameters:
+    how many numbers they are.
     """
 
     kind: Kind
@@ -43,6 +44,7 @@ class Layer:
     shape: tuple[int, ...]
     last: bool = False
     shared: tuple[Shared, ...] = ()
+    parameters: int = 0
 
     @property
     def hands_on_state(self) -> bool:
@@ -64,7 +66,7 @@ def layers_of(net: ReversibleNetwork, size: tuple[int, int]) -> list[Layer]:
     stem = meta.family.stem(meta, images)  # with its graph, which tells what is trained
     shared = [_shared(name, value, stem.batched) for name, value in stem.sides.items()]
     with torch.no_grad():
-        return _with_shared(list(_walk(meta, images)), meta, shared)
+        return _completed(list(_walk(meta, images)), meta, shared)
 
 
 def _shared(name: str, value: Any, batched: Sequence[str]) -> Shared:
@@ -76,13 +78,15 @@ def _shared(name: str, value: Any, batched: Sequence[str]) -> Shared:
     return Shared(name, tuple(value.shape), value.requires_grad)
 
 
-def _with_shared(layers: list[Layer], net: Any, shared: Sequence[Shared]) -> list[Layer]:
-    """The layers, each with what the ones behind it take."""
+def _completed(layers: list[Layer], net: Any, shared: Sequence[Shared]) -> list[Layer]:
+    """The layers, each with its parameters and with what the ones behind it take."""
     sides = Sides({each.name: each for each in shared})
     needed: set[str] = set()
     found = []
     for layer in reversed(layers):
-        found.append(replace(layer, shared=tuple(x for x in shared if x.name in needed)))
+        behind = tuple(each for each in shared if each.name in needed)
+        count = sum(parameter.numel() for parameter in parameters_of(net, layer))
+        found.append(replace(layer, shared=behind, parameters=count))
         if layer.kind == "function":
             needed |= sides.of(net.chains[layer.chain].functions[layer.index]).keys()
     return found[::-1]

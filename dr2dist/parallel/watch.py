@@ -1,0 +1,209 @@
+"""A rank that is lost is named by all others, which then end: collectives would wait for it.
+
+Every rank tells in the process group's store that it lives, from a thread of its own, since the
+main one may be held up in a collective. Rank 0 listens to all, all listen to rank 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+SILENCE = 20.0
+"""Seconds without a sign of life after which a rank is lost."""
+PERIOD = 2.0
+"""Seconds between two signs of life."""
+GRACE = 5.0
+"""Seconds that a rank has to end by itself, as when all have found the same mistake."""
+STATUS = 4
+"""Exit status of ranks that end because another one was lost."""
+
+_STOP = 0
+_LOST, _LEFT = "lost", "left"
+
+
+class Watch:
+    """Around a run in the process group; every rank must enter it.
+
+    name: how messages call a rank. agreed: exceptions that all ranks raise together. silence:
+    see SILENCE. Leaving it by another exception of this rank ends the other ranks too; one that
+    comes of a broken connection waits until it is known who was lost, and the process then ends
+    with one line and status 4.
+    """
+
+    def __init__(
+        self,
+        name: Callable[[int], str] = "rank {}".format,
+        agreed: tuple[type[Exception], ...] = (),
+        silence: float = SILENCE,
+    ) -> None:
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._name, self._agreed, self._silence = name, agreed, silence
+
+    def __enter__(self) -> Watch:
+        if self.ranks == 1:
+            return self
+        self._store = _own_store(self.rank)
+        self._store.set(f"host/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
+        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._signals = _Signals(self._mouth) if _in_main_thread() else None
+        self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self.ranks == 1:
+            return
+        if error is not None and _of_a_connection(error):
+            self._thread.join(self._silence + 2 * PERIOD + 2 * GRACE)
+        elif error is not None and not isinstance(error, self._agreed):
+            last = str(error).strip().rpartition("\n")[2] or type(error).__name__
+            last = last.removeprefix(f"rank {self.rank}: ")
+            self._tell(f"{self._name(self.rank)} ended: {last}")
+        self._mouth.send(bytes([_STOP]))
+        self._thread.join()
+        self._leave()
+        if self._signals is not None:
+            self._signals.close()
+        self._ear.close()
+        self._mouth.close()
+
+    def _listen(self) -> None:
+        """The thread: ends with the watch, or ends the process."""
+        count, found = 0, None
+        while found is None:
+            told = self._pause(PERIOD)
+            if told == _STOP:
+                return
+            count += 1
+            found = self._look(count) if told is None else self._why_told()
+        if self._pause(GRACE) == _STOP:
+            return
+        self._tell(found)
+        sys.stderr.write(f"dr2dist: rank {self.rank}: {found}\n")
+        sys.stderr.flush()
+        self._leave()
+        os._exit(STATUS)
+
+    def _pause(self, seconds: float) -> int | None:
+        """Waits; _STOP or SIGTERM if one of them comes first."""
+        end = time.monotonic() + seconds
+        while select.select([self._ear], [], [], max(0.0, end - time.monotonic()))[0]:
+            told = self._ear.recv(1)[0]
+            if told in (_STOP, signal.SIGTERM):
+                return int(told)
+        return None
+
+    def _look(self, count: int) -> str | None:
+        """Tells that this rank lives; what is known of one that does not."""
+        try:
+            self._store.set(f"alive/{self.rank}", str(count))
+            if self._store.check([_LOST]):
+                return str(self._store.get(_LOST).decode())
+            others = range(1, self.ranks) if self.rank == 0 else (0,)
+            for rank in others:
+                if self._silent(rank):
+                    return self._lost(rank, f"no sign of life for {self._silence:.0f} s")
+        except RuntimeError:
+            return self._lost(0, "the store of the process group is gone with it")
+        return None
+
+    def _silent(self, rank: int) -> bool:
+        key, now = f"alive/{rank}", time.monotonic()
+        count = self._store.get(key) if self._store.check([key]) else b""
+        known, since = self._heard.get(rank, (None, now))
+        if count != known:
+            self._heard[rank] = count, now
+        return count == known and now - since > self._silence
+
+    def _why_told(self) -> str:
+        """After a signal to end, as a launcher sends it when one of its processes has ended."""
+        try:
+            if self._store.check([_LOST]):
+                return str(self._store.get(_LOST).decode())
+            for rank in range(self.ranks):
+                host, process = self._store.get(f"host/{rank}").decode().split()
+                if host == socket.gethostname() and not _lives(int(process)):
+                    return self._lost(rank, "its process has ended")
+        except RuntimeError:
+            return self._lost(0, "the store of the process group is gone with it")
+        return f"{self._name(self.rank)} was told to end (SIGTERM)"
+
+    def _lost(self, rank: int, how: str) -> str:
+        return (
+            f"{self._name(rank)} was lost ({how}); the same command goes on from the last "
+            "checkpoint"
+        )
+
+    def _tell(self, found: str) -> None:
+        """Leaves word for all others."""
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set(_LOST, "", found)
+
+    def _leave(self) -> None:
+        """Rank 0, with whom the store goes, leaves last if it can; the others may have to read."""
+        with contextlib.suppress(RuntimeError):
+            self._store.add(_LEFT, 1)
+            end = time.monotonic() + 2 * PERIOD
+            while self.rank == 0 and time.monotonic() < end:
+                if self._store.add(_LEFT, 0) == self.ranks:
+                    return
+                time.sleep(0.01)
+
+
+def _own_store(rank: int) -> Any:
+    """A connection that no one else waits on, and a part of the store for this watch alone."""
+    store: Any = dist.distributed_c10d._get_default_store().clone()
+    number = store.add(f"watches/{rank}", 1)  # every rank counts its own, all come to the same
+    return dist.PrefixStore(f"watch/{number}", store)
+
+
+def _of_a_connection(error: BaseException) -> bool:
+    """Whether an exception tells of a peer that does not answer; gloo's are plain RuntimeErrors."""
+    known = isinstance(error, (dist.DistError, ConnectionError))
+    return known or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+class _Signals:
+    """SIGTERM reaches the thread even while the main one is held up in a collective."""
+
+    def __init__(self, mouth: socket.socket) -> None:
+        self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        self._fd = signal.set_wakeup_fd(mouth.fileno())
+
+    def close(self) -> None:
+        """What was there before."""
+        signal.set_wakeup_fd(self._fd)
+        signal.signal(signal.SIGTERM, self._handler)

@@ -1,0 +1,30 @@
+"""One rank of a group that exchanges numbers until one of them does not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from dr2dist.parallel.watch import Watch
+
+
+def main(fault: str, who: int) -> None:
+    """fault: what befalls rank `who` after a second: the name of a signal, or `error`."""
+    dist.init_process_group("gloo")
+    with Watch(silence=4.0):
+        end = time.monotonic() + 1
+        while True:
+            dist.all_reduce(torch.ones(1))
+            if time.monotonic() > end and dist.get_rank() == who:
+                if fault == "error":
+                    raise ValueError("the disk is full")
+                os.kill(os.getpid(), signal.Signals[fault])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

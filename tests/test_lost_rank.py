@@ -1,0 +1,103 @@
+"""A rank that is lost is named by the others, which end; the run goes on afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.images import make_small_shards
+
+LIMIT = 60
+"""Seconds until all other ranks have ended."""
+
+CONFIG = """
+model: {name: vit_tiny_patch16_224, image_size: 32}
+task: {name: classification, num_classes: 2}
+data: {train: SHARDS/train, num_workers: 0}
+optim: {name: sgd, lr: 1.0e-2}
+train: {steps: 40, micro_batch: 2, accumulate: 4, log_every: 1, checkpoint_every: 5}
+parallel: {zero: 0, stages: 3}
+output: OUTPUT
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "who", "message"),
+    [
+        ("SIGKILL", 0, "rank 0 was lost"),
+        ("SIGKILL", 1, "rank 1 was lost"),
+        ("SIGSTOP", 1, "rank 1 was lost (no sign of life for 4 s)"),
+        ("error", 1, "rank 1 ended: the disk is full"),
+    ],
+)
+def test_ranks_end_and_name_the_one_that_is_lost(fault: str, who: int, message: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "tests.lost_case", fault, str(who)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **places, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, said = ranks[1 - who].communicate(timeout=LIMIT)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[1 - who].returncode == 4
+    assert f"dr2dist: rank {1 - who}: {message}" in said
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_run_whose_stage_is_killed_names_it_and_goes_on(tmp_path: Path) -> None:
+    shards = make_small_shards(tmp_path / "shards")
+    path, output = tmp_path / "run.yaml", tmp_path / "run"
+    path.write_text(CONFIG.replace("SHARDS", str(shards)).replace("OUTPUT", str(output)))
+    command = [sys.executable, "-m", "dr2dist.cli", "train", str(path), "--ranks", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        run = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        try:
+            wait_for(lambda: len(list(output.glob("checkpoints/step-*/checkpoint.json"))) > 0)
+            stage = next(
+                process
+                for process in psutil.Process(run.pid).children(recursive=True)
+                if "--local_rank=1" in process.cmdline()
+            )
+            others = psutil.Process(run.pid).children(recursive=True)
+            stage.send_signal(signal.SIGKILL)
+            status = run.wait(timeout=LIMIT)
+            _, alive = psutil.wait_procs(others, timeout=10)
+        finally:
+            run.kill()
+    said = log.read_text()
+    assert status != 0 and not alive, said
+    assert "rank 1 (stage 1, replica 0) was lost" in said
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stderr + again.stdout
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["steps"], summary["certificate_failures"]) == (40, 0)
