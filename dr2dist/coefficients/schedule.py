@@ -50,6 +50,11 @@ class Schedule:
         beta = round_coefficient(beta)
         return Coefficients(1 - beta if self.conserve else round_coefficient(alpha), beta)
 
+    @property
+    def end(self) -> int:
+        """The first applied step from which it stays where it is."""
+        return math.ceil(self.knots[-1].share * self.steps / self.every) * self.every
+
     def _between(self, share: float) -> tuple[float, float]:
         for low, high in pairwise(self.knots):
             if low.share <= share < high.share:

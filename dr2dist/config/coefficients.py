@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dr2dist.coefficients import Knot, Schedule
+from dr2dist.coefficients import Bounds, Knot, Limits, Schedule
 from dr2dist.config.section import Section
 from dr2dist.reversible.setting import COEFFICIENT_STEP
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Alpha = Annotated[float, Field(ge=0, le=1)]
+Above = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=COEFFICIENT_STEP, le=1)]
 
 
@@ -52,6 +53,37 @@ class Paper(Moving):
         return Schedule(knots, steps, self.every, self.shape)
 
 
+class Guarded(Conserve):
+    """As conserve, but moving on only while the loss and, in float arithmetic, the drift allow it.
+
+    Bounds are pairs: above the first the path stays, until the value is below half of it; above
+    the second it goes back, a move at a time.
+    """
+
+    kind: Literal["guarded"]  # type: ignore[assignment]
+    loss: tuple[Above, Above] = Field(
+        (0.1, 0.3), description="smoothed loss above its lowest: hold, go back"
+    )
+    drift: tuple[Above, Above] | None = Field(
+        None, description="relative error of a reconstruction, arithmetic float; null: 0.001, 0.01"
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        for name in ("loss", "drift"):
+            pair = getattr(self, name)
+            if pair is not None and pair[0] >= pair[1]:
+                raise ValueError(f"{name} is {list(pair)}, allowed is a rising pair")
+        return self
+
+    def limits(self) -> Limits:
+        """For a guard on the path."""
+        return Limits(Bounds(*self.loss), Bounds(*(self.drift or DRIFT)))
+
+
+DRIFT = (1e-3, 1e-2)
+
+
 class Constant(Section):
     """No movement. alpha 1 and beta 0 is conventional finetuning."""
 
@@ -87,7 +119,9 @@ class Piecewise(Section):
         return Schedule(knots, steps, self.every, self.shape)
 
 
-CoefficientPath = Annotated[Conserve | Paper | Constant | Piecewise, Field(discriminator="kind")]
+CoefficientPath = Annotated[
+    Conserve | Paper | Constant | Piecewise | Guarded, Field(discriminator="kind")
+]
 
 
 def with_kind(value: Any) -> Any:

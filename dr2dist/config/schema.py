@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
-from dr2dist.config.coefficients import CoefficientPath, Conserve, Constant, with_kind
+from dr2dist.config.coefficients import CoefficientPath, Conserve, Constant, Guarded, with_kind
 from dr2dist.config.data import Data
 from dr2dist.config.optim import Optim
 from dr2dist.config.section import Positive, Section, Unit
@@ -187,6 +187,11 @@ class Config(Section):
         path = self.coefficients
         if isinstance(path, Constant):
             Setting(path.alpha, path.beta, **self.reversible.model_dump())
+        if isinstance(path, Guarded) and path.drift and self.reversible.arithmetic == "exact":
+            raise ValueError(
+                "coefficients.drift has no effect with reversible.arithmetic exact, which does "
+                "not drift: leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from dr2dist.coefficients import Memory
 from dr2dist.errors import UserError
 from dr2dist.parallel.engine import ReversibleEngine
 from dr2dist.parallel.processes import agree
@@ -29,7 +30,7 @@ class Progress:
 
     loss: of the last step. best, last: validations, each with its step; stale: how many there
     were since the best. worst_drift: of float arithmetic, over all steps. skipped: unreadable
-    training images that were left out, on all ranks.
+    training images that were left out, on all ranks. guard: of coefficients that are guarded.
     """
 
     loss: float | None = None
@@ -38,6 +39,7 @@ class Progress:
     worst_drift: float | None = None
     stale: int = 0
     skipped: int = 0
+    guard: Memory = field(default_factory=Memory)
 
 
 class Keeper:
@@ -88,7 +90,8 @@ class Keeper:
         _read_into(engine, saved)
         engine.go_on_from(saved.state["step"])
         engine.take_layouts(saved.state["layouts"])
-        return Progress(**saved.state["progress"])
+        values = saved.state["progress"]
+        return Progress(**{**values, "guard": Memory(**values["guard"])})
 
 
 def _shapes(engine: ReversibleEngine) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dr2dist.backbones.build import build_deferred, build_model
 from dr2dist.backbones.network import convert
 from dr2dist.config import Config, dump_config
+from dr2dist.config.coefficients import Guarded
 from dr2dist.config.optim import Optim
 from dr2dist.data.order import train_batches, validation_batches
 from dr2dist.data.stream import ShardDataset, loader
@@ -176,6 +177,7 @@ def _trainer(
         schedule=plan.schedule,
         learning_rate=learning_rate(config.optim, plan.steps),
         lr_scales=lr_scales,
+        limits=config.coefficients.limits() if isinstance(config.coefficients, Guarded) else None,
     )
     task = Classification(
         config.task.num_classes,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from dr2dist.coefficients import Schedule
+from dr2dist.coefficients import Guard, Limits, Schedule
 from dr2dist.data.randomness import keyed
 from dr2dist.data.stream import Batch
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError, Work
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 LARGE_DRIFT = 1e-2
 """Relative error of a reconstruction above which gradients are not to be trusted."""
+PHRASES = {"hold": "stay", "back": "go back"}
 NAMED = 8
 """Samples that a message names at most."""
 
@@ -39,7 +40,7 @@ class Pace:
     """When things happen, in optimiser steps; all pure functions of the applied step.
 
     lr_scales: of each parameter group. patience: validations without a better one after which
-    the run ends; None: never.
+    the run ends; None: never. limits: of coefficients that are guarded.
     """
 
     steps: int
@@ -51,6 +52,7 @@ class Pace:
     schedule: Schedule
     learning_rate: Callable[[int], float]
     lr_scales: tuple[float, ...]
+    limits: Limits | None
 
 
 class Trainer:
@@ -81,6 +83,12 @@ class Trainer:
         self.train, self.val = train, val
         self.records, self.keeper, self.progress = records, keeper, progress
         self.speed, self.profile, self.seed = speed, profile, seed
+        schedule = pace.schedule
+        self.guard = (
+            None
+            if pace.limits is None
+            else Guard(pace.limits, schedule.every, schedule.end, progress.guard)
+        )
         self._skipped = 0
         self._checked: list[tuple[Batch, Tensor]] = []
 
@@ -114,7 +122,7 @@ class Trainer:
 
     def _step(self, bar: Any) -> None:
         step = self.engine.applied
-        alpha, beta = self.pace.schedule.at(step)
+        alpha, beta = self.pace.schedule.at(step if self.guard is None else self.guard.memory.place)
         for chain in self.engine.chains:
             chain.set_coefficients(alpha, beta)
         with self.speed.waiting():
@@ -132,6 +140,7 @@ class Trainer:
             self._skipped += sum(batch["skipped"] for batch in batches)
         self.speed.count(sum(batch["count"] for batch in batches))
         self._note_drift(verdict)
+        self._let_guard_decide(verdict)
         bar.update()
         bar.set_postfix(loss=f"{verdict.loss:.4f}", beta=f"{beta:.4f}")
         if self._due(self.pace.log_every):
@@ -190,6 +199,19 @@ class Trainer:
                 verdict.drift,
             )
         self.progress.worst_drift = verdict.drift if known is None else max(known, verdict.drift)
+
+    def _let_guard_decide(self, verdict: Verdict) -> None:
+        """For the steps to come. Every rank has the same verdict, and so decides alike."""
+        if self.guard is None:
+            return
+        decision = self.guard.note(self.engine.applied, verdict.loss, verdict.drift)
+        if decision is None:
+            return
+        step, (action, place, reason) = self.engine.applied, decision
+        if action != "move":
+            log.info("step %d: the coefficients %s: %s", step, PHRASES[action], reason)
+        if self.records is not None:
+            self.records.log(step, guard=action, guard_place=place, guard_reason=reason)
 
     def _count_skipped(self) -> None:
         """Adds up what all ranks have left out; every rank must call it."""

@@ -1,0 +1,115 @@
+"""A path that moves on only while training allows it: decisions from what all ranks know."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+HORIZON = 20
+"""Steps over which the loss is smoothed (exponentially, from its first value on)."""
+
+Action = Literal["move", "hold", "back"]
+
+
+class Bounds(NamedTuple):
+    """Above `hold` a path stays, above `back` it goes back; once it stays, it moves on only when
+    the value is below half of `hold`."""
+
+    hold: float
+    back: float
+
+    def judge(self, value: float, holding: bool) -> Action:
+        """What a value allows. One that is not a number allows nothing."""
+        if not value <= self.back:
+            return "back"
+        return "move" if value <= (self.hold / 2 if holding else self.hold) else "hold"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """loss: of the smoothed loss above its lowest, in units of the loss. drift: of the worst
+    relative error of a reconstruction since the last decision, in float arithmetic."""
+
+    loss: Bounds
+    drift: Bounds | None
+
+
+class Decision(NamedTuple):
+    """What was decided, the step of the path that is now in force, and why."""
+
+    action: Action
+    place: int
+    reason: str
+
+
+@dataclass
+class Memory:
+    """What a guard remembers, plain values for a checkpoint.
+
+    place: the step of the path that is in force. holding: whether the last decision was not to
+    move. drift: the worst since then.
+    """
+
+    place: int = 0
+    holding: bool = False
+    smoothed: float | None = None
+    lowest: float | None = None
+    drift: float | None = None
+
+
+class Guard:
+    """Walks along a path, one move forward, none, or one back at a time.
+
+    every: applied steps between decisions, and the path's steps of one move. last: where the path
+    ends. A pure function of the losses and drifts that it is told, so that all ranks, which hear
+    the same, decide the same.
+    """
+
+    def __init__(self, limits: Limits, every: int, last: int, memory: Memory) -> None:
+        self.limits, self.every, self.last, self.memory = limits, every, last, memory
+
+    def note(self, applied: int, loss: float, drift: float | None) -> Decision | None:
+        """Takes note of an applied step (of number `applied`); a decision where one is due.
+
+        loss: mean over all ranks. drift: worst over all ranks, None in exact arithmetic.
+        """
+        memory = self.memory
+        known = loss if memory.smoothed is None else memory.smoothed
+        memory.smoothed = known + (loss - known) / HORIZON
+        lowest = memory.smoothed if memory.lowest is None else memory.lowest
+        memory.lowest = min(lowest, memory.smoothed)
+        if drift is not None:
+            memory.drift = _worst(memory.drift, drift)
+        return None if applied % self.every else self._decide()
+
+    def _decide(self) -> Decision:
+        memory = self.memory
+        action, reason = max(self._findings(), key=lambda found: ORDER.index(found[0]))
+        way = {"move": self.every, "hold": 0, "back": -self.every}[action]
+        memory.place = min(max(memory.place + way, 0), self.last)
+        memory.holding, memory.drift = action != "move", None
+        return Decision(action, memory.place, reason)
+
+    def _findings(self) -> list[tuple[Action, str]]:
+        memory = self.memory
+        assert memory.smoothed is not None and memory.lowest is not None
+        values: list[tuple[str, float | None, Bounds | None]] = [
+            ("smoothed loss above its lowest", memory.smoothed - memory.lowest, self.limits.loss),
+            ("drift", memory.drift, self.limits.drift),
+        ]
+        found: list[tuple[Action, str]] = []
+        for name, value, bounds in values:
+            if value is not None and bounds is not None:
+                action = bounds.judge(value, memory.holding)
+                found.append((action, f"{name} {value:.3g}, hold {bounds.hold:g}"))
+        return found
+
+
+ORDER: tuple[Action, ...] = ("move", "hold", "back")
+
+
+def _worst(known: float | None, value: float) -> float:
+    if known is None or math.isnan(value):
+        return value
+    return known if math.isnan(known) else max(known, value)
