@@ -46,7 +46,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """What a run logged, without what depends on the clock and the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     volatile = {"samples_per_second", "peak_memory_bytes", "data_wait", "model_flops_per_second"}
-    return [{k: v for k, v in line.items() if k not in volatile} for line in lines]
+    volatile |= {"micro_batch_seconds", "idle"}  # of each stage
+    return [
+        {k: v for k, v in line.items() if k.rpartition("/")[2] not in volatile} for line in lines
+    ]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dr2dist.config import load_config
 from dr2dist.errors import UserError
@@ -75,6 +76,15 @@ def test_two_stages_run_as_one_rank_does(
     shown = make_plan(load_config(folder / "two.yaml", ["parallel.stages=2"]), 2).describe()
     held = metrics(folder / "two")[0]["remainder_bytes"]  # of the first stage, at the least beta
     assert f"2 micro-batch(es) in flight, {held:,} bytes of remainders each" in shown
+    board = EventAccumulator(str(folder / "two" / "tensorboard"), size_guidance={"images": 0})
+    board.Reload()
+    # Images come from the first stage, predictions from the last.
+    assert [image.step for image in board.Images("held_out")] == [4, 8]
+    for stage in (0, 1):
+        for name in ("micro_batch_seconds", "idle", "peak_memory_bytes", "remainder_bytes"):
+            values = [event.value for event in board.Scalars(f"stage_{stage}/{name}")]
+            assert len(values) == 8 and all(value > 0 for value in values)
+            assert name != "idle" or all(value < 1 for value in values)
 
 
 def test_a_run_in_stages_goes_on_on_other_layouts_and_back(

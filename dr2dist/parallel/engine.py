@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -173,6 +173,15 @@ class ReversibleEngine:
     def last(self) -> bool:
         """Whether the network's output comes out here."""
         return True
+
+    def by_stage(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each stage's largest values over its replicas, and its times since the last call, as
+        stage_K/NAME; nothing where there are no stages. Every rank must call it."""
+        return {}
+
+    def from_last(self, value: Any) -> Any:
+        """What the last stage of replica 0 gives here, on all ranks; every rank must call it."""
+        return value
 
     @property
     def num_groups(self) -> int:

@@ -222,7 +222,9 @@ class Trainer:
         """Every rank must call it."""
         self._count_skipped()
         alpha, beta = self.engine.coefficients
-        speed = self.speed.read()
+        speed, memory = self.speed.read(), peak_memory()
+        held = {"remainder_bytes": self.engine.remainder_bytes, **memory}
+        stages = self.engine.by_stage(held)
         if self.records is not None:
             self.records.log(
                 self.engine.applied,
@@ -235,10 +237,10 @@ class Trainer:
                 gradient_norm=self.engine.gradient_norm,
                 certificate_failures=len(verdict.messages),
                 drift=verdict.drift,
-                remainder_bytes=self.engine.remainder_bytes,
                 skipped=self.progress.skipped,
                 **speed,
-                **peak_memory(),
+                **held,
+                **stages,
             )
 
     def _validate(self, batches: Iterable[Batch]) -> bool:

@@ -30,29 +30,31 @@ def validate(
 ) -> tuple[dict[str, float], Look | None]:
     """All held-out samples, each counted once over all ranks; every rank must call it.
 
-    Returns the metrics with loss, samples and skipped, and a look at this rank's first batch. It
-    is the averaged weights that are validated, if there are any.
+    Returns the metrics with loss, samples and skipped, and, where images enter, a look at this
+    replica's first batch. It is the averaged weights that are validated, if there are any.
     """
     device = engine.device
     metrics = task.metrics().to(device)
     loss, count, skipped = MeanMetric().to(device), SumMetric().to(device), SumMetric().to(device)
-    look = None
+    images = labels = predicted = None
     engine.net.eval()
     with torch.no_grad(), engine.averaged():
         for batch in batches:
             # Every rank runs every batch, since ZeRO-3 gathers weights as it goes.
             output = engine.forward(batch["image"] if engine.first else None)
+            if engine.first and batch["count"] and images is None:
+                images, labels = batch["image"][:SHOWN], batch["label"][:SHOWN]
             if not engine.last:
                 continue
             skipped.update(batch["skipped"])
             if batch["count"]:
-                labels = batch["label"].to(device)
-                metrics.update(output.float(), labels)
-                loss.update(task.loss(output, labels), weight=batch["count"])
+                targets = batch["label"].to(device)
+                metrics.update(output.float(), targets)
+                loss.update(task.loss(output, targets), weight=batch["count"])
                 count.update(batch["count"])
-                if look is None:
+                if predicted is None:
                     predicted = output[:SHOWN].argmax(-1).cpu()
-                    look = Look(batch["image"][:SHOWN], batch["label"][:SHOWN], predicted)
+    predicted = engine.from_last(predicted)
     engine.net.train()
     found = {
         "loss": loss.compute(),
@@ -60,4 +62,7 @@ def validate(
         "skipped": skipped.compute(),
         **metrics.compute(),
     }
-    return {name: float(value) for name, value in found.items()}, look
+    values = {name: float(value) for name, value in found.items()}
+    if images is None or labels is None or predicted is None:
+        return values, None
+    return values, Look(images, labels, predicted)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.errors import UserError
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.engine import ReversibleEngine, Work
+from dr2dist.parallel.pipeline.clock import Clock
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.parallel.pipeline.link import Handed, Link, Returned
@@ -68,6 +69,7 @@ class StagedEngine(ReversibleEngine):
         self.grid, self._groups = grid, groups
         self.number = grid.place(dist.get_rank())[0]
         self.stage = Stage(net, layers, own, returned)
+        self._clock = Clock(self.device)
         self._link = Link(
             self.stage,
             None if self.first else layers[own.start - 1],
@@ -83,13 +85,32 @@ class StagedEngine(ReversibleEngine):
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         work.begin()
         flight = _Flight(self, work, count, total)
-        for commands in schedule.TrainSchedule(count, self.grid.stages, self.number):
-            for command in commands:
-                flight.do(command)
-        self._link.finish()
-        # Only the last stage has losses; the verdict averages over all ranks.
-        report = Report(total * self.grid.stages, self._watch.take(), self.chains)
-        return decide(report, self.coefficients, self.applied)
+        with self._clock.step(count):
+            for commands in schedule.TrainSchedule(count, self.grid.stages, self.number):
+                for command in commands:
+                    flight.do(command)
+            self._link.finish()
+            # Only the last stage has losses; the verdict averages over all ranks.
+            report = Report(total * self.grid.stages, self._watch.take(), self.chains)
+            return decide(report, self.coefficients, self.applied)
+
+    def by_stage(self, values: Mapping[str, float]) -> dict[str, float]:
+        """See ReversibleEngine."""
+        found: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, {**values, **self._clock.take()})
+        result: dict[str, float] = {}
+        for rank, own in enumerate(found):
+            stage, _ = self.grid.place(rank)
+            for name, value in own.items():
+                key = f"stage_{stage}/{name}"
+                result[key] = max(value, result.get(key, value))
+        return result
+
+    def from_last(self, value: Any) -> Any:
+        """See ReversibleEngine."""
+        box = [value]
+        dist.broadcast_object_list(box, self.grid.rank(self.grid.stages - 1, 0))
+        return box[0]
 
     def _whole_norm(self) -> Tensor:
         squared = super()._whole_norm().square()
@@ -170,14 +191,15 @@ class _Flight:
         if engine.first:
             self.given = Handed(engine._here(self.work.images(self.begun)), {})
         assert self.given is not None
-        with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine._autocast):
-            run = engine.stage.forward(*self.given)
-        self.given = None
-        if engine.last:
-            loss = self.work.loss(self.begun, run.given)
-            self.total += loss.detach().double() / self.count
-            run.end_with(loss)
-            self.losses.append(loss.detach())
+        given, self.given = self.given, None
+        with engine._clock.computing():
+            with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine._autocast):
+                run = engine.stage.forward(*given)
+            if engine.last:
+                loss = self.work.loss(self.begun, run.given)
+                self.total += loss.detach().double() / self.count
+                run.end_with(loss)
+                self.losses.append(loss.detach())
         self.passes.append(run)
         self.begun += 1
 
@@ -188,7 +210,8 @@ class _Flight:
         given, self.returned = self.returned, None
 
         def back(gradient: Tensor) -> None:
-            found.append(run.backward(*(given or (gradient,))))
+            with engine._clock.computing():
+                found.append(run.backward(*(given or (gradient,))))
 
         self.ended += 1
         engine._engine.set_gradient_accumulation_boundary(self.ended == self.count)
