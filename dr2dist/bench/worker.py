@@ -38,10 +38,10 @@ class Worker:
         # What a budget holds is measured in the first step, on the batch that it is for.
         self._step(self._images(batch if self.spec.memory_budget is not None else 1))
         images = self._images(batch)
-        before = _start_peak(self.device)
+        before = start_peak(self.device)
         self._step(images)
-        peak = _peak(self.device)
-        return {"growth": peak - before, "peak": peak}
+        after = peak(self.device)
+        return {"growth": after - before, "peak": after}
 
     def seconds(self, batch: int) -> dict[str, Any]:
         """Of one step; images are the same in every call."""
@@ -120,7 +120,7 @@ def _coupling_seconds(arithmetic: Any, tokens: Tensor, now: Any) -> float:
     return statistics.median(times[1:])
 
 
-def _start_peak(device: torch.device) -> int:
+def start_peak(device: torch.device) -> int:
     """Gives back what is free, starts the peak anew; returns the bytes held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -130,7 +130,8 @@ def _start_peak(device: torch.device) -> int:
     return _status("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def peak(device: torch.device) -> int:
+    """The most bytes held since then."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
 
 
