@@ -96,8 +96,10 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], sh
 
 @pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_starts(
-    config: Path, tmp_path: Path, shards: Path, two_ranks: Pool
+    config: Path, tmp_path: Path, shards: Path, request: pytest.FixtureRequest
 ) -> None:
+    stages = yaml.safe_load(config.read_text())["parallel"].get("stages", 2)
+    pool: Pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[stages])
     overrides = [
         "model.weights=null",
         f"data.train={shards}/train",
@@ -108,7 +110,7 @@ def test_every_shipped_config_starts(
         "train.micro_batch=2",
         f"parallel.deepspeed={ROOT / yaml.safe_load(config.read_text())['parallel']['deepspeed']}",
     ]
-    results = two_ranks.run("tests.cases:run_config", path=str(config), overrides=overrides)
+    results = pool.run("tests.cases:run_config", path=str(config), overrides=overrides)
     for summary in results:
         assert summary["status"] == "finished" and summary["steps"] == 2
     if results[0]["arithmetic"] == "float" and results[0]["memory"] == "reverse":

@@ -75,7 +75,8 @@ def test_two_stages_run_as_one_rank_does(
     assert_same_curve(folder / "two", whole)
     shown = make_plan(load_config(folder / "two.yaml", ["parallel.stages=2"]), 2).describe()
     held = metrics(folder / "two")[0]["remainder_bytes"]  # of the first stage, at the least beta
-    assert f"2 micro-batch(es) in flight, {held:,} bytes of remainders each" in shown
+    images = 4 * 3 * 32 * 32 * 4
+    assert f"2 micro-batch(es) in flight, {held:,} bytes of remainders and {images:,} of" in shown
     board = EventAccumulator(str(folder / "two" / "tensorboard"), size_guidance={"images": 0})
     board.Reload()
     # Images come from the first stage, predictions from the last.

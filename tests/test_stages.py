@@ -129,6 +129,22 @@ def test_what_cannot_be_cut_is_refused() -> None:
         partition([1.0] * 4, 5)
 
 
+def test_a_first_stage_holds_the_images_of_micro_batches_in_flight_and_remainders() -> None:
+    # The norm before the blocks would keep tokens.
+    net = dr2dist.convert(build("vit-clip", depth=4), alpha=0.5, beta=0.5).train()
+    stage = Stage(net, layers_of(net, (32, 32)), range(5), returned=True)
+    batch, flight, held = 8, [], []
+    with Watermark() as mark:
+        for _ in range(4):
+            run = stage.forward(torch.randn(batch, 3, 32, 32))
+            run.message()
+            flight.append(run)
+            held.append(mark.alive)
+    images, remainders = 4 * batch * 3 * 32 * 32, 3 * batch * 17 * 48 // 8
+    grown = {after - before for before, after in itertools.pairwise(held)}
+    assert len(grown) == 1 and 0 <= max(grown) - images - remainders < 8000  # a random state
+
+
 @pytest.mark.parametrize("returned", [True, False])
 def test_a_micro_batch_in_flight_holds_remainders_and_at_most_a_state(returned: bool) -> None:
     net = dr2dist.convert(build("vit", depth=4), alpha=0.5, beta=0.5).train()

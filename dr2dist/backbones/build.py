@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +27,29 @@ def build_model(
     num_classes: int,
     drop_path: float = 0.0,
     dropout: float = 0.0,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A timm model in fp32.
 
     weights: None for random ones from torch's global stream, "hub" for timm's own, otherwise
     the path of a .safetensors file with timm's names; position embeddings and windows are
     resized to `image_size`, height and width in pixels, and a head of another number of classes
-    starts anew. Raises UserError for an unknown name, a bad file, or weights that do not fit.
+    starts anew. options: more arguments of timm's, such as depth. Raises UserError for an unknown
+    name, a bad file, or weights that do not fit.
     """
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())
         raise UserError(f"model.name: '{name}' is not a model of timm{hint}")
-    options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
+    given: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
+    given |= options or {}
     if dropout:
-        options["proj_drop_rate"] = dropout
+        given["proj_drop_rate"] = dropout
     if image_size is not None:
-        options["img_size"] = image_size
+        given["img_size"] = image_size
     try:
-        model: nn.Module = timm.create_model(name, pretrained=weights == "hub", **options)
+        model: nn.Module = timm.create_model(name, pretrained=weights == "hub", **given)
     except (TypeError, AssertionError, ValueError) as error:
-        raise UserError(f"model: {name} cannot be built with {options}: {error}") from None
+        raise UserError(f"model: {name} cannot be built with {given}: {error}") from None
     if weights not in (None, "hub"):
         model.load_state_dict(_read(model, Path(str(weights))), strict=False)
     return model

@@ -24,6 +24,16 @@ Size = Annotated[tuple[Positive, Positive], BeforeValidator(_square)]
 Weight = Annotated[float, Field(gt=0)]
 
 
+Option = Annotated[bool | int | float | str, Field(union_mode="smart")]
+OWN_SETTINGS = {
+    "num_classes": "task.num_classes",
+    "img_size": "model.image_size",
+    "drop_path_rate": "model.drop_path",
+    "proj_drop_rate": "model.dropout",
+    "pretrained": "model.weights",
+}
+
+
 class Model(Section):
     """The backbone."""
 
@@ -39,6 +49,16 @@ class Model(Section):
     freeze: tuple[str, ...] = Field(
         (), description="patterns of parameter names that stay as they are, such as blocks.0.*"
     )
+    options: dict[str, Option] = Field(
+        {}, description="timm's arguments of the model, such as {depth: 40, embed_dim: 192}"
+    )
+
+    @model_validator(mode="after")
+    def _one_place_for_each(self) -> Self:
+        for name in self.options:
+            if name in OWN_SETTINGS:
+                raise ValueError(f"options: {name} has a setting of its own, {OWN_SETTINGS[name]}")
+        return self
 
 
 class Reversible(Section):

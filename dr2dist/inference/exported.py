@@ -31,15 +31,16 @@ WARNING = (
 class Facts(BaseModel):
     """What an exported file says of its model.
 
-    model, image_size (height, width): how timm builds it. alpha, beta, arithmetic, fraction_bits:
-    how its residual functions are joined. classes: names, by label. input_size: height, width.
-    mean, std: of the three channels. step: applied optimiser steps. dr2dist: the version that
-    trained it.
+    model, image_size (height, width), options: how timm builds it. alpha, beta, arithmetic,
+    fraction_bits: how its residual functions are joined. classes: names, by label. input_size:
+    height, width. mean, std: of the three channels. step: applied optimiser steps. dr2dist: the
+    version that trained it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     model: str
     image_size: tuple[int, int] | None
+    options: dict[str, bool | int | float | str] = {}
     alpha: float
     beta: float
     arithmetic: Literal["exact", "float"]
@@ -76,9 +77,9 @@ class Facts(BaseModel):
                 "would be a guess; make it with 'dr2dist export', or load it with timm"
             )
         try:
-            values = {name: json.loads(metadata[name]) for name in cls.model_fields}
-            return cls.model_validate(values)
-        except (KeyError, ValueError, ValidationError) as error:
+            known = cls.model_fields.keys() & metadata.keys()
+            return cls.model_validate({name: json.loads(metadata[name]) for name in known})
+        except (ValueError, ValidationError) as error:
             raise UserError(f"{path}: its metadata are not dr2dist's: {error}") from None
 
 
@@ -130,6 +131,7 @@ def load(path: str | Path) -> nn.Module:
         weights=None,
         image_size=facts.image_size,
         num_classes=len(facts.classes),
+        options=facts.options,
     )
     try:
         model.load_state_dict(load_file(path), strict=True)

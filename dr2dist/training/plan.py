@@ -113,10 +113,19 @@ class Plan:
         if not self.remainder_bits:
             return text
         flight = min(self.grid.stages - number, self.deepspeed["gradient_accumulation_steps"])
+        inputs = sum(4 * self._elements(shape) for shape in self._inputs_kept(number))
         # The first function of a chain keeps none: it reverses by y = beta x.
         kept = [layer for layer in own if layer.kind == "function" and layer.index]
         size = sum(self._elements(layer.shape) for layer in kept) * self.remainder_bits // 8
-        return f"{text}; {flight} micro-batch(es) in flight, {size:,} bytes of remainders each"
+        other = f" and {inputs:,} of inputs" if inputs else ""
+        return (
+            f"{text}; {flight} micro-batch(es) in flight, {size:,} bytes of remainders{other} each"
+        )
+
+    def _inputs_kept(self, number: int) -> list[tuple[int, ...]]:
+        """Shapes of one sample's input to the stem, the transitions and the tail of a stage."""
+        shapes = [(3, *self.image_size), *(layer.shape for layer in self.layers)]
+        return [shapes[i] for i in self.parts[number] if self.layers[i].kind != "function"]
 
     def _elements(self, shape: tuple[int, ...]) -> int:
         """Of a micro-batch."""
@@ -238,6 +247,7 @@ def model_options(config: Config) -> dict[str, Any]:
         "num_classes": config.task.num_classes,
         "drop_path": part.drop_path,
         "dropout": part.dropout,
+        "options": part.options,
     }
 
 

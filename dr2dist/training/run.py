@@ -147,6 +147,7 @@ def _facts(config: Config, plan: Plan) -> dict[str, Any]:
     return {
         "model": config.model.name,
         "image_size": config.model.image_size,
+        "options": config.model.options,
         "arithmetic": config.reversible.arithmetic,
         "fraction_bits": config.setting().fraction_bits,
         "classes": list(plan.train.classes),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.checkpoint import checkpoint
 
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.parallel.pipeline.layers import Layer
@@ -228,11 +229,11 @@ class _Graph:
 
 
 class _StemGraph(_Graph):
-    """The stem, whose outputs are tokens and what functions share."""
+    """The stem, whose outputs are tokens and what functions share; it keeps the images alone."""
 
     def __init__(self, net: Any, images: Tensor, run: Pass) -> None:
         with torch.enable_grad():
-            stem = net.family.stem(net, images)
+            stem = checkpoint(net.family.stem, net, images, use_reentrant=False)
         self.output, self._run = stem.tokens, run
         self._edges = {name: _edge(value) for name, value in stem.sides.items()}
         run.shared = {
