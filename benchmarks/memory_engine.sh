@@ -22,7 +22,7 @@ for part in "${@:-memory limits resolution depths time}"; do
                 ;;
             depths) bench --measure memory --depths 12 96 --cases "float sliced" "exact sliced" ;;
             time)
-                bench --measure time --depths 12 --cases conventional "checkpoint per block" \
+                bench --measure time --rounds 9 --depths 12 --cases conventional "checkpoint per block" \
                     "checkpoint per block, no early stop" exact "exact sliced" budget
                 ;;
             *)

@@ -64,7 +64,8 @@ def finished(
     """A run of two ranks under ZeRO-3: its folder and summary."""
     folder = tmp_path_factory.mktemp("finished")
     path = "{kind: conserve, beta: [0.1, 0.5], every: 1}"
-    summary = _run(folder, shards, two_ranks, path, "parallel.zero=3")
+    options = "model.options={depth: 4, init_values: 0.5}"
+    summary = _run(folder, shards, two_ranks, path, "parallel.zero=3", options)
     return folder / "run", summary
 
 
@@ -155,7 +156,8 @@ def test_the_report_is_that_of_plain_counting(
 def test_plain_timm_would_be_wrong_and_the_file_says_so(exported: Path) -> None:
     with safe_open(exported, "pt") as file:
         assert "OTHER OUTPUTS" in file.metadata()["WARNING"]
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=32).eval()
+    size = {"img_size": 32, "depth": 4, "init_values": 0.5}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, **size).eval()
     model.load_state_dict(load_file(exported), strict=True)
     images = torch.randn(2, 3, 32, 32)
     net = dr2dist.load(exported)

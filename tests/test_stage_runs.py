@@ -122,6 +122,7 @@ def test_the_plan_shows_the_grid_and_refuses_what_cannot_be(folder: Path, shards
     # Two fp32 numbers for each of 5 tokens of width 192, micro-batch 4.
     assert f"{2 * 4 * 5 * 192 * 4:,} bytes on" in shown
     for ranks, overrides, message in [
+        (2, ["model.options={dephh: 4}"], "model: vit_tiny_patch16_224 cannot be built .* 'dephh'"),
         (3, ["parallel.stages=2"], "parallel.stages is 2, which does not divide the 3 rank"),
         (2, ["parallel.stages=2", "parallel.zero=3"], "allowed with stages is 0 or 1"),
         (2, ["parallel.stages=2", "reversible.memory=budget", "reversible.memory_budget=1"],
