@@ -91,11 +91,11 @@ def curve(kind: str, stages: int, steps: int = 20, accumulate: int = 4, **option
     return losses, full_state(engine), norms, [layer.kind for layer in engine.stage.layers]
 
 
-def fault(kind: str) -> str:
-    """The error of a step in which the last rank differs from the others."""
-    engine = make_engine("vit", 2)
+def fault(kind: str, who: int) -> str:
+    """The error of a step in which one rank differs from the others."""
+    engine = make_engine("vit", dist.get_world_size())
     before = [p.detach().clone() for p in engine.net.parameters()]
-    if dist.get_rank() == dist.get_world_size() - 1:
+    if dist.get_rank() == who:
         if kind == "coefficients":
             for chain in engine.chains:
                 chain.set_coefficients(0.8, 0.2)

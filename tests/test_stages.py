@@ -90,10 +90,21 @@ def test_a_cut_anywhere_gives_the_same_bits_reversed_returned_or_stored(
             assert torch.equal(value, weights[name]), name
 
 
-@pytest.mark.parametrize("kind", ["coefficients", "bits", "step"])
-def test_a_rank_that_disagrees_is_named_and_nothing_is_applied(kind: str, two_ranks: Pool) -> None:
-    for message in two_ranks.run("tests.stage_cases:fault", kind=kind):
-        assert "rank 1: coefficients, fraction bits or step differ" in message
+@pytest.mark.parametrize("who", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("coefficients", "alpha 0.800003, most ranks have 0.899994; rank {}: beta 0.199997"),
+        ("bits", "blocks: fraction bits 17, most ranks have 18"),
+        ("step", "applied steps 1, most ranks have 0"),
+    ],
+)
+def test_a_rank_that_disagrees_is_named_and_nothing_is_applied(
+    kind: str, named: str, who: int, four_ranks: Pool
+) -> None:
+    for message in four_ranks.run("tests.stage_cases:fault", kind=kind, who=who):
+        assert message.startswith(f"rank {who}: {named.format(who)}")
+        assert all(line.startswith(f"rank {who}: ") for line in message.split("; "))
 
 
 def test_the_grid_is_deepspeeds_and_keeps_a_stages_replicas_together() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import struct
-import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -50,24 +49,28 @@ class Report:
     chains: Sequence[Chain] = field(default_factory=tuple)
 
     def pack(self, coefficients: tuple[float, float], step: int) -> Tensor:
-        """fp64 [3 + chains * (Flags.SIZE + 1)]: every integer here is below 2^53."""
+        """fp64 [2 + len(SAME) + chains * FOR_A_CHAIN]: every integer here is below 2^53."""
         device = self.loss.device
         head = torch.stack([self.loss.double(), self.gradient.double()])
-        bits = [chain.setting.fraction_bits for chain in self.chains]
-        key = torch.tensor([_hash(coefficients, step, bits)], dtype=torch.float64, device=device)
-        parts = [head, key]
+        parts = [head, torch.tensor([*coefficients, step], dtype=torch.float64, device=device)]
         for chain in self.chains:
             flags, drift = chain.ledger.take()
             flags = Flags(device).tensor if flags is None else flags
             drift = torch.full((), -1.0, device=device) if drift is None else drift
-            parts += [flags.double(), drift.double().reshape(1)]
+            bits = torch.full((1,), float(chain.setting.fraction_bits), device=device)
+            parts += [bits.double(), flags.double(), drift.double().reshape(1)]
         return torch.cat(parts)
+
+
+SAME = ("alpha", "beta", "applied steps")
+"""What all ranks must have in common, beside each chain's fraction bits."""
+FOR_A_CHAIN = Flags.SIZE + 2
 
 
 def decide(report: Report, coefficients: tuple[float, float], step: int) -> Verdict:
     """Exchanges the reports of all ranks and reads them once.
 
-    coefficients, step: what this rank has used; a rank that used others is named.
+    coefficients, step: what this rank has used; a rank that used others than most is named.
     """
     own = report.pack(coefficients, step)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -81,21 +84,16 @@ def decide(report: Report, coefficients: tuple[float, float], step: int) -> Verd
 
 def _read(rows: list[list[float]], names: list[str]) -> Verdict:
     kinds: set[Kind] = set()
-    messages: list[str] = []
     drifts: list[float] = []
-    for rank, (loss, gradient, key, *chains) in enumerate(rows):
-        if key != rows[0][2]:
-            kinds.add("disagreement")
-            messages.append(
-                f"rank {rank}: coefficients, fraction bits or step differ from rank 0's"
-            )
-        for place, name in enumerate(names):
-            start = place * (Flags.SIZE + 1)
-            flags = [int(value) for value in chains[start : start + Flags.SIZE]]
-            found = failure_messages(name, flags)
-            kinds.update(failure_kinds(flags))
-            messages += [f"rank {rank}: {line}" for line in found]
-            drifts.append(chains[start + Flags.SIZE])
+    messages = _disagreements(rows, names)
+    if messages:
+        kinds.add("disagreement")
+    for rank, (loss, gradient, *rest) in enumerate(rows):
+        for name, (_, *flags, drift) in zip(names, _of_chains(rest), strict=True):
+            whole = [int(value) for value in flags]
+            kinds.update(failure_kinds(whole))
+            messages += [f"rank {rank}: {line}" for line in failure_messages(name, whole)]
+            drifts.append(drift)
         if not (math.isfinite(loss) and math.isfinite(gradient)):
             kinds.add("finite")
             what = "loss" if not math.isfinite(loss) else "gradient"
@@ -105,6 +103,27 @@ def _read(rows: list[list[float]], names: list[str]) -> Verdict:
     return Verdict(
         frozenset(kinds), tuple(messages), sum(row[0] for row in rows) / len(rows), worst
     )
+
+
+def _of_chains(rest: list[float]) -> list[list[float]]:
+    """A row's part for each chain: fraction bits, flags, drift."""
+    values = rest[len(SAME) :]
+    return [values[i : i + FOR_A_CHAIN] for i in range(0, len(values), FOR_A_CHAIN)]
+
+
+def _disagreements(rows: list[list[float]], names: list[str]) -> list[str]:
+    """One line for each value of a rank that is not what most ranks have (rank 0, if as many)."""
+    titles = [*SAME, *(f"{name}: fraction bits" for name in names)]
+    values = [
+        [*row[2 : 2 + len(SAME)], *(bits for bits, *_ in _of_chains(row[2:]))] for row in rows
+    ]
+    common = [Counter(column).most_common(1)[0][0] for column in zip(*values, strict=True)]
+    return [
+        f"rank {rank}: {title} {value:g}, most ranks have {usual:g}"
+        for rank, own in enumerate(values)
+        for title, value, usual in zip(titles, own, common, strict=True)
+        if value != usual
+    ]
 
 
 def failure_kinds(flags: list[int]) -> set[Kind]:
@@ -118,10 +137,6 @@ def failure_kinds(flags: list[int]) -> set[Kind]:
     elif recompute >= 0 or start:
         kinds.add("mismatch")
     return kinds
-
-
-def _hash(coefficients: tuple[float, float], step: int, fraction_bits: list[int]) -> int:
-    return zlib.crc32(struct.pack("<ddq", *coefficients, step) + bytes(fraction_bits))
 
 
 class GradientWatch:

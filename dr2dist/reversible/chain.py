@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class Chain(nn.Module):
         """What the setting comes to, measured on these tokens where that is asked for."""
         setting = self.setting
         if not setting.measured:
-            return Layout(cast(int | None, setting.chunk_size), setting.chunk_tokens)
+            return Layout.given(setting)
         meter = Meter(segment.runner, x, sides, x.requires_grad)
         return self.planner.layout(self.name, setting, segment.functions, meter)
 

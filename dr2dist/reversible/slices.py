@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dr2dist.reversible.setting import Setting
 from dr2dist.reversible.state import State
 
 Ranges = tuple[slice, ...]
@@ -26,6 +27,12 @@ class Layout(NamedTuple):
     chunk_size: int | None = None
     chunk_tokens: int | None = None
     kept: frozenset[int] = frozenset()
+
+    @classmethod
+    def given(cls, setting: Setting) -> Layout:
+        """What a setting says itself, where nothing of it is measured."""
+        assert not isinstance(setting.chunk_size, str)
+        return cls(setting.chunk_size, setting.chunk_tokens)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Stage:
     ) -> Tensor | State:
         chain, segment = self._segment(layers)
         dtype = _dtype(segment) if isinstance(given, State) else given.dtype
-        layout = _layout(chain)
+        layout = Layout.given(chain.setting)
         if layers[-1].last:
             return segment.infer(given, sides, chain.setting, layout, dtype=dtype)[0]
         return segment.infer_state(given, sides, chain.setting, layout, dtype)
@@ -81,11 +81,6 @@ class Stage:
         chain = self.net.chains[layers[0].chain]
         functions = list(chain.functions)[layers[0].index : layers[-1].index + 1]
         return chain, Segment(functions, chain.runner, layers[0].index)
-
-
-def _layout(chain: Chain) -> Layout:
-    setting = chain.setting
-    return Layout(setting.chunk_size, setting.chunk_tokens)  # type: ignore[arg-type]
 
 
 def _dtype(segment: Segment) -> torch.dtype:
@@ -261,7 +256,7 @@ class _Reversal:
         self, chain: Chain, segment: Segment, given: Tensor | State, sides: Sides, last: bool
     ) -> None:
         self.chain, self.segment, self.ends_open = chain, segment, not last
-        setting, layout = chain.setting, _layout(chain)
+        setting, layout = chain.setting, Layout.given(chain.setting)
         self.began_with_state = isinstance(given, State)
         self.tape: Tape
         self.state: State | None
