@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import evidence
+from benchmarks import evidence, stages
 from dr2dist.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -48,3 +48,22 @@ def test_the_evidences_page_counts_pairs_by_seed() -> None:
     )
     assert "| paper, exact | 1e-05 | 0.700 | 0.700 | +0.100 ± 0.000 | +0.100 ± 0.000 |" in page
     assert evidence.interval([0.0, 1.0]) == "+0.500 ± 6.353"
+
+
+@pytest.mark.parametrize("way", stages.MEMORY_WAYS)
+def test_the_stages_benchmark_runs_every_way(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "MODEL": "vit_tiny_patch16_224",
+        "SIZE": 32,
+        "BATCH": 2,
+        "BLOCKS": 1,
+    }.items():
+        monkeypatch.setattr(stages, name, value)
+    found = stages.memory(way, 2, tmp_path)
+    assert found["token_bytes"] == 2 * 5 * 192 * 4
+    page = stages.page(
+        {"machine": "m", "torch": "2", "date": "d", "time": {stages.PER_BLOCK: [2.0], way: [4.0]}}
+    )
+    assert f"| {way} | 4.00 | {1 if way == stages.PER_BLOCK else 2:.2f} |" in page

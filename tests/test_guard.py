@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,14 @@ def test_a_guarded_run_that_breaks_off_goes_on_to_the_same_bits(
     assert metrics(folder / "broken") == metrics(folder / "guarded")
     ours, theirs = weights(folder / "broken"), weights(folder / "guarded")
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_checkpoints_from_before_there_were_guards_are_read(
+    folder: Path, shards: Path, one_rank: Pool  # noqa: F811
+) -> None:  # fmt: skip
+    train(one_rank, folder, shards, "old", step=4)
+    (manifest,) = (folder / "old" / "checkpoints").glob("step-*4/checkpoint.json")
+    state = json.loads(manifest.read_text())
+    del state["progress"]["guard"]
+    manifest.write_text(json.dumps(state))
+    assert train(one_rank, folder, shards, "old")["steps"] == 8

@@ -91,7 +91,8 @@ class Keeper:
         engine.go_on_from(saved.state["step"])
         engine.take_layouts(saved.state["layouts"])
         values = saved.state["progress"]
-        return Progress(**{**values, "guard": Memory(**values["guard"])})
+        # Runs of earlier versions have none.
+        return Progress(**{**values, "guard": Memory(**values.get("guard", {}))})
 
 
 def _shapes(engine: ReversibleEngine) -> dict[str, tuple[int, ...]]:
