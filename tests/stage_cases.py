@@ -17,6 +17,7 @@ from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only, layers_of
 from dr2dist.parallel.pipeline.partition import partition
+from dr2dist.reversible.costs import Watermark
 from tests.cases import GLOBAL_BATCH, full_state
 from tests.models import build
 
@@ -89,6 +90,23 @@ def curve(kind: str, stages: int, steps: int = 20, accumulate: int = 4, **option
         losses.append(verdict.loss)
         norms.append(float(engine.gradient_norm))
     return losses, full_state(engine), norms, [layer.kind for layer in engine.stage.layers]
+
+
+def peaks(counts: tuple[int, ...]) -> list[int]:
+    """The most bytes of tensors that are alive in a step, by its number of micro-batches."""
+    engine, batch = make_engine("vit", 2, alpha=0.5, beta=0.5), GLOBAL_BATCH // 4
+    labels = torch.zeros(batch, dtype=torch.int64)
+    some = Work(
+        lambda: None,
+        lambda number: torch.ones(batch, 3, *SIZE),
+        lambda number, output: nn.functional.cross_entropy(output.float(), labels),
+    )
+    found = []
+    for count in (1, *counts):  # gradients and buffers are there after the first
+        with Watermark() as mark:
+            engine.step(some, count, [1e-2])
+        found.append(mark.peak)
+    return found[1:]
 
 
 def fault(kind: str, who: int) -> str:

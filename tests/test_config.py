@@ -163,9 +163,11 @@ def test_overrides_replace_values() -> None:
         (["data.unreadable=ignore"], "found 'ignore'; allowed is fail, skip"),
         (["model.image_size=[0, 8]"], "model.image_size.0: found 0"),
         (["output=null"], "output: found None"),
+        (["model.options={cache_dir: x}"], "cache_dir is not one of a model's shape"),
         (["model.options={img_size: 32}"], "img_size has a setting of its own, model.image_size"),
         (["coefficients={kind: guarded, loss: [0.3, 0.1]}"], "loss is [0.3, 0.1], allowed is a"),
-        (["coefficients={kind: guarded, drift: [0.1, 0.3]}"], "drift has no effect with revers"),
+        (["coefficients={kind: guarded, beta: [0.5, 0.1], drift: [0.1, 0.3]}"], "with revers"),
+        (["coefficients={kind: guarded, drift: [0.1, 0.3]}"], "with a beta that rises"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(overrides: list[str], message: str) -> None:

@@ -55,6 +55,15 @@ def test_what_holds_moves_on_only_below_half_of_the_bound() -> None:
     assert actions == ["move", "hold", "hold", "hold", "move", "move"]
 
 
+def test_a_value_is_held_against_half_a_bound_only_if_it_was_that_which_held() -> None:
+    # The loss lies 0.07 above its lowest, under its bound of 0.1, all the time.
+    guard = Guard(LIMITS, 1, last=99, memory=Memory(smoothed=1.07, lowest=1.0))
+    drifts = [1e-6, 2e-3, 1e-6, 1e-6]
+    decisions = [guard.note(step, 1.07, drift) for step, drift in enumerate(drifts, 1)]
+    assert [found and found.action for found in decisions] == ["move", "hold", "move", "move"]
+    assert decisions[1] is not None and decisions[1].reason == "drift 0.002, bound 0.001"
+
+
 def test_the_worst_drift_since_the_last_decision_counts_and_nan_turns_back() -> None:
     assert walk([1.0] * 4, [5e-3, 1e-4, 1e-4, 1e-4])[0] == ["hold", "move"]
     assert walk([1.0] * 4, [1e-4, float("nan"), 1e-4, 1e-4])[0] == ["back", "move"]
@@ -90,7 +99,7 @@ def test_a_run_stays_where_its_drift_allows_and_says_why(
     assert drifts[stop - 2] < 1e-4 < drifts[stop - 1] < drifts[-1]
     decisions = [line for line in metrics(folder / "guarded") if "guard" in line]
     assert [line["guard"] for line in decisions] == ["move"] * (stop - 1) + ["hold"] * (13 - stop)
-    assert decisions[-1]["guard_reason"].startswith("drift 0.000")
+    assert decisions[-1]["guard_reason"].startswith("drift ")
 
 
 def test_a_guarded_run_that_breaks_off_goes_on_to_the_same_bits(

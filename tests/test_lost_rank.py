@@ -36,6 +36,7 @@ output: OUTPUT
     [
         ("SIGKILL", 0, "rank 0 was lost"),
         ("SIGKILL", 1, "rank 1 was lost"),
+        ("SIGSTOP", 0, "rank 0 was lost"),
         ("SIGSTOP", 1, "rank 1 was lost (no sign of life for 4 s)"),
         ("error", 1, "rank 1 ended: the disk is full"),
     ],

@@ -88,6 +88,14 @@ def test_two_stages_run_as_one_rank_does(
             assert name != "idle" or all(value < 1 for value in values)
 
 
+def test_a_finished_run_whose_summary_is_lost_says_again_where_it_ended(
+    whole: Path, folder: Path, shards: Path, one_rank: Pool
+) -> None:
+    (whole / "summary.json").unlink()
+    summary = train(one_rank, folder, shards, "whole")
+    assert (summary["steps"], summary["beta"]) == (8, metrics(whole)[-2]["beta"])
+
+
 def test_a_run_in_stages_goes_on_on_other_layouts_and_back(
     whole: Path, folder: Path, shards: Path, one_rank: Pool, two_ranks: Pool, four_ranks: Pool
 ) -> None:
@@ -122,6 +130,8 @@ def test_the_plan_shows_the_grid_and_refuses_what_cannot_be(folder: Path, shards
     # Two fp32 numbers for each of 5 tokens of width 192, micro-batch 4.
     assert f"{2 * 4 * 5 * 192 * 4:,} bytes on" in shown
     for ranks, overrides, message in [
+        (2, ["model.options={num_heads: 0}"], "model: vit_tiny_patch16_224 cannot be built with"),
+        (2, ["parallel.stages=2", "model.options={patch_drop_rate: 0.5}"], r"tokens \[3, 192\] in"),
         (2, ["model.options={dephh: 4}"], "model: vit_tiny_patch16_224 cannot be built .* 'dephh'"),
         (3, ["parallel.stages=2"], "parallel.stages is 2, which does not divide the 3 rank"),
         (2, ["parallel.stages=2", "parallel.zero=3"], "allowed with stages is 0 or 1"),

@@ -61,6 +61,20 @@ def test_stages_and_replicas_under_zero_1_train_as_one_does(whole: Any, four_ran
     check(four_ranks.run(CURVE, kind=kind, stages=2, zero=1), wanted, kind)
 
 
+@pytest.mark.parametrize("cut", [1, 6])
+def test_tokens_of_autocasts_dtype_cross_a_cut(cut: int, one_rank: Pool, two_ranks: Pool) -> None:
+    # Behind the stem and behind a patch merging.
+    options = {"kind": "swin", "bf16": True, "steps": 3, "alpha": 0.5, "beta": 0.5}
+    ((losses, *_),) = one_rank.run(CURVE, stages=1, **options)
+    found, *_ = two_ranks.run(CURVE, stages=2, cuts=(cut,), **options)
+    assert found[0] == pytest.approx(losses, rel=1e-3)
+
+
+def test_a_stage_lets_go_of_what_has_been_received(two_ranks: Pool) -> None:
+    for few, many in two_ranks.run("tests.stage_cases:peaks", counts=(4, 12)):
+        assert many == few
+
+
 @pytest.mark.parametrize("kind", ["eva-rope", "eva-mixed-rope", "beit-shared-bias"])
 def test_what_functions_share_crosses_the_cuts(kind: str, one_rank: Pool, four_ranks: Pool) -> None:
     (wanted,) = one_rank.run(CURVE, kind=kind, stages=1, steps=5)
@@ -154,6 +168,18 @@ def test_a_first_stage_holds_the_images_of_micro_batches_in_flight_and_remainder
     images, remainders = 4 * batch * 3 * 32 * 32, 3 * batch * 17 * 48 // 8
     grown = {after - before for before, after in itertools.pairwise(held)}
     assert len(grown) == 1 and 0 <= max(grown) - images - remainders < 8000  # a random state
+
+
+def test_running_statistics_of_a_stem_move_once_a_micro_batch() -> None:
+    model = build("vit", depth=4)
+    model.patch_embed.norm = torch.nn.BatchNorm1d(16)
+    net = dr2dist.convert(model, alpha=0.5, beta=0.5).train()
+    stage = Stage(net, layers_of(net, (32, 32)), range(5), returned=True)
+    run = stage.forward(torch.randn(8, 3, 32, 32))
+    message = run.message()
+    run.backward(torch.ones(2, 8, 17, 48), message.clone())
+    assert model.patch_embed.norm.num_batches_tracked == 1
+    assert model.patch_embed.norm.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("returned", [True, False])

@@ -48,11 +48,15 @@ def build_model(
         given["img_size"] = image_size
     try:
         model: nn.Module = timm.create_model(name, pretrained=weights == "hub", **given)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise UserError(f"model: {name} cannot be built with {given}: {error}") from None
+    except (TypeError, AssertionError, ValueError, LookupError, ArithmeticError, RuntimeError) as e:
+        raise UserError(f"model: {name} cannot be built with {given}: {_line(e)}") from None
     if weights not in (None, "hub"):
         model.load_state_dict(_read(model, Path(str(weights))), strict=False)
     return model
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__} {error}".split())
 
 
 def build_deferred(

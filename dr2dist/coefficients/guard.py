@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 HORIZON = 20
@@ -13,23 +13,24 @@ Action = Literal["move", "hold", "back"]
 
 
 class Bounds(NamedTuple):
-    """Above `hold` a path stays, above `back` it goes back; once it stays, it moves on only when
-    the value is below half of `hold`."""
+    """Above `hold` a path stays, above `back` it goes back; once a value holds it, it moves on only
+    when that value is below half of `hold`."""
 
     hold: float
     back: float
 
-    def judge(self, value: float, holding: bool) -> Action:
-        """What a value allows. One that is not a number allows nothing."""
+    def judge(self, value: float, holding: bool) -> tuple[Action, float]:
+        """What a value allows, and the bound that says so. One that is no number allows nothing."""
         if not value <= self.back:
-            return "back"
-        return "move" if value <= (self.hold / 2 if holding else self.hold) else "hold"
+            return "back", self.back
+        bound = self.hold / 2 if holding else self.hold
+        return "move" if value <= bound else "hold", bound
 
 
 @dataclass(frozen=True)
 class Limits:
     """loss: of the smoothed loss above its lowest, in units of the loss. drift: of the worst
-    relative error of a reconstruction since the last decision, in float arithmetic."""
+    relative error of a reconstruction since the last decision; None where it is not judged."""
 
     loss: Bounds
     drift: Bounds | None
@@ -47,12 +48,12 @@ class Decision(NamedTuple):
 class Memory:
     """What a guard remembers, plain values for a checkpoint.
 
-    place: the step of the path that is in force. holding: whether the last decision was not to
-    move. drift: the worst since then.
+    place: the step of the path that is in force. holding: what kept it from moving at the last
+    decision, by name. drift: the worst since then.
     """
 
     place: int = 0
-    holding: bool = False
+    holding: list[str] = field(default_factory=list)
     smoothed: float | None = None
     lowest: float | None = None
     drift: float | None = None
@@ -84,28 +85,30 @@ class Guard:
         return None if applied % self.every else self._decide()
 
     def _decide(self) -> Decision:
-        memory = self.memory
-        action, reason = max(self._findings(), key=lambda found: ORDER.index(found[0]))
+        memory, found = self.memory, self._findings()
+        action, reason = max(found.values(), key=lambda one: ORDER.index(one[0]))
         way = {"move": self.every, "hold": 0, "back": -self.every}[action]
         memory.place = min(max(memory.place + way, 0), self.last)
-        memory.holding, memory.drift = action != "move", None
+        memory.holding = [name for name, (said, _) in found.items() if said != "move"]
+        memory.drift = None
         return Decision(action, memory.place, reason)
 
-    def _findings(self) -> list[tuple[Action, str]]:
-        memory = self.memory
+    def _findings(self) -> dict[str, tuple[Action, str]]:
+        """What each value allows, with the reason."""
+        memory, limits = self.memory, self.limits
         assert memory.smoothed is not None and memory.lowest is not None
-        values: list[tuple[str, float | None, Bounds | None]] = [
-            ("smoothed loss above its lowest", memory.smoothed - memory.lowest, self.limits.loss),
-            ("drift", memory.drift, self.limits.drift),
-        ]
-        found: list[tuple[Action, str]] = []
-        for name, value, bounds in values:
+        found: dict[str, tuple[Action, str]] = {}
+        for name, value, bounds in (
+            ("loss", memory.smoothed - memory.lowest, limits.loss),
+            ("drift", memory.drift, limits.drift),
+        ):
             if value is not None and bounds is not None:
-                action = bounds.judge(value, memory.holding)
-                found.append((action, f"{name} {value:.3g}, hold {bounds.hold:g}"))
+                action, bound = bounds.judge(value, name in memory.holding)
+                found[name] = action, f"{PHRASES[name]} {value:.3g}, bound {bound:.3g}"
         return found
 
 
+PHRASES = {"loss": "smoothed loss above its lowest", "drift": "drift"}
 ORDER: tuple[Action, ...] = ("move", "hold", "back")
 
 

@@ -57,7 +57,8 @@ class Guarded(Conserve):
     """As conserve, but moving on only while the loss and, in float arithmetic, the drift allow it.
 
     Bounds are pairs: above the first the path stays, until the value is below half of it; above
-    the second it goes back, a move at a time.
+    the second it goes back, a move at a time. Drift falls as beta rises, so it is judged only where
+    beta falls.
     """
 
     kind: Literal["guarded"]  # type: ignore[assignment]
@@ -65,8 +66,18 @@ class Guarded(Conserve):
         (0.1, 0.3), description="smoothed loss above its lowest: hold, go back"
     )
     drift: tuple[Above, Above] | None = Field(
-        None, description="relative error of a reconstruction, arithmetic float; null: 0.001, 0.01"
+        None,
+        description="relative error of a reconstruction, arithmetic float, beta falling; null: "
+        "0.001, 0.01",
     )
+
+    def idle(self) -> dict[str, str]:
+        """See Section."""
+        return {} if self._falls else {"drift": "a beta that rises, as drift falls with it"}
+
+    @property
+    def _falls(self) -> bool:
+        return self.beta[1] < self.beta[0]
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -78,7 +89,8 @@ class Guarded(Conserve):
 
     def limits(self) -> Limits:
         """For a guard on the path."""
-        return Limits(Bounds(*self.loss), Bounds(*(self.drift or DRIFT)))
+        drift = Bounds(*(self.drift or DRIFT)) if self._falls else None
+        return Limits(Bounds(*self.loss), drift)
 
 
 DRIFT = (1e-3, 1e-2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any, Literal, Self
 
+import timm
 from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from dr2dist.config.coefficients import CoefficientPath, Conserve, Constant, Guarded, with_kind
@@ -31,7 +33,10 @@ OWN_SETTINGS = {
     "drop_path_rate": "model.drop_path",
     "proj_drop_rate": "model.dropout",
     "pretrained": "model.weights",
+    "checkpoint_path": "model.weights",
 }
+FOREIGN = {*inspect.signature(timm.create_model).parameters, "in_chans", "features_only"}
+"""What would change where weights come from, or what images and outputs are."""
 
 
 class Model(Section):
@@ -58,6 +63,8 @@ class Model(Section):
         for name in self.options:
             if name in OWN_SETTINGS:
                 raise ValueError(f"options: {name} has a setting of its own, {OWN_SETTINGS[name]}")
+            if name in FOREIGN:
+                raise ValueError(f"options: {name} is not one of a model's shape: leave it out")
         return self
 
 

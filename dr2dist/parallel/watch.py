@@ -54,9 +54,10 @@ class Watch:
     def __enter__(self) -> Watch:
         if self.ranks == 1:
             return self
-        self._store = _own_store(self.rank)
-        self._store.set(f"host/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
-        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._board = _Board(self.rank, self._silence)
+        self._board.set(f"host/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
+        self._board.set(f"alive/{self.rank}", "0")
+        self._heard: dict[int, tuple[str, float]] = {}
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._signals = _Signals(self._mouth) if _in_main_thread() else None
@@ -73,7 +74,7 @@ class Watch:
         if self.ranks == 1:
             return
         if error is not None and _of_a_connection(error):
-            self._thread.join(self._silence + 2 * PERIOD + 2 * GRACE)
+            self._thread.join(2 * self._silence + 2 * PERIOD + 2 * GRACE)
         elif error is not None and not isinstance(error, self._agreed):
             last = str(error).strip().rpartition("\n")[2] or type(error).__name__
             last = last.removeprefix(f"rank {self.rank}: ")
@@ -115,20 +116,22 @@ class Watch:
     def _look(self, count: int) -> str | None:
         """Tells that this rank lives; what is known of one that does not."""
         try:
-            self._store.set(f"alive/{self.rank}", str(count))
-            if self._store.check([_LOST]):
-                return str(self._store.get(_LOST).decode())
+            self._board.set(f"alive/{self.rank}", str(count))
+            if told := self._board.get(_LOST):
+                return told
             others = range(1, self.ranks) if self.rank == 0 else (0,)
             for rank in others:
                 if self._silent(rank):
                     return self._lost(rank, f"no sign of life for {self._silence:.0f} s")
-        except RuntimeError:
-            return self._lost(0, "the store of the process group is gone with it")
+        except GoneError:
+            return self._lost(0, "the store of the process group does not answer")
         return None
 
     def _silent(self, rank: int) -> bool:
-        key, now = f"alive/{rank}", time.monotonic()
-        count = self._store.get(key) if self._store.check([key]) else b""
+        """Whether a rank that was heard once is heard no more."""
+        count, now = self._board.get(f"alive/{rank}"), time.monotonic()
+        if count is None:
+            return False
         known, since = self._heard.get(rank, (None, now))
         if count != known:
             self._heard[rank] = count, now
@@ -137,14 +140,15 @@ class Watch:
     def _why_told(self) -> str:
         """After a signal to end, as a launcher sends it when one of its processes has ended."""
         try:
-            if self._store.check([_LOST]):
-                return str(self._store.get(_LOST).decode())
+            if told := self._board.get(_LOST):
+                return told
             for rank in range(self.ranks):
-                host, process = self._store.get(f"host/{rank}").decode().split()
+                place = self._board.get(f"host/{rank}")
+                host, process = place.split() if place else ("", "0")
                 if host == socket.gethostname() and not _lives(int(process)):
                     return self._lost(rank, "its process has ended")
-        except RuntimeError:
-            return self._lost(0, "the store of the process group is gone with it")
+        except GoneError:
+            return self._lost(0, "the store of the process group does not answer")
         return f"{self._name(self.rank)} was told to end (SIGTERM)"
 
     def _lost(self, rank: int, how: str) -> str:
@@ -154,26 +158,72 @@ class Watch:
         )
 
     def _tell(self, found: str) -> None:
-        """Leaves word for all others."""
-        with contextlib.suppress(RuntimeError):
-            self._store.compare_set(_LOST, "", found)
+        """Leaves word for all others, if none has."""
+        with contextlib.suppress(GoneError):
+            self._board.set_first(_LOST, found)
 
     def _leave(self) -> None:
         """Rank 0, with whom the store goes, leaves last if it can; the others may have to read."""
-        with contextlib.suppress(RuntimeError):
-            self._store.add(_LEFT, 1)
+        with contextlib.suppress(GoneError):
+            self._board.add(_LEFT, 1)
             end = time.monotonic() + 2 * PERIOD
             while self.rank == 0 and time.monotonic() < end:
-                if self._store.add(_LEFT, 0) == self.ranks:
+                if self._board.add(_LEFT, 0) == self.ranks:
                     return
                 time.sleep(0.01)
 
 
-def _own_store(rank: int) -> Any:
-    """A connection that no one else waits on, and a part of the store for this watch alone."""
-    store: Any = dist.distributed_c10d._get_default_store().clone()
-    number = store.add(f"watches/{rank}", 1)  # every rank counts its own, all come to the same
-    return dist.PrefixStore(f"watch/{number}", store)
+class GoneError(Exception):
+    """The store does not answer: it goes with the process that holds it, rank 0's."""
+
+
+class _Board:
+    """The process group's store, by a connection that nothing else waits on.
+
+    A host that is frozen leaves whoever asks it without an answer for ever, so each question is
+    asked in a thread of its own, for `patience` seconds; after that the store counts as gone.
+    """
+
+    def __init__(self, rank: int, patience: float) -> None:
+        store: Any = dist.distributed_c10d._get_default_store().clone()
+        # Every rank counts its own watches, and all come to the same number.
+        self._store = dist.PrefixStore(f"watch/{store.add(f'watches/{rank}', 1)}", store)
+        self._patience, self._gone = patience, False
+
+    def get(self, key: str) -> str | None:
+        """None where nobody has set it."""
+        found: str | None = self._ask(
+            lambda: self._store.get(key).decode() if self._store.check([key]) else None
+        )
+        return found
+
+    def set(self, key: str, value: str) -> None:
+        """For all to read."""
+        self._ask(lambda: self._store.set(key, value))
+
+    def set_first(self, key: str, value: str) -> None:
+        """The same, unless somebody has done so."""
+        self._ask(lambda: self._store.compare_set(key, "", value))
+
+    def add(self, key: str, amount: int) -> int:
+        """The sum of all that was added."""
+        return int(self._ask(lambda: self._store.add(key, amount)))
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        answers: list[Any] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(question())
+
+        if not self._gone:
+            thread = threading.Thread(target=ask, daemon=True)
+            thread.start()
+            thread.join(self._patience)
+        if not answers:
+            self._gone = True
+            raise GoneError
+        return answers[0]
 
 
 def _of_a_connection(error: BaseException) -> bool:

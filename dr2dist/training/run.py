@@ -24,6 +24,7 @@ from dr2dist.data.transforms import eval_transform, train_transform
 from dr2dist.errors import UserError
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
 from dr2dist.parallel.pipeline.engine import StagedEngine
+from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only
 from dr2dist.parallel.processes import join, largest, share_cores
 from dr2dist.parallel.watch import Watch
@@ -51,15 +52,15 @@ def run(config: Config) -> dict[str, Any]:
     """
     share_cores()
     join()
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ranks = dist.get_world_size()
+    with Watch(Grid.of(ranks, config.parallel.stages).name, agreed=(UnprovenStepError,)):
+        return _run(config, dist.get_rank(), ranks)
+
+
+def _run(config: Config, rank: int, ranks: int) -> dict[str, Any]:
     if rank:
         logging.getLogger("dr2dist").setLevel(logging.WARNING)  # rank 0 speaks for all
     plan = make_plan(config, ranks)
-    with Watch(plan.grid.name, agreed=(UnprovenStepError,)):
-        return _run(config, plan, rank)
-
-
-def _run(config: Config, plan: Plan, rank: int) -> dict[str, Any]:
     checkpoint = find_start(config, plan.global_batch)
     before = finished(config)
     dist.barrier()  # no rank writes to the folder before all have looked

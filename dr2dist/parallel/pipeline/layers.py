@@ -55,18 +55,28 @@ class Layer:
 def layers_of(net: ReversibleNetwork, size: tuple[int, int]) -> list[Layer]:
     """The network's layers in order, measured on the meta device for images of a size.
 
-    Raises UserError for a network that cannot be cut: one whose functions share what differs from
-    sample to sample, or whose family does not say what its head uses.
+    Raises UserError for a network that cannot be cut: one that drops tokens in training, whose
+    functions share what differs from sample to sample, or whose family does not say what its head
+    uses.
     """
     if net._tail is None:
         raise UserError(f"parallel.stages: the family {net.family.name} does not name its tail")
     meta: Any = copy.deepcopy(net).to("meta").eval()
     meta._cut()  # functions still hold a block's own parameters as they were
     images = torch.empty(1, 3, *size, device="meta")
-    stem = meta.family.stem(meta, images)  # with its graph, which tells what is trained
+    stem = meta.family.stem(meta.train(), images)  # with its graph, which tells what is trained
+    _check_shape(stem.tokens, meta.family.stem(meta.eval(), images).tokens)
     shared = [_shared(name, value, stem.batched) for name, value in stem.sides.items()]
     with torch.no_grad():
         return _completed(list(_walk(meta, images)), meta, shared)
+
+
+def _check_shape(training: Tensor, evaluation: Tensor) -> None:
+    if training.shape != evaluation.shape:
+        raise UserError(
+            f"parallel.stages: the stem gives tokens {list(training.shape[1:])} in training and "
+            f"{list(evaluation.shape[1:])} otherwise (patch_drop_rate), stages need the same"
+        )
 
 
 def _shared(name: str, value: Any, batched: Sequence[str]) -> Shared:

@@ -13,7 +13,7 @@ from dr2dist.parallel.pipeline.layers import Layer, Shared
 from dr2dist.parallel.pipeline.stage import Pass, Stage
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of what functions share, by the number that travels with it."""
+"""Of what functions share, by the number that tells of it."""
 
 
 class Handed(NamedTuple):
@@ -57,6 +57,8 @@ class Link:
         self._after = None if after is None else self._form(after, batch)
         self._shared_before = () if before is None else before.shared
         self._shared_after = () if after is None else after.shared
+        self._shared_dtypes: list[torch.dtype] | None = None
+        self._told = False
 
     def _form(self, layer: Layer, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
         """(shape, dtype) of what crosses the cut behind a layer."""
@@ -73,7 +75,10 @@ class Link:
 
     def send_forward(self, message: Handed) -> None:
         """See receive_forward."""
-        self._send(message.value, self.next)
+        assert self._after is not None
+        self.finish()
+        # Tokens may have autocast's dtype, where nothing of theirs is lost.
+        self._send(message.value.to(self._after[1]), self.next)
         self._send_shared(message.shared)
 
     def receive_any(self) -> Handed:
@@ -88,29 +93,36 @@ class Link:
     def send_any(self, message: Handed) -> None:
         """As send_forward, for any number of samples."""
         batch = message.value.shape[1 if self.stage.gives_state else 0]
+        self.finish()
         self._send(torch.tensor([batch], device=message.value.device), self.next)
         self.send_forward(message)
 
     def _receive_shared(self) -> dict[str, Tensor]:
-        """Each in the dtype that the stem gave it, which only the first stage knows."""
+        """Each in the dtype that the stem gives it, which only the first stage knows: it is told
+        once."""
+        if self._shared_dtypes is None and self._shared_before:
+            codes = self._receive((len(self._shared_before),), torch.int64, self.previous)
+            self._shared_dtypes = [DTYPES[code] for code in codes.tolist()]
         found = {}
-        for each in self._shared_before:
-            dtype = DTYPES[int(self._receive((1,), torch.int64, self.previous))]
+        for each, dtype in zip(self._shared_before, self._shared_dtypes or (), strict=True):
             found[each.name] = self._receive(each.shape, dtype, self.previous)
             found[each.name].requires_grad_(each.trained)
         return found
 
     def _send_shared(self, shared: dict[str, Tensor]) -> None:
-        for each in self._shared_after:
-            value = shared[each.name].detach()
-            self._send(torch.tensor([DTYPES.index(value.dtype)], device=value.device), self.next)
+        values = [shared[each.name].detach() for each in self._shared_after]
+        if not self._told and values:
+            codes = [DTYPES.index(value.dtype) for value in values]
+            self._send(torch.tensor(codes, device=self.device), self.next)
+            self._told = True
+        for value in values:
             self._send(value, self.next)
 
     def receive_backward(self) -> Returned:
         """See Returned."""
         assert self._after is not None
         shape, dtype = self._after
-        self.finish()  # it has arrived, or there would be no answer; its memory is used again
+        self.finish()
         gradient, state = self._receive_gradient(shape, dtype)
         shared = {
             each.name: self._receive(each.shape, torch.float32, self.next)
@@ -136,6 +148,7 @@ class Link:
             assert run.state_taken is not None
             state = torch.stack(tuple(run.state_taken)).view(torch.float32)
             gradient = torch.cat([gradient, state])
+        self.finish()
         self._send(gradient, self.previous)
         for each in self._shared_before:
             if each.trained:
@@ -150,11 +163,12 @@ class Link:
     def _send(self, message: Tensor, rank: int | None) -> None:
         message = message.contiguous()
         self._sent.append((dist.isend(message, rank), message))
-        while self._sent and self._sent[0][0].is_completed():
-            self._sent.popleft()
 
     def finish(self) -> None:
-        """Waits for all that was sent."""
+        """Waits for all that was sent, and lets go of it.
+
+        The schedule is one for blocking messages: by the next one, the last has been asked for.
+        """
         while self._sent:
             self._sent.popleft()[0].wait()
 

@@ -7,6 +7,7 @@ state. What it was given is overwritten on the way.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.reversible import Chain, Gradient, Layout, Segment, Sides, State, Tape
+from dr2dist.reversible.replay import kept_statistics
 
 Shares = dict[str, Tensor]
 """What functions share beside the tokens, by name; or gradients of it, fp32."""
@@ -228,7 +230,13 @@ class _StemGraph(_Graph):
 
     def __init__(self, net: Any, images: Tensor, run: Pass) -> None:
         with torch.enable_grad():
-            stem = checkpoint(net.family.stem, net, images, use_reentrant=False)
+            stem = checkpoint(
+                net.family.stem,
+                net,
+                images,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), kept_statistics(net)),
+            )
         self.output, self._run = stem.tokens, run
         self._edges = {name: _edge(value) for name, value in stem.sides.items()}
         run.shared = {
