@@ -47,6 +47,7 @@ setup(
             "onnx",
             "onnxruntime",
             "onnxscript",
+            "psutil",
             "pytest",
             "pytest-timeout",
             "revlib",

@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import platform
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -194,12 +193,11 @@ def run_all(
 def one_run(overrides: list[str], folder: Path) -> dict[str, Any]:
     """A whole run as a process group of one rank; its checkpoints are deleted afterwards."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from dr2dist.cli import free_port
+
     rank = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     os.environ.update({key: str(value) for key, value in rank.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
     import torch
 

@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from tqdm import tqdm
 import dr2dist
 from dr2dist.bench.process import RETURN_AT_ONCE
 from dr2dist.bench.worker import peak, start_peak
+from dr2dist.cli import free_port
 from dr2dist.parallel.deepspeed_json import deepspeed_config
 from dr2dist.parallel.engine import Work
 from dr2dist.parallel.pipeline.engine import StagedEngine
@@ -253,10 +253,7 @@ def measure_memory() -> dict[str, dict[str, Any]]:
 
 def measure_times(rounds: int) -> dict[str, list[float]]:
     """On two ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         child(["--times", str(rounds)], RANK=str(rank), LOCAL_RANK=str(rank), **places)
         for rank in range(2)

@@ -123,12 +123,13 @@ def _launch_line(given: argparse.Namespace) -> list[str]:
     if given.hostfile is not None:
         line += ["--hostfile", str(given.hostfile)]
     else:
-        line += ["--num_accelerators", str(given.ranks), "--master_port", str(_free_port())]
+        line += ["--num_accelerators", str(given.ranks), "--master_port", str(free_port())]
     line += ["--module", "dr2dist.training.main", "--config", given.config]
     return line + list(given.overrides)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

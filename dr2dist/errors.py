@@ -10,6 +10,11 @@ class UserError(ValueError):
     """One line: what was found, where, and what is allowed. The command line exits 2 on it."""
 
 
+def one_line(error: object) -> str:
+    """The text of an error of others, which may have several lines."""
+    return " ".join(str(error).split())
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A hint for a misspelt `name`: `; did you mean 'x'?`, or nothing when no name is close."""
     close = difflib.get_close_matches(name, list(allowed), n=1)

@@ -5,14 +5,24 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from dr2dist.cli import free_port
+
+
+def wait_for(what: Callable[[], bool], name: str, seconds: float = 120) -> None:
+    """Until something is there; fails with its name if it never is."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, f"{name} is not there after {seconds} s"
+        time.sleep(0.01)
 
 
 class Pool:
@@ -27,9 +37,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory()
         self.outputs = [Path(self._folder.name) / f"rank{rank}.txt" for rank in range(ranks)]
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank, output in enumerate(self.outputs):

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from dr2dist.cli import free_port
 from tests.images import make_small_shards
+from tests.pool import wait_for
 
 LIMIT = 60
 """Seconds until all other ranks have ended."""
@@ -42,10 +41,7 @@ output: OUTPUT
     ],
 )
 def test_ranks_end_and_name_the_one_that_is_lost(fault: str, who: int, message: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "tests.lost_case", fault, str(who)]
     ranks = [
         subprocess.Popen(
@@ -65,13 +61,6 @@ def test_ranks_end_and_name_the_one_that_is_lost(fault: str, who: int, message: 
     assert f"dr2dist: rank {1 - who}: {message}" in said
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
 def test_a_run_whose_stage_is_killed_names_it_and_goes_on(tmp_path: Path) -> None:
     shards = make_small_shards(tmp_path / "shards")
     path, output = tmp_path / "run.yaml", tmp_path / "run"
@@ -82,7 +71,7 @@ def test_a_run_whose_stage_is_killed_names_it_and_goes_on(tmp_path: Path) -> Non
     with log.open("w") as file:
         run = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:
-            wait_for(lambda: len(list(output.glob("checkpoints/step-*/checkpoint.json"))) > 0)
+            wait_for(lambda: any(output.glob("checkpoints/step-*/checkpoint.json")), str(output))
             stage = next(
                 process
                 for process in psutil.Process(run.pid).children(recursive=True)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dr2dist.backbones.deferred import deferred, make_buffers
-from dr2dist.errors import UserError, nearest
+from dr2dist.errors import UserError, nearest, one_line
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +49,11 @@ def build_model(
     try:
         model: nn.Module = timm.create_model(name, pretrained=weights == "hub", **given)
     except (TypeError, AssertionError, ValueError, LookupError, ArithmeticError, RuntimeError) as e:
-        raise UserError(f"model: {name} cannot be built with {given}: {_line(e)}") from None
+        found = one_line(f"{type(e).__name__} {e}")
+        raise UserError(f"model: {name} cannot be built with {given}: {found}") from None
     if weights not in (None, "hub"):
         model.load_state_dict(_read(model, Path(str(weights))), strict=False)
     return model
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__} {error}".split())
 
 
 def build_deferred(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+from dr2dist.reversible.certificate import worst_drift
 
 HORIZON = 20
 """Steps over which the loss is smoothed (exponentially, from its first value on)."""
@@ -80,8 +81,7 @@ class Guard:
         memory.smoothed = known + (loss - known) / HORIZON
         lowest = memory.smoothed if memory.lowest is None else memory.lowest
         memory.lowest = min(lowest, memory.smoothed)
-        if drift is not None:
-            memory.drift = _worst(memory.drift, drift)
+        memory.drift = worst_drift((memory.drift, drift))
         return None if applied % self.every else self._decide()
 
     def _decide(self) -> Decision:
@@ -110,9 +110,3 @@ class Guard:
 
 PHRASES = {"loss": "smoothed loss above its lowest", "drift": "drift"}
 ORDER: tuple[Action, ...] = ("move", "hold", "back")
-
-
-def _worst(known: float | None, value: float) -> float:
-    if known is None or math.isnan(value):
-        return value
-    return known if math.isnan(known) else max(known, value)

@@ -55,6 +55,10 @@ class Schedule:
         """The first applied step from which it stays where it is."""
         return math.ceil(self.knots[-1].share * self.steps / self.every) * self.every
 
+    def points(self) -> list[Coefficients]:
+        """Every pair that is ever in force, in order."""
+        return list(dict.fromkeys(map(self.at, range(0, self.steps + 1, self.every))))
+
     def _between(self, share: float) -> tuple[float, float]:
         for low, high in pairwise(self.knots):
             if low.share <= share < high.share:
@@ -71,8 +75,7 @@ class Schedule:
 
         lengths: the number of functions of each chain, whose range the path must keep.
         """
-        moves = range(0, self.steps + 1, self.every)
-        for alpha, beta in dict.fromkeys(map(self.at, moves)):
+        for alpha, beta in self.points():
             at = Setting(
                 alpha, beta, setting.arithmetic, setting.memory, None, setting.fraction_bits
             )

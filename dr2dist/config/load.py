@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dr2dist.config.schema import Config
-from dr2dist.errors import UserError, nearest
+from dr2dist.errors import UserError, nearest, one_line
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,7 +68,7 @@ def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506  (a subclass of SafeLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{source}: not valid YAML: {one_line(error)}") from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

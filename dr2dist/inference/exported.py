@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dr2dist.backbones.build import build_model
 from dr2dist.backbones.network import convert
 from dr2dist.data.transforms import Transform, eval_transform
-from dr2dist.errors import UserError
+from dr2dist.errors import UserError, one_line
 from dr2dist.files import replaced
 from dr2dist.training.checkpoint import EMA, Checkpoint, checkpoint_folder, checkpoints, read_state
 
@@ -80,7 +80,7 @@ class Facts(BaseModel):
             known = cls.model_fields.keys() & metadata.keys()
             return cls.model_validate({name: json.loads(metadata[name]) for name in known})
         except (ValueError, ValidationError) as error:
-            raise UserError(f"{path}: its metadata are not dr2dist's: {error}") from None
+            raise UserError(f"{path}: its metadata are not dr2dist's: {one_line(error)}") from None
 
 
 def export(run: str | Path, output: str | Path, which: Literal["best", "last"] = "best") -> Facts:
@@ -136,8 +136,7 @@ def load(path: str | Path) -> nn.Module:
     try:
         model.load_state_dict(load_file(path), strict=True)
     except RuntimeError as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{path}: does not fit {facts.model}: {line}") from None
+        raise UserError(f"{path}: does not fit {facts.model}: {one_line(error)}") from None
     net = convert(
         model,
         facts.alpha,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dr2dist.data.sources import IMAGE_TYPES, image_files, open_image
 from dr2dist.data.transforms import Transform
-from dr2dist.errors import UserError
+from dr2dist.errors import UserError, one_line
 from dr2dist.files import replaced
 from dr2dist.inference.exported import ready
 
@@ -82,7 +82,7 @@ def _read(path: Path, transform: Transform, skip: bool) -> Tensor | str:
         return transform(open_image(path))
     except ValueError as error:
         if skip:
-            return " ".join(str(error).split())
+            return one_line(error)
         raise UserError(f"{path}: is not a readable image: {error}") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.parallel.average import Average
@@ -84,7 +84,7 @@ class ReversibleEngine:
         self._engine, *_ = deepspeed.initialize(
             model=net, optimizer=optimizer, config=config, mpu=groups
         )
-        self.net: nn.Module = self._engine.module
+        self.net: ReversibleNetwork = self._engine.module
         for chain in net.chains:
             chain.runner = runner
         for piece in net.pieces:
@@ -151,8 +151,7 @@ class ReversibleEngine:
     @property
     def coefficients(self) -> tuple[float, float]:
         """alpha and beta in force on this rank."""
-        setting = self.chains[0].setting
-        return setting.alpha, setting.beta
+        return self.net.coefficients
 
     @property
     def replicas(self) -> int:

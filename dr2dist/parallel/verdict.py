@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dr2dist.reversible import Chain
-from dr2dist.reversible.certificate import NEVER, Flags, failure_messages
+from dr2dist.reversible.certificate import NEVER, Flags, failure_messages, worst_drift
 
 Kind = Literal["disagreement", "mismatch", "range", "finite"]
 
@@ -49,22 +49,22 @@ class Report:
     chains: Sequence[Chain] = field(default_factory=tuple)
 
     def pack(self, coefficients: tuple[float, float], step: int) -> Tensor:
-        """fp64 [2 + len(SAME) + chains * FOR_A_CHAIN]: every integer here is below 2^53."""
+        """fp64 [2 + len(SAME) + chains * (1 + FOR_A_CHAIN)]; every integer is below 2^53."""
         device = self.loss.device
         head = torch.stack([self.loss.double(), self.gradient.double()])
-        parts = [head, torch.tensor([*coefficients, step], dtype=torch.float64, device=device)]
+        same = [*coefficients, step, *(chain.setting.fraction_bits for chain in self.chains)]
+        parts = [head, torch.tensor(same, dtype=torch.float64, device=device)]
         for chain in self.chains:
             flags, drift = chain.ledger.take()
             flags = Flags(device).tensor if flags is None else flags
             drift = torch.full((), -1.0, device=device) if drift is None else drift
-            bits = torch.full((1,), float(chain.setting.fraction_bits), device=device)
-            parts += [bits.double(), flags.double(), drift.double().reshape(1)]
+            parts += [flags.double(), drift.double().reshape(1)]
         return torch.cat(parts)
 
 
 SAME = ("alpha", "beta", "applied steps")
 """What all ranks must have in common, beside each chain's fraction bits."""
-FOR_A_CHAIN = Flags.SIZE + 2
+FOR_A_CHAIN = Flags.SIZE + 1
 
 
 def decide(report: Report, coefficients: tuple[float, float], step: int) -> Verdict:
@@ -83,40 +83,29 @@ def decide(report: Report, coefficients: tuple[float, float], step: int) -> Verd
 
 
 def _read(rows: list[list[float]], names: list[str]) -> Verdict:
-    kinds: set[Kind] = set()
-    drifts: list[float] = []
-    messages = _disagreements(rows, names)
-    if messages:
-        kinds.add("disagreement")
-    for rank, (loss, gradient, *rest) in enumerate(rows):
-        for name, (_, *flags, drift) in zip(names, _of_chains(rest), strict=True):
+    titles = [*SAME, *(f"{name}: fraction bits" for name in names)]
+    start = 2 + len(titles)
+    messages = _disagreements([row[2:start] for row in rows], titles)
+    kinds: set[Kind] = {"disagreement"} if messages else set()
+    drifts: list[float | None] = []
+    for rank, row in enumerate(rows):
+        for place, name in enumerate(names):
+            *flags, drift = row[start + place * FOR_A_CHAIN :][:FOR_A_CHAIN]
             whole = [int(value) for value in flags]
             kinds.update(failure_kinds(whole))
             messages += [f"rank {rank}: {line}" for line in failure_messages(name, whole)]
-            drifts.append(drift)
+            drifts.append(None if drift == -1.0 else drift)
+        loss, gradient = row[:2]
         if not (math.isfinite(loss) and math.isfinite(gradient)):
             kinds.add("finite")
             what = "loss" if not math.isfinite(loss) else "gradient"
             messages.append(f"rank {rank}: the {what} is not finite")
-    known = [drift for drift in drifts if drift != -1.0]
-    worst = max(known, key=lambda drift: math.inf if math.isnan(drift) else drift, default=None)
-    return Verdict(
-        frozenset(kinds), tuple(messages), sum(row[0] for row in rows) / len(rows), worst
-    )
+    loss = sum(row[0] for row in rows) / len(rows)
+    return Verdict(frozenset(kinds), tuple(messages), loss, worst_drift(drifts))
 
 
-def _of_chains(rest: list[float]) -> list[list[float]]:
-    """A row's part for each chain: fraction bits, flags, drift."""
-    values = rest[len(SAME) :]
-    return [values[i : i + FOR_A_CHAIN] for i in range(0, len(values), FOR_A_CHAIN)]
-
-
-def _disagreements(rows: list[list[float]], names: list[str]) -> list[str]:
+def _disagreements(values: list[list[float]], titles: list[str]) -> list[str]:
     """One line for each value of a rank that is not what most ranks have (rank 0, if as many)."""
-    titles = [*SAME, *(f"{name}: fraction bits" for name in names)]
-    values = [
-        [*row[2 : 2 + len(SAME)], *(bits for bits, *_ in _of_chains(row[2:]))] for row in rows
-    ]
     common = [Counter(column).most_common(1)[0][0] for column in zip(*values, strict=True)]
     return [
         f"rank {rank}: {title} {value:g}, most ranks have {usual:g}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -163,6 +165,12 @@ class ChainCertificate:
     verified: bool
     remainder_bytes: int
     drift: float | None
+
+
+def worst_drift(drifts: Iterable[float | None]) -> float | None:
+    """The largest; one that is not a number is worse than any. None where nothing drifts."""
+    known = (drift for drift in drifts if drift is not None)
+    return max(known, key=lambda drift: math.inf if math.isnan(drift) else drift, default=None)
 
 
 @dataclass

@@ -89,8 +89,7 @@ class Keeper:
             raise UserError(f"{folder}: is of another model: {', '.join(strange[:3])}")
         _read_into(engine, saved)
         engine.go_on_from(saved.state["step"])
-        for chain in engine.chains:
-            chain.set_coefficients(saved.state["alpha"], saved.state["beta"])
+        engine.net.set_coefficients(saved.state["alpha"], saved.state["beta"])
         engine.take_layouts(saved.state["layouts"])
         values = saved.state["progress"]
         # Runs of earlier versions have none.

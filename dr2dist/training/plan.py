@@ -193,8 +193,8 @@ def make_plan(config: Config, ranks: int) -> Plan:
 def _remainder_bits(setting: Setting, schedule: Schedule) -> int:
     if setting.memory != "reverse":
         return 0
-    betas = {schedule.at(step).beta for step in range(0, schedule.steps + 1, schedule.every)}
-    return replace(setting, alpha=1 - min(betas), beta=min(betas)).remainder_bits
+    least = min(point.beta for point in schedule.points())
+    return replace(setting, alpha=1 - least, beta=least).remainder_bits
 
 
 def _check_precision(precision: str) -> None:

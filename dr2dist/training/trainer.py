@@ -123,8 +123,7 @@ class Trainer:
     def _step(self, bar: Any) -> None:
         step = self.engine.applied
         alpha, beta = self.pace.schedule.at(step if self.guard is None else self.guard.memory.place)
-        for chain in self.engine.chains:
-            chain.set_coefficients(alpha, beta)
+        self.engine.net.set_coefficients(alpha, beta)
         with self.speed.waiting():
             batches = list(islice(self.train, self.pace.accumulate))
         rate = self.pace.learning_rate(step)

@@ -61,21 +61,22 @@ def layers_of(net: ReversibleNetwork, size: tuple[int, int]) -> list[Layer]:
     """
     if net._tail is None:
         raise UserError(f"parallel.stages: the family {net.family.name} does not name its tail")
-    meta: Any = copy.deepcopy(net).to("meta").eval()
+    meta: Any = copy.deepcopy(net).to("meta")
     meta._cut()  # functions still hold a block's own parameters as they were
     images = torch.empty(1, 3, *size, device="meta")
     stem = meta.family.stem(meta.train(), images)  # with its graph, which tells what is trained
-    _check_shape(stem.tokens, meta.family.stem(meta.eval(), images).tokens)
-    shared = [_shared(name, value, stem.batched) for name, value in stem.sides.items()]
     with torch.no_grad():
-        return _completed(list(_walk(meta, images)), meta, shared)
+        layers = list(_walk(meta.eval(), images))
+    _check_shape(tuple(stem.tokens.shape[1:]), layers[0].shape)
+    shared = [_shared(name, value, stem.batched) for name, value in stem.sides.items()]
+    return _completed(layers, meta, shared)
 
 
-def _check_shape(training: Tensor, evaluation: Tensor) -> None:
-    if training.shape != evaluation.shape:
+def _check_shape(training: tuple[int, ...], evaluation: tuple[int, ...]) -> None:
+    if training != evaluation:
         raise UserError(
-            f"parallel.stages: the stem gives tokens {list(training.shape[1:])} in training and "
-            f"{list(evaluation.shape[1:])} otherwise (patch_drop_rate), stages need the same"
+            f"parallel.stages: the stem gives tokens {list(training)} in training and "
+            f"{list(evaluation)} otherwise (patch_drop_rate), stages need the same"
         )
 
 

@@ -49,19 +49,16 @@ class Link:
         held: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.stage, self.held, self.device = stage, held, device
+        self.stage, self.before, self.after = stage, before, after
         self.previous, self.next = neighbours
+        self.batch, self.held, self.device = batch, held, device
         self._sent: deque[tuple[Any, Tensor]] = deque()
-        self._sample_before = () if before is None else before.shape
-        self._before = None if before is None else self._form(before, batch)
-        self._after = None if after is None else self._form(after, batch)
-        self._shared_before = () if before is None else before.shared
-        self._shared_after = () if after is None else after.shared
         self._shared_dtypes: list[torch.dtype] | None = None
         self._told = False
 
-    def _form(self, layer: Layer, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
+    def _form(self, layer: Layer | None, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
         """(shape, dtype) of what crosses the cut behind a layer."""
+        assert layer is not None
         shape = (batch, *layer.shape)
         if not layer.hands_on_state:
             return shape, self.held
@@ -69,48 +66,46 @@ class Link:
         return (2, *shape), torch.int32 if exact else torch.float32
 
     def receive_forward(self) -> Handed:
-        """All of it in memory of its own."""
-        assert self._before is not None
-        return Handed(self._receive(*self._before, self.previous), self._receive_shared())
+        """A micro-batch, all of it in memory of its own."""
+        return self._receive_handed(self.batch)
 
     def send_forward(self, message: Handed) -> None:
         """See receive_forward."""
-        assert self._after is not None
         self.finish()
         # Tokens may have autocast's dtype, where nothing of theirs is lost.
-        self._send(message.value.to(self._after[1]), self.next)
+        _, dtype = self._form(self.after, self.batch)
+        self._send(message.value.to(dtype), self.next)
         self._send_shared(message.shared)
 
     def receive_any(self) -> Handed:
         """As receive_forward, for any number of samples."""
-        assert self._before is not None
-        shape, dtype = self._before
-        batch = int(self._receive((1,), torch.int64, self.previous))
-        place = len(shape) - len(self._sample_before)
-        shape = (*shape[: place - 1], batch, *shape[place:])
-        return Handed(self._receive(shape, dtype, self.previous), self._receive_shared())
+        return self._receive_handed(int(self._receive((1,), torch.int64, self.previous)))
+
+    def _receive_handed(self, batch: int) -> Handed:
+        value = self._receive(*self._form(self.before, batch), self.previous)
+        return Handed(value, self._receive_shared())
 
     def send_any(self, message: Handed) -> None:
         """As send_forward, for any number of samples."""
         batch = message.value.shape[1 if self.stage.gives_state else 0]
-        self.finish()
-        self._send(torch.tensor([batch], device=message.value.device), self.next)
+        self._send(torch.tensor([batch], device=self.device), self.next)
         self.send_forward(message)
 
     def _receive_shared(self) -> dict[str, Tensor]:
         """Each in the dtype that the stem gives it, which only the first stage knows: it is told
         once."""
-        if self._shared_dtypes is None and self._shared_before:
-            codes = self._receive((len(self._shared_before),), torch.int64, self.previous)
+        shared = _shared(self.before)
+        if self._shared_dtypes is None and shared:
+            codes = self._receive((len(shared),), torch.int64, self.previous)
             self._shared_dtypes = [DTYPES[code] for code in codes.tolist()]
         found = {}
-        for each, dtype in zip(self._shared_before, self._shared_dtypes or (), strict=True):
+        for each, dtype in zip(shared, self._shared_dtypes or (), strict=True):
             found[each.name] = self._receive(each.shape, dtype, self.previous)
             found[each.name].requires_grad_(each.trained)
         return found
 
     def _send_shared(self, shared: dict[str, Tensor]) -> None:
-        values = [shared[each.name].detach() for each in self._shared_after]
+        values = [shared[each.name].detach() for each in _shared(self.after)]
         if not self._told and values:
             codes = [DTYPES.index(value.dtype) for value in values]
             self._send(torch.tensor(codes, device=self.device), self.next)
@@ -120,13 +115,11 @@ class Link:
 
     def receive_backward(self) -> Returned:
         """See Returned."""
-        assert self._after is not None
-        shape, dtype = self._after
         self.finish()
-        gradient, state = self._receive_gradient(shape, dtype)
+        gradient, state = self._receive_gradient(*self._form(self.after, self.batch))
         shared = {
             each.name: self._receive(each.shape, torch.float32, self.next)
-            for each in self._shared_after
+            for each in _shared(self.after)
             if each.trained
         }
         return Returned(gradient, state, shared)
@@ -150,10 +143,14 @@ class Link:
             gradient = torch.cat([gradient, state])
         self.finish()
         self._send(gradient, self.previous)
-        for each in self._shared_before:
+        for each in _shared(self.before):
             if each.trained:
-                # A stage may hand on what it does not use: nothing came of it then.
-                self._send(run.shared_grads.get(each.name, _nothing(each, gradient)), self.previous)
+                self._send(self._gradient_of(each, run), self.previous)
+
+    def _gradient_of(self, shared: Shared, run: Pass) -> Tensor:
+        """A stage may hand on what it does not use: nothing came of it then."""
+        found = run.shared_grads.get(shared.name)
+        return torch.zeros(shared.shape, device=self.device) if found is None else found
 
     def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, rank: int | None) -> Tensor:
         buffer = torch.empty(shape, dtype=dtype, device=self.device)
@@ -173,5 +170,6 @@ class Link:
             self._sent.popleft()[0].wait()
 
 
-def _nothing(shared: Shared, like: Tensor) -> Tensor:
-    return torch.zeros(shared.shape, device=like.device)
+def _shared(layer: Layer | None) -> tuple[Shared, ...]:
+    """What functions share that crosses the cut behind a layer."""
+    return () if layer is None else layer.shared

@@ -271,12 +271,11 @@ class _Reversal:
         self.shared_grads: Mapping[str, Tensor] = {}
         with torch.no_grad():
             if isinstance(given, State):
-                dtype = _dtype(segment)
-                self.state, self.tape = segment.go_on(given, dtype, sides, setting, layout)
+                self.dtype = _dtype(segment)
+                self.state, self.tape = segment.go_on(given, self.dtype, sides, setting, layout)
             else:
-                dtype = given.dtype
+                self.dtype = given.dtype
                 self.state, self.tape, _ = segment.forward(given, sides, setting, layout)
-        self.dtype = dtype
         chain.open(self.tape)
 
     def tokens(self) -> Tensor:
