@@ -31,7 +31,7 @@ setup(
         "setuptools",
         "tensorboard",
         "timm>=1.0.31",
-        "torch>=2.7",
+        "torch>=2.9",
         "torchmetrics>=1.4",
         "torchvision",
         "tqdm",

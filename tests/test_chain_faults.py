@@ -25,6 +25,7 @@ class Clock(nn.Module):
 
 
 def _fault_messages(chain: Chain, x: Tensor, between: Any = None) -> tuple[str, ...]:
+    chain.on_failure = "record"
     output = chain(x)
     if between is not None:
         between()
@@ -51,7 +52,9 @@ def test_a_weight_that_changes_between_the_passes_is_named() -> None:
 def test_a_flipped_remainder_is_found_wherever_it_is(bf16: bool) -> None:
     for place in range(1, 6):
         for pair in ((0.9, 0.1), (0.5, 0.5), (0.3, 0.7)):
-            chain = make_chain(count=6, alpha=pair[0], beta=pair[1], name="body")
+            chain = make_chain(
+                count=6, alpha=pair[0], beta=pair[1], name="body", on_failure="record"
+            )
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 recorded = chain.record(tokens())
             recorded.tape.remainders[place][0][17] ^= 1

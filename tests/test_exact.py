@@ -154,7 +154,7 @@ def test_one_deviating_element_names_its_function_wherever_it_is(bf16: bool) -> 
     for liar in range(8):
         torch.manual_seed(0)
         functions = [Liar() if index == liar else Mlp() for index in range(8)]
-        chain = Chain(functions, name="body")
+        chain = Chain(functions, name="body", on_failure="record")
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = chain(tokens())
         output.sum().backward()
@@ -166,6 +166,7 @@ def test_one_deviating_element_names_its_function_wherever_it_is(bf16: bool) -> 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_a_flipped_remainder_bit_is_found_at_any_of_many_functions(bf16: bool) -> None:
     chain = make_chain(count=24, alpha=0.5, beta=0.5, name="body", chunk_size=2)
+    chain.on_failure = "record"
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for place in (1, 2, 3, 7, 12, 17, 21, 22, 23):
             recorded = chain.record(tokens(5, 3))
@@ -179,12 +180,15 @@ def test_bad_values_are_reported_also_where_nothing_is_reversed() -> None:
     nan[0, 0, 0] = torch.nan
     for frozen in (0, 3):
         # These coefficients bring any state back into the range with the first function.
-        chain = make_chain(count=4, alpha=0.1, beta=0.1, name="body")
+        chain = make_chain(count=4, alpha=0.1, beta=0.1, name="body", on_failure="record")
         for function in list(chain.functions)[:frozen]:
             function.requires_grad_(False)
-        for x in (nan, tokens() * 1e9, -tokens() * 1e9):
+        for x in (tokens() * 1e9, -tokens() * 1e9):
             chain(x).sum().backward()
             assert messages(chain)[0].startswith("body: the state after function 0 left")
+        for x in (nan, tokens() * torch.inf):
+            chain(x).sum().backward()
+            assert messages(chain)[0] == "body: the tokens that enter are not finite"
         chain(tokens()).sum().backward()
         assert messages(chain) == ()
 

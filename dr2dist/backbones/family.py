@@ -98,9 +98,21 @@ class Branch(nn.Module):
     ) -> None:
         super().__init__()
         self.part = part_of(block, names)
+        self.names = names
+        object.__setattr__(self, "block", block)  # beside the modules: only the part is run
         self.slicing = slicing
         self.compute = compute
         self.keywords = dict(sides or {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy does not know the block: the network that it is for cuts anew."""
+        return {key: value for key, value in self.__dict__.items() if key != "block"}
+
+    def renew(self) -> None:
+        """Takes up what was changed in the block: its modules, parameters, attributes, mode."""
+        block = self.__dict__.get("block")
+        if block is not None:
+            renew_part(self.part, block, self.names)
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -149,13 +161,20 @@ class Branch(nn.Module):
 def part_of(block: nn.Module, names: Sequence[str] | None) -> nn.Module:
     """The same class, attributes and modules as the block, less those that are not named.
 
-    An engine that gathers its parameters gathers no others.
+    It shares them with the block, so that they are found under one name in state_dict.
     """
     part = copy.copy(block)
-    if names is not None:
-        part._modules = {k: v for k, v in block._modules.items() if k in names}
-        part._parameters = {k: v for k, v in block._parameters.items() if k in names}
+    renew_part(part, block, names)
     return part
+
+
+def renew_part(part: nn.Module, block: nn.Module, names: Sequence[str] | None) -> None:
+    """Makes a part what `part_of` would make now."""
+    values = block.__dict__.copy()
+    if names is not None:
+        for kind in ("_modules", "_parameters"):
+            values[kind] = {k: v for k, v in values[kind].items() if k in names}
+    part.__dict__.update(values)
 
 
 @dataclass(frozen=True)

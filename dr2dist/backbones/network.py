@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from dr2dist.backbones.beit import BeitFamily
 from dr2dist.backbones.eva import EvaFamily
-from dr2dist.backbones.family import Family, Stem, part_of
+from dr2dist.backbones.family import Branch, Family, Stem, part_of
+from dr2dist.backbones.live import bypassed, refuse_unseen, structure_of
 from dr2dist.backbones.swin import SwinFamily
 from dr2dist.backbones.vit import VitFamily
 from dr2dist.errors import UserError
 from dr2dist.reversible import Chain, ChainCertificate, Piece, Planner, Setting
-from dr2dist.reversible.setting import Arithmetic, Memory
+from dr2dist.reversible.certificate import worst_drift
+from dr2dist.reversible.failure import OnFailure
+from dr2dist.reversible.setting import Arithmetic, Memory, round_coefficient
 
 _families: list[Family] = [VitFamily(), EvaFamily(), BeitFamily(), SwinFamily()]
 
@@ -49,13 +54,20 @@ class Certificate:
     @property
     def drift(self) -> float | None:
         """Largest relative error of a reconstructed start; None where nothing drifts."""
-        known = [chain.drift for chain in self.chains if chain.drift is not None]
-        return max(known, default=None)
+        return worst_drift(chain.drift for chain in self.chains)
+
+
+COEFFICIENTS_NAME = "reversible_coefficients"
+"""The buffer that a converted network has beside its model's: alpha and beta, as int64 multiples of
+2^-32. Copies that follow a network's state, such as averaged weights, so follow them too."""
+
+_UNIT = 2.0**32
 
 
 class ReversibleNetwork(nn.Module):
     """What `convert` adds to a model's class. Chains are kept beside the modules, not among
-    them, so that names in state_dict and named_parameters stay the model's."""
+    them, so that names in state_dict and named_parameters stay the model's; the state has the
+    coefficients besides. A module that is replaced takes effect at the next forward pass."""
 
     family: Family
     chains: tuple[Chain, ...]
@@ -66,6 +78,7 @@ class ReversibleNetwork(nn.Module):
     @property
     def coefficients(self) -> tuple[float, float]:
         """alpha and beta in force."""
+        self._take_coefficients()
         setting = self.chains[0].setting
         return setting.alpha, setting.beta
 
@@ -79,6 +92,32 @@ class ReversibleNetwork(nn.Module):
             chain.check_coefficients(alpha, beta)
         for chain in self.chains:
             chain.set_coefficients(alpha, beta)
+        self._note_coefficients()
+
+    def _note_coefficients(self) -> None:
+        """Writes the coefficients in force to the buffer; by kernels, so that no host waits."""
+        setting, buffer = self.chains[0].setting, self._buffers[COEFFICIENTS_NAME]
+        assert buffer is not None
+        with torch.no_grad():
+            for place, value in enumerate((setting.alpha, setting.beta)):
+                buffer[place].fill_(round(value * _UNIT))
+        self._noted = _version(buffer)
+
+    def _take_coefficients(self) -> None:
+        """Takes what others have written to the buffer: a loaded state, a copy's update."""
+        buffer = self._buffers[COEFFICIENTS_NAME]
+        assert buffer is not None
+        if buffer.is_meta or _version(buffer) == self._noted:
+            return
+        alpha, beta = (round_coefficient(value / _UNIT) for value in buffer.tolist())
+        setting = self.chains[0].setting
+        if (alpha, beta) == (setting.alpha, setting.beta):
+            self._noted = _version(buffer)
+            return
+        try:
+            self.set_coefficients(alpha, beta)
+        except ValueError as error:
+            raise UserError(f"{COEFFICIENTS_NAME} in the loaded state: {error}") from None
 
     def certificate(self) -> Certificate:
         """What the last backward pass verified, read to the host."""
@@ -100,6 +139,7 @@ class ReversibleNetwork(nn.Module):
     def _tokens(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """Images to what the last chain gives."""
         options |= dict(zip(("attn_mask", "is_causal"), args, strict=False))
+        self._renew()
         stem = self.family.stem(self, x, **options)
         tokens, stem.tokens = stem.tokens, x  # nothing but the stem's graph shall hold its output
         for index in range(len(self.chains)):
@@ -127,6 +167,7 @@ class ReversibleNetwork(nn.Module):
             options["indices"], *more = args
             if more:
                 raise TypeError("forward_intermediates takes all but indices by keyword")
+        self._renew()
         return self.family.intermediates(self, x, **options)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -148,19 +189,53 @@ class ReversibleNetwork(nn.Module):
         self._cut()
         return kept
 
+    def train(self, mode: bool = True) -> Self:
+        """As any module's."""
+        super().train(mode)
+        self._renew_functions()
+        return self
+
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """As any module's; with assign=True the chains take up the new tensors."""
+        """As any module's. A state without coefficients, as timm's are, leaves them as they are."""
         result = super().load_state_dict(*args, **options)
-        self._cut()
+        self._take_coefficients()
         return result
 
-    def _cut(self, setting: Setting | None = None) -> None:
-        """(Re)builds the chains from the model's present modules."""
-        setting = setting or self.chains[0].setting
-        self.chains = tuple(
-            Chain(functions, name=name, **asdict(setting))
-            for name, functions in self.family.functions(self)
-        )
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        own = {prefix + COEFFICIENTS_NAME: self._buffers[COEFFICIENTS_NAME]}
+        super()._load_from_state_dict({**own, **state}, prefix, *rest)
+
+    def _renew(self) -> None:
+        """Takes up what was changed in the network since its last pass."""
+        if torch.compiler.is_compiling():
+            return  # what is traced stays as it was
+        if not self.chains[0].runner.nested:  # an engine has hooks, and keeps the modules it knows
+            refuse_unseen(self, self._bypassed)
+            if structure_of(self) != self._structure:
+                self._cut()
+                refuse_unseen(self, self._bypassed)
+        self._renew_functions()
+        self._take_coefficients()
+
+    def _renew_functions(self) -> None:
+        for chain in self.chains:
+            for function in chain.functions:
+                if isinstance(function, Branch):
+                    function.renew()
+
+    def _cut(self, options: Mapping[str, Any] | None = None) -> None:
+        """(Re)builds the chains from the model's present modules; known ones stay the same.
+
+        options: of the chains, if they are new.
+        """
+        known = {chain.name: chain for chain in self.chains}
+        chains = []
+        for name, functions in self.family.functions(self):
+            new = Chain(functions, name=name, **(options or self.chains[0].options))
+            chain = known.get(name, new)
+            chain.functions = new.functions
+            chains.append(chain)
+        self.chains = tuple(chains)
         self.planner = Planner([chain.name for chain in self.chains])
         for chain in self.chains:
             chain.planner = self.planner
@@ -169,6 +244,10 @@ class ReversibleNetwork(nn.Module):
         self._tail = None if self.family.tail is None else Piece(_Tail(self, self.family))
         tail = () if self._tail is None else (self._tail,)
         self.pieces = (*self._transitions.values(), *tail)
+        functions = [function for chain in self.chains for function in chain.functions]
+        blocks = [function.block for function in functions if isinstance(function, Branch)]
+        self._bypassed = bypassed(self, blocks)
+        self._structure = structure_of(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles name the model's own class, since this one is made at run time."""
@@ -197,7 +276,7 @@ class _Tail(nn.Module):
         return self.family.head(self.part, self.family.norm(self.part, tokens))
 
 
-_CUT = ("chains", "planner", "pieces", "_transitions", "_tail")
+_CUT = ("chains", "planner", "pieces", "_transitions", "_tail", "_bypassed", "_structure")
 """What a network has beside its modules."""
 
 
@@ -223,6 +302,8 @@ def convert(
     chunk_tokens: int | None = None,
     memory_budget: int | None = None,
     chunk_budget: int | None = None,
+    on_failure: OnFailure = "raise",
+    compile: bool = False,
 ) -> Any:
     """A reversible network from a supported model (Dr2Net, arXiv 2401.04105).
 
@@ -236,6 +317,9 @@ def convert(
     tokens, whose working set stays within chunk_budget bytes.
     fraction_bits: resolution of exact states, 2^-fraction_bits. chunk_tokens: tokens per slice
     inside a sample, with a chunk_size of 1, for functions that can run so (see docs/memory.md).
+    on_failure: what happens at a backward pass whose reversal is not proven: "raise" ReversalError,
+    "warn", or "record" for `certificate()`; on a GPU at a later forward pass, so that the host
+    never waits. compile: run residual functions in training by torch.compile, forth and back.
 
     Raises UserError for a model that is not supported and ValueError for a setting that is not.
     """
@@ -255,8 +339,19 @@ def convert(
     net.__dict__.update({key: _own(value) for key, value in model.__dict__.items()})
     assert isinstance(net, ReversibleNetwork)
     net.family = family
-    net._cut(setting)
+    net.chains = ()
+    net._cut({**asdict(setting), "on_failure": on_failure, "compile": compile})
+    values = torch.empty(2, dtype=torch.int64)
+    net.register_buffer(COEFFICIENTS_NAME, values)
+    net._note_coefficients()
+    # Every rank sets its own; a broadcast of them would make the host wait at each pass.
+    net._ddp_params_and_buffers_to_ignore = [COEFFICIENTS_NAME]
     return net
+
+
+def _version(buffer: Tensor) -> object:
+    """Another one after every write to the buffer; of inference tensors always another one."""
+    return object() if buffer.is_inference() else (id(buffer), buffer._version)
 
 
 def _own(value: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dr2dist.errors import UserError
 from dr2dist.files import replaced
 from dr2dist.inference.exported import Facts, load
-from dr2dist.reversible import Chain
+from dr2dist.reversible import Chain, PlainRunner
 from dr2dist.reversible.tape import Sides
 
 TOLERANCE = 1e-3
@@ -29,6 +29,8 @@ round functions in another order, and exact states round to their grid after tha
 
 class PlainChain(nn.Module):
     """A chain's forward pass in evaluation: tokens [B, ...] to x_L, in the chain's setting."""
+
+    runner = PlainRunner()
 
     def __init__(self, chain: Chain) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dr2dist.backbones.network import ReversibleNetwork
+from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
 from dr2dist.parallel.average import Average
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.gathered import GatheredRunner
@@ -87,6 +87,7 @@ class ReversibleEngine:
         self.net: ReversibleNetwork = self._engine.module
         for chain in net.chains:
             chain.runner = runner
+            chain.on_failure = "record"  # the verdict decides, on all ranks alike
         for piece in net.pieces:
             piece.runner = runner
         self.device = torch.device(self._engine.device)
@@ -236,10 +237,10 @@ class ReversibleEngine:
         return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in named}
 
     def buffers(self) -> dict[str, Tensor]:
-        """The persistent buffers by name, themselves."""
-        parameters = dict(self.net.named_parameters())
+        """The model's persistent buffers by name, themselves; coefficients go by the step."""
+        others = {*dict(self.net.named_parameters()), COEFFICIENTS_NAME}
         state = self.net.state_dict(keep_vars=True)
-        return {name: value for name, value in state.items() if name not in parameters}
+        return {name: value for name, value in state.items() if name not in others}
 
     def layouts(self) -> dict[str, Any]:
         """What was measured and settled of slices and kept activations, and for what."""
@@ -261,6 +262,6 @@ class ReversibleEngine:
 
 def _runner(net: ReversibleNetwork, zero: int) -> FunctionRunner:
     if zero < 3:
-        return PlainRunner()
+        return PlainRunner(nested=True, compile=net.chains[0].compiles)
     functions = [function for chain in net.chains for function in chain.functions]
     return GatheredRunner([*functions, *(piece.module for piece in net.pieces)])

@@ -30,13 +30,15 @@ class GatheredRunner:
     while they carry neither hooks nor shards.
     """
 
+    nested, compile = True, False
+
     def __init__(self, functions: Iterable[nn.Module]) -> None:
         self._copies = {function: copy.deepcopy(function).to("meta") for function in functions}
         self._started: dict[nn.Module, Any] = {}
 
     @contextmanager
     def open(
-        self, function: nn.Module, upcoming: nn.Module | None = None
+        self, function: nn.Module, upcoming: nn.Module | None = None, trained: bool = True
     ) -> Iterator[LiveFunction]:
         """Gathers the function's parameters; every rank must come here in the same order."""
         named = dict(function.named_parameters())

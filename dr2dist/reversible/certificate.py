@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dr2dist.reversible.checksum import weighted_sums
 from dr2dist.reversible.setting import RANGE_BITS
 from dr2dist.reversible.state import State
 
@@ -18,18 +19,13 @@ NEVER = 1 << 30
 PROBE = 1024
 """Elements of a chain's first state that float arithmetic keeps, to measure its drift."""
 
-_BITS_AS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bit_sum(value: Tensor) -> Tensor:
-    """The sum of a floating tensor's bits, read as integers: an int64 scalar on its device."""
-    return value.view(_BITS_AS[value.element_size()]).sum(dtype=torch.int64)
-
 
 class Witness:
     """What the slices of one function showed, gathered while they are in the cache anyway."""
 
     def __init__(self) -> None:
+        self.place = 0
+        """Elements of F's output that were seen so far."""
         self._sums: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._states: list[Tensor] = []
@@ -39,16 +35,16 @@ class Witness:
         self.again(f)
         self._outputs.extend(torch.aminmax(f))
 
-    def again(self, f: Tensor) -> None:
-        """The same from a recompute: the sum alone."""
-        self._sums.append(bit_sum(f))
+    def again(self, f: Tensor, scratch: Tensor | None = None) -> None:
+        """The same from a recompute: the sum alone. scratch: as `weighted_sums` takes it."""
+        self._sums.extend(weighted_sums(f, self.place, scratch))
+        self.place += f.numel()
 
-    def state(self, f: Tensor, state: Tensor) -> None:
-        """F's output and the fixed-point state made of it, in fp64, before it becomes integers.
+    def state(self, state: Tensor) -> None:
+        """The fixed-point state made of F's output, in fp64, before it becomes integers.
 
         NaN and infinity of the one are in the other.
         """
-        self.again(f)
         self._states.extend(torch.aminmax(state))
 
     def summed(self, bits: Tensor, extremes: Tensor | None = None) -> None:
@@ -59,7 +55,7 @@ class Witness:
 
     @property
     def bits(self) -> Tensor:
-        """The sum of the bits of all outputs, int64 scalar."""
+        """The weighted sum of the bits of all outputs, int64 scalar."""
         return torch.stack(self._sums).sum()
 
     @property
@@ -79,7 +75,7 @@ class Flags:
     """What went wrong in one pass of a chain, as an int64 tensor on its device; no host reads.
 
     [0] first function after which a state left the range, [1] first function whose output is
-    not finite (NEVER: none), [2] last function whose recompute differed (-1: none), [3] 1 where
+    not finite (NEVER: none; -1: the tokens that enter are not), [2] last function whose recompute differed (-1: none), [3] 1 where
     the chain's start is not what the forward pass began with, [4] passes reversed.
     """
 
@@ -87,6 +83,10 @@ class Flags:
 
     def __init__(self, device: torch.device) -> None:
         self.tensor = torch.tensor([NEVER, NEVER, -1, 0, 0], dtype=torch.int64, device=device)
+
+    def note_input(self, h: Tensor) -> None:
+        """The tokens that enter a chain: they must be finite."""
+        self._first(1, -1, ~torch.stack(torch.aminmax(h)).isfinite().all())
 
     def note_function(self, index: int, seen: Witness) -> None:
         """The first run of a function: its output must be finite, its state in range."""
@@ -189,7 +189,7 @@ class Ledger:
         self._pending = flags if self._pending is None else merge_flags(self._pending, flags)
         if drift is not None:
             known = self._pending_drift
-            self._pending_drift = drift if known is None else torch.fmax(known, drift)
+            self._pending_drift = drift if known is None else torch.maximum(known, drift)
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
         """(flags, worst drift) of all passes since the last call, still on the device."""
@@ -202,9 +202,11 @@ def failure_messages(name: str, flags: list[int]) -> tuple[str, ...]:
     """One line for each failure in a chain's flags, the most telling first."""
     out_of_range, not_finite, recompute, start, _ = flags
     lines = []
-    if not_finite != NEVER:
+    if not_finite == -1:
+        lines.append(f"{name}: the tokens that enter are not finite")
+    elif not_finite != NEVER:
         lines.append(f"{name}: the output of function {not_finite} is not finite")
-    if out_of_range != NEVER and out_of_range != not_finite:
+    if out_of_range < not_finite:
         lines.append(
             f"{name}: the state after function {out_of_range} left the fixed-point range; "
             "lower fraction_bits"

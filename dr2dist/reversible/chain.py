@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from dr2dist.reversible.certificate import ChainCertificate, Ledger, failure_messages
 from dr2dist.reversible.costs import Meter
+from dr2dist.reversible.failure import FailureWatch, OnFailure, check_on_failure
 from dr2dist.reversible.planner import Planner
-from dr2dist.reversible.runner import FunctionRunner, PlainRunner, needs_grad
+from dr2dist.reversible.runner import FunctionRunner, PlainRunner, SideKey, differentiable
 from dr2dist.reversible.segment import Segment
 from dr2dist.reversible.setting import Setting
 from dr2dist.reversible.slices import Layout
@@ -41,10 +43,11 @@ class Chain(nn.Module):
     functions: modules that compute one branch each, [B, ...] to the same shape, without the
         addition; called as function(x, **sides). A function whose attribute `sides` names some
         sides gets only these.
-    name: how the certificate calls the chain. setting: alpha, beta and the other fields of Setting.
-
-    Parameters get their gradients by accumulation into `.grad` whenever the chain is
-    differentiated: `torch.autograd.grad` cannot return them, and adds to them too.
+    name: how the certificate calls the chain. on_failure: what happens at a backward pass whose
+        reversal is not proven: "raise" ReversalError (on the CPU from that pass, on a GPU from a
+        later forward pass, so that the host never waits), "warn", or "record" for `certificate`.
+    compile: run the functions by torch.compile, the first time and in their recompute.
+    setting: alpha, beta and the other fields of Setting.
 
     Randomness inside functions is replayed exactly. Raises ValueError for a setting that is not
     allowed or cannot hold the chain's length.
@@ -55,24 +58,29 @@ class Chain(nn.Module):
         functions: Iterable[nn.Module],
         *,
         name: str = "chain",
+        on_failure: OnFailure = "raise",
+        compile: bool = False,
         **setting: Any,
     ) -> None:
         super().__init__()
         self.functions = nn.ModuleList(functions)
         self.name = name
+        self.on_failure = check_on_failure(on_failure)
+        self.compiles = compile
         self.setting = Setting(**setting)
         self.planner = Planner([name])
         self.setting.check_range(len(self.functions))
         self._start_records()
 
     def _start_records(self) -> None:
-        self.runner: FunctionRunner = PlainRunner()
+        self.runner: FunctionRunner = PlainRunner(compile=self.compiles)
         self.ledger = Ledger()
+        self._failures = FailureWatch(partial(failure_messages, self.name))
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without open tapes, records or an engine's runner."""
-        dropped = ("runner", "ledger", "_tapes")
+        dropped = ("runner", "ledger", "_failures", "_tapes")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -91,6 +99,11 @@ class Chain(nn.Module):
     def segment(self) -> Segment:
         """The chain's functions with the runner in force."""
         return Segment(list(self.functions), self.runner)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What another chain is made with to be like this one, beside functions and name."""
+        return {**asdict(self.setting), "on_failure": self.on_failure, "compile": self.compiles}
 
     def set_coefficients(self, alpha: float, beta: float) -> None:
         """Changes both coefficients for the passes to come.
@@ -122,9 +135,11 @@ class Chain(nn.Module):
         """Runs the chain.
 
         x: tokens [B, ...], floating. taps: functions after which the tokens are handed out too.
-        sides: shared inputs; tensors are differentiable, and those in `batched` have the batch
-        in dim 0. until: run only that many functions. Returns x_L, or (x_L, [tapped tokens]) if
-        taps are given, of x's shape and dtype (fp32 under autocast).
+        sides: shared inputs, tensors or pytrees of them; they are differentiable, and those in
+        `batched` have the batch in dim 0. until: run only that many functions.
+        Returns x_L, or (x_L, [tapped tokens]) if taps are given, of x's shape and dtype (fp32
+        under autocast). Raises RuntimeError where it is traced by torch.compile for training,
+        unless memory is "store": a recompute could not use the same kernels.
         """
         segment = Segment(list(self.functions)[:until], self.runner)
         self._check_inputs(x, taps, len(segment.functions), batched, sides)
@@ -134,15 +149,27 @@ class Chain(nn.Module):
         if not torch.is_grad_enabled() or not self._anything_to_train(segment, shared, x):
             output, tapped = segment.infer(x, shared, self.setting, layout, taps)
         else:
-            tensors = [value for value in sides.values() if needs_grad(value)]
-            # Without an input that requires a gradient autograd would never come back here.
-            anchor = torch.empty(0, requires_grad=True)
-            box: list[Tensor] = []
-            ticket, *tapped = _ChainFunction.apply(
-                self, segment, shared, layout, taps, box, anchor, x, *tensors
-            )
-            output = _HandOut.apply(box, ticket)
+            if torch.compiler.is_dynamo_compiling() and self.setting.memory != "store":
+                _refuse_compiling()
+            output, tapped = self._train(segment, shared, layout, taps, x)
         return (output, list(tapped)) if taps else output
+
+    @torch.compiler.disable
+    def _train(
+        self, segment: Segment, sides: Sides, layout: Layout, taps: Sequence[int], x: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The pass as a node of autograd's graph: (output, taps)."""
+        self._failures.poll(self.on_failure)
+        tensors = [value for _, value in differentiable(sides.values)]
+        first = segment.first_trained(sides, x.requires_grad)
+        parameters = [] if self.runner.nested else segment.trained(first)
+        # Without an input that requires a gradient autograd would never come back here.
+        anchor = x.new_empty(0, requires_grad=True)
+        box: list[Tensor] = []
+        ticket, *tapped = _ChainFunction.apply(
+            self, segment, sides, layout, taps, box, anchor, x, *tensors, *parameters
+        )
+        return _HandOut.apply(box, ticket), tapped
 
     def _check_inputs(
         self,
@@ -160,13 +187,6 @@ class Chain(nn.Module):
         for name in batched:
             if name not in sides:
                 raise ValueError(f"{self.name}: batched names {name!r}, which is not a side given")
-        for name, value in sides.items():
-            # Inside a container autograd would not find its way back to them.
-            if isinstance(value, tuple | list) and any(map(needs_grad, value)):
-                raise ValueError(
-                    f"{self.name}: side {name!r} holds tensors that require gradients in a "
-                    f"{type(value).__name__}: pass each as a side of its own"
-                )
 
     @staticmethod
     def _anything_to_train(segment: Segment, sides: Sides, x: Tensor) -> bool:
@@ -200,11 +220,21 @@ class Chain(nn.Module):
         self._tapes.add(tape)
 
     def enter(self, tape: Tape, remainder_bytes: int) -> None:
-        """Enters what a finished backward pass has verified into the records."""
-        self.ledger.record(tape.flags.tensor.clone(), tape.drift, remainder_bytes)
+        """Enters what a finished backward pass has verified into the records.
+
+        Raises ReversalError if it failed, as far as `on_failure` says so.
+        """
+        flags = tape.flags.tensor.clone()
+        self.ledger.record(flags, tape.drift, remainder_bytes)
+        if tape.setting.proves:
+            self._failures.note(flags, self.on_failure)
 
     def certificate(self) -> ChainCertificate | None:
-        """What the last backward pass verified, read to the host; None before the first."""
+        """What the last backward pass verified, read to the host; None before the first.
+
+        Raises ReversalError for an earlier one that failed, as far as `on_failure` says so.
+        """
+        self._failures.poll(self.on_failure)
         if self.ledger.last is None:
             return None
         flags = self.ledger.last.tolist()
@@ -222,6 +252,15 @@ class Chain(nn.Module):
     def extra_repr(self) -> str:
         """The setting, in the module's printed form."""
         return f"{self.setting}"
+
+
+@torch.compiler.disable
+def _refuse_compiling() -> None:
+    raise RuntimeError(
+        "torch.compile around a reversible chain would run its functions by other kernels than "
+        "their recompute: compile the functions themselves by compile=True (convert, or "
+        "reversible.compile), or use memory='store'"
+    )
 
 
 class _ChainFunction(torch.autograd.Function):
@@ -249,7 +288,7 @@ class _ChainFunction(torch.autograd.Function):
         ctx.taps, ctx.box, ctx.x_dtype = taps, box, x.dtype
         ctx.set_materialize_grads(False)
         box.append(tape.arithmetic.hand_out(state.current, tape.dtype))
-        return torch.zeros(()), *(handed[tap] for tap in taps)
+        return x.new_zeros(()), *(handed[tap] for tap in taps)
 
     @staticmethod
     def backward(ctx: Any, ticket: Tensor | None, *tap_grads: Tensor | None) -> tuple[Any, ...]:
@@ -274,7 +313,7 @@ class _ChainFunction(torch.autograd.Function):
         del grad
         ctx.chain.enter(tape, remainder_bytes)
         sides = _side_grads(tape, result.sides)
-        return (None,) * 7 + (_input_grad(ctx, result.grad), *sides)
+        return (None,) * 7 + (_input_grad(ctx, result.grad), *sides, *result.parameters)
 
 
 class _HandOut(torch.autograd.Function):
@@ -296,7 +335,7 @@ class _HandOut(torch.autograd.Function):
             return None, None
         dtype = state_dtype(grad)
         ctx.box.append(grad.to(dtype, copy=True, memory_format=torch.contiguous_format))
-        return None, torch.zeros(())
+        return None, grad.new_zeros(())
 
 
 def _sum_taps(taps: Sequence[int], grads: Sequence[Tensor | None]) -> dict[int, Tensor]:
@@ -313,8 +352,8 @@ def _input_grad(ctx: Any, grad: Gradient) -> Tensor | None:
     return grad.of_tokens(ctx.tape.setting.beta).to(ctx.x_dtype)
 
 
-def _side_grads(tape: Tape, found: dict[str, Tensor]) -> list[Tensor | None]:
-    values = {name: value for name, value in tape.sides.values.items() if needs_grad(value)}
+def _side_grads(tape: Tape, found: dict[SideKey, Tensor]) -> list[Tensor | None]:
     return [
-        found[name].to(value.dtype) if name in found else None for name, value in values.items()
+        found[key].to(value.dtype) if key in found else None
+        for key, value in differentiable(tape.sides.values)
     ]

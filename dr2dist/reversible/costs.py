@@ -12,7 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from dr2dist.reversible.replay import Autocast, Randomness, function_context, kept_statistics
+from dr2dist.reversible.kernels import Kernels
+from dr2dist.reversible.replay import Randomness, function_context, kept_statistics
 from dr2dist.reversible.runner import Call, FunctionRunner, gradients
 from dr2dist.reversible.slices import Layout, joined, parts_of
 from dr2dist.reversible.tape import Sides
@@ -125,11 +126,11 @@ class Meter:
 
     def _run(self, function: nn.Module, work: Work, differentiate: bool = False) -> list[Call]:
         """The function's calls, each dropped after its gradient or all returned."""
-        autocast, randomness = Autocast.current(self.x.device), Randomness(self.x.device)
+        kernels, randomness = Kernels.current(self.x.device), Randomness(self.x.device)
         calls: list[Call] = []
 
         def stream(key: tuple[int, ...]) -> Any:
-            return function_context(autocast, randomness, 0, key)
+            return function_context(kernels, randomness, 0, key)
 
         def tokens(part: Any) -> Tensor:
             return joined(part.views(self.x)).clone()  # as states are decoded

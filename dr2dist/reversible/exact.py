@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from dr2dist.reversible.certificate import Witness
+from dr2dist.reversible.checksum import BLOCK, checksum
 from dr2dist.reversible.packing import pack, packed_bytes, unpack
 from dr2dist.reversible.setting import RANGE_BITS, Setting
 from dr2dist.reversible.state import State
 
 INT32 = torch.iinfo(torch.int32)
-CPU_TILE = 1 << 18
+CPU_TILE = BLOCK
 """About how many elements elementwise work takes at a time on a CPU, to stay in a cache."""
 GPU_TILE = 1 << 22
 """The same on a GPU, so that what it needs on its way stays small; not measured on one yet."""
@@ -100,7 +101,8 @@ class ExactArithmetic:
                 source.sub_(self._preimage(image))
                 pack(source, bits, remainders[start : start + size])
             if seen:
-                seen.state(branch, total)
+                seen.state(total)
+                seen.again(branch, room.cut(3, branch))
             else:
                 _clamp(total)
             target.copy_(total)
@@ -111,7 +113,7 @@ class ExactArithmetic:
         """(X_i, X_{i-1}) from (X_{i+1}, X_i): X_{i-1} is written over X_{i+1}."""
         room, start = self._room(f), 0
         for after, now, branch in _tiles(*state, f):
-            seen.again(branch)
+            seen.again(branch, room.cut(3, branch))
             image = room.cut(0, after).copy_(after).sub_(self._function(branch, now, room))
             before = self._preimage(image)
             size = packed_bytes(self.bits, len(now))
@@ -126,15 +128,15 @@ class ExactArithmetic:
         count = torch.zeros((), dtype=torch.int64, device=f.device)
         room = self._room(f)
         for after, now, branch in _tiles(*state, f):
-            seen.again(branch)
+            seen.again(branch, room.cut(3, branch))
             image = self._image(room.cut(0, now).copy_(now), room.cut(1, now))
             count += image.add_(self._function(branch, now, room)).ne(after).sum()
         return count
 
     def sums(self, state: State) -> Tensor:
-        """int64 sums of the state's tensors; X_0 alone where it is its own previous state."""
+        """int64 checksums of the state's tensors; X_0 alone where it is its own previous state."""
         parts = state[:1] if state.previous is state.current else state
-        return torch.stack([_sum(part) for part in parts])
+        return torch.stack([checksum(part) for part in parts])
 
     def outside(self, state: Tensor) -> Tensor:
         """Which samples hold a value outside the range: bool [B, 1, ...]."""
@@ -177,11 +179,6 @@ class _Room:
 def _clamp(value: Tensor) -> Tensor:
     """Grid steps that int32 can hold, in place; NaN and overflow end outside the range."""
     return value.nan_to_num_(INT32.max).clamp_(INT32.min, INT32.max)
-
-
-def _sum(state: Tensor) -> Tensor:
-    """int64 sum of int32, by tiles: torch would make an int64 copy of the whole."""
-    return torch.stack([tile.sum(dtype=torch.int64) for (tile,) in _tiles(state)]).sum()
 
 
 def _tile(tensor: Tensor) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dr2dist.reversible.replay import Autocast, Randomness, function_context, kept_statistics
+from dr2dist.reversible.kernels import Kernels
+from dr2dist.reversible.replay import Randomness, function_context, kept_statistics
 from dr2dist.reversible.runner import (
     Call,
     FunctionRunner,
@@ -47,14 +48,22 @@ class Piece:
         """
         needed = x.requires_grad or bool(trainable(self.module))
         if torch.is_grad_enabled() and needed:
-            anchor = torch.empty(0, requires_grad=True)
-            outputs = _PieceFunction.apply(self, self._slices(x, chunk_size), anchor, x)
+            outputs = self._train(x, self._slices(x, chunk_size))
         else:
-            with torch.no_grad(), self.runner.open(self.module) as live:
+            with torch.no_grad(), self.runner.open(self.module, trained=False) as live:
                 outputs = _joined(
                     run(live, x[part], {}, False).outputs for part in self._slices(x, chunk_size)
                 )
         return outputs[0] if len(outputs) == 1 else outputs
+
+    @torch.compiler.disable
+    def _train(self, x: Tensor, slices: list[slice]) -> tuple[Tensor, ...]:
+        """The outputs as a node of autograd's graph."""
+        # Without an input that requires a gradient autograd would never come back here.
+        anchor = x.new_empty(0, requires_grad=True)
+        parameters = [] if self.runner.nested else trainable(self.module)
+        outputs: tuple[Tensor, ...] = _PieceFunction.apply(self, slices, anchor, x, *parameters)
+        return outputs
 
     def _slices(self, x: Tensor, chunk_size: int | None) -> list[slice]:
         if chunk_size is None or mixes_samples(self.module):
@@ -65,10 +74,16 @@ class Piece:
 class _PieceFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, piece: Piece, slices: list[slice], anchor: Tensor, x: Tensor
+        ctx: Any,
+        piece: Piece,
+        slices: list[slice],
+        anchor: Tensor,
+        x: Tensor,
+        *parameters: nn.Parameter,
     ) -> tuple[Tensor, ...]:
+        ctx.parameters = parameters
         ctx.piece, ctx.slices, ctx.x_needs_grad = piece, slices, x.requires_grad
-        ctx.autocast, ctx.randomness = Autocast.current(x.device), Randomness(x.device)
+        ctx.kernels, ctx.randomness = Kernels.current(x.device), Randomness(x.device)
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
         with piece.runner.open(piece.module) as live:
@@ -80,14 +95,15 @@ class _PieceFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if all(grad is None for grad in grads):
-            return None, None, None, None
+            return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
             raise RuntimeError("double backward is not possible; call without create_graph")
         (x,) = ctx.saved_tensors
         piece: Piece = ctx.piece
         found = torch.empty_like(x) if ctx.x_needs_grad else None
-        hand_over = HandOver([piece.module])
-        with piece.runner.open(piece.module) as live, kept_statistics(piece.module):
+        hand_over = HandOver([piece.module], piece.runner.nested)
+        kept = kept_statistics(piece.module)
+        with ctx.kernels.restored(), piece.runner.open(piece.module) as live, kept:
             for number, part in enumerate(ctx.slices):
                 call = _call(ctx, live, x, number)
                 (of_x,), of_leaves = gradients(
@@ -98,12 +114,12 @@ class _PieceFunction(torch.autograd.Function):
                     found[part] = 0 if of_x is None else of_x
                 del call, of_x
             hand_over.finish(live.parameters)
-        return None, None, None, found
+        return None, None, None, found, *hand_over.take(ctx.parameters)
 
 
 def _call(ctx: Any, live: LiveFunction, x: Tensor, number: int) -> Call:
     """The module on one slice, the same way in both directions."""
-    with function_context(ctx.autocast, ctx.randomness, 0, (number,)):
+    with function_context(ctx.kernels, ctx.randomness, 0, (number,)):
         return run(live, x[ctx.slices[number]], {}, ctx.x_needs_grad)
 
 

@@ -1,38 +1,24 @@
-"""What makes a second run of F equal the first in every bit: randomness, autocast, statistics."""
+"""What makes a second run of F equal the first in every bit: randomness, kernels, statistics."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dr2dist.reversible.kernels import Kernels
 
-@dataclass(frozen=True)
-class Autocast:
-    """The autocast state of a forward pass.
 
-    The cache of cast weights stays off inside: its entries hold one graph, which the first
-    slice's gradient would free.
-    """
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def current(cls, device: torch.device) -> Autocast:
-        """The state in force for the device."""
-        kind = device.type
-        return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-
-    def again(self) -> torch.autocast:
-        """A context with that state."""
-        return torch.autocast(self.device_type, self.dtype, self.enabled, cache_enabled=False)
+def stable_seed(*key: int) -> int:
+    """A seed, 0 .. 2^63 - 1, that is a function of the key in every process and on every machine."""
+    words = b"".join(part.to_bytes(16, "little", signed=True) for part in key)
+    digest = hashlib.blake2b(words, digest_size=8).digest()
+    return int.from_bytes(digest, "little") & (2**63 - 1)
 
 
 class Randomness:
@@ -55,7 +41,7 @@ class Randomness:
     def at(self, function: int, key: tuple[int, ...]) -> Iterator[None]:
         """Runs a slice of a function on its own stream and puts the global ones back."""
         states = [generator.get_state() for generator in self._generators]
-        seed = hash((self._seed, function, *key)) & (2**63 - 1)
+        seed = stable_seed(self._seed, function, *key)
         seeded = [generator.manual_seed(seed).get_state() for generator in self._generators]
         try:
             yield
@@ -94,11 +80,11 @@ def kept_statistics(function: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def function_context(
-    autocast: Autocast, randomness: Randomness, function: int, key: tuple[int, ...]
+    kernels: Kernels, randomness: Randomness, function: int, key: tuple[int, ...]
 ) -> Iterator[None]:
     """All that a run of F with gradients needs, the same in both directions."""
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(autocast.again())
+        stack.enter_context(kernels.autocasting())
         stack.enter_context(randomness.at(function, key))
         yield

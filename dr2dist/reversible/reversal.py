@@ -16,8 +16,9 @@ from dr2dist.reversible.runner import (
     FunctionRunner,
     HandOver,
     LiveFunction,
+    SideKey,
+    differentiable,
     gradients,
-    needs_grad,
 )
 from dr2dist.reversible.slices import Part, joined
 from dr2dist.reversible.state import Gradient, State
@@ -27,11 +28,13 @@ from dr2dist.reversible.work import Work
 
 class Backward(NamedTuple):
     """What reversing a segment gives: its first state if that was reached, that state's
-    gradient if one was asked for, the sides'."""
+    gradient if one was asked for, the sides', and those of the tape's parameters that were not
+    handed over yet."""
 
     state: State | None
     grad: Gradient | None
-    sides: dict[str, Tensor]
+    sides: dict[SideKey, Tensor]
+    parameters: list[Tensor | None]
 
 
 class Reversal:
@@ -51,8 +54,8 @@ class Reversal:
         self.functions, self.runner, self.tape = functions, runner, tape
         self.state, self.grad = state, grad
         self.arithmetic = tape.arithmetic
-        self.sides: dict[str, Tensor] = {}
-        self.hand_over = HandOver(functions[tape.first :])
+        self.sides: dict[SideKey, Tensor] = {}
+        self.hand_over = HandOver(functions[tape.first :], runner.nested)
 
     def run(self, taps: Mapping[int, Tensor], keep: bool) -> Backward:
         """taps: gradients of tapped tokens by function. keep: the tape is left as it is."""
@@ -64,7 +67,8 @@ class Reversal:
                 self.tape.free(index)
         if self.tape.setting.memory in ("reverse", "budget"):
             self.tape.flags.note_done()
-        return Backward(self.state, self.grad, self.sides)
+        parameters = self.hand_over.take(self.tape.parameters)
+        return Backward(self.state, self.grad, self.sides, parameters)
 
     def _step(self, index: int, keep: bool) -> None:
         mode, seen = self.tape.mode(index), Witness()
@@ -103,7 +107,7 @@ class Reversal:
             assert isinstance(noted, Probe)
             drift = noted.drift(self.state)
             known = self.tape.drift
-            self.tape.drift = drift if known is None else torch.fmax(known, drift)
+            self.tape.drift = drift if known is None else torch.maximum(known, drift)
         else:
             assert isinstance(noted, Tensor)
             found = self.arithmetic.sums(self.state)[: len(noted)]
@@ -232,18 +236,16 @@ class _Step:
             for target, piece in zip(part.views(self.after.x), part.split(of_x), strict=True):
                 target.add_(piece)
         self.reversal.hand_over.add(self.live.parameters, of_leaves)
-        own = self.tape.sides.of(self.function)
-        names = [name for name, value in own.items() if needs_grad(value)]
-        for name, grad in zip(names, of_inputs[1:], strict=False):
+        sides = differentiable(self.tape.sides.of(self.function))
+        for (key, side), grad in zip(sides, of_inputs[1:], strict=False):
             if grad is not None:
-                self._add_side(name, grad, part.samples)
+                self._add_side(key, side, grad, part.samples)
 
-    def _add_side(self, name: str, grad: Tensor, samples: slice) -> None:
+    def _add_side(self, key: SideKey, side: Tensor, grad: Tensor, samples: slice) -> None:
         sides = self.reversal.sides
-        if name not in sides:
-            side = self.tape.sides.values[name]
+        if key not in sides:
             dtype = torch.promote_types(side.dtype, torch.float32)
-            sides[name] = torch.zeros_like(side, dtype=dtype)
-        target = sides[name]
-        target = target[samples] if name in self.tape.sides.batched else target
+            sides[key] = torch.zeros_like(side, dtype=dtype)
+        target = sides[key]
+        target = target[samples] if key[0] in self.tape.sides.batched else target
         target += grad

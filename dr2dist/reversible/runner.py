@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dr2dist.reversible.compiled import CompiledFunctions
+
+SideKey = tuple[str, int]
+"""A tensor in the sides: a side's name, and the place among the leaves of its pytree."""
 
 
 class Root(NamedTuple):
@@ -56,14 +63,23 @@ class LiveFunction(NamedTuple):
 
 
 class FunctionRunner(Protocol):
-    """Makes a function's parameters present, once per function and pass."""
+    """Makes a function's parameters present, once per function and pass.
+
+    nested: whether parameters are handed their gradients inside the backward pass, as engines
+    need that reduce them in hooks; otherwise gradients leave through the graph, as any input's do.
+    compile: whether functions are compiled.
+    """
+
+    nested: bool
+    compile: bool
 
     def open(
-        self, function: nn.Module, upcoming: nn.Module | None = None
+        self, function: nn.Module, upcoming: nn.Module | None = None, trained: bool = True
     ) -> AbstractContextManager[LiveFunction]:
         """Parameters are present, and may be handed gradients, inside the context.
 
         upcoming: the function that is opened next, whose parameters may be fetched meanwhile.
+        trained: whether what is called may be differentiated.
         """
         ...
 
@@ -71,13 +87,33 @@ class FunctionRunner(Protocol):
 class PlainRunner:
     """Parameters are where they always are: one process, DistributedDataParallel, ZeRO 0 to 2."""
 
+    def __init__(self, nested: bool = False, compile: bool = False) -> None:
+        self.nested, self.compile = nested, compile
+        self._compiled = CompiledFunctions()
+
     @contextmanager
     def open(
-        self, function: nn.Module, upcoming: nn.Module | None = None
+        self, function: nn.Module, upcoming: nn.Module | None = None, trained: bool = True
     ) -> Iterator[LiveFunction]:
-        """See FunctionRunner."""
-        parameters = trainable(function)
-        yield LiveFunction(function, list(parameters), parameters)
+        """See FunctionRunner. Leaves of their own stand for the parameters meanwhile: the hooks of
+        a parameter must see its gradient once, when it is whole."""
+        parameters = trainable(function) if trained else []
+        leaves = {parameter: parameter.detach().requires_grad_() for parameter in parameters}
+        places = [
+            (module._parameters, name, parameter)
+            for module in function.modules()
+            for name, parameter in module._parameters.items()
+            if parameter in leaves
+        ]
+        for held, name, parameter in places:
+            held[name] = leaves[parameter]  # type: ignore[assignment, index]
+        compiled = self.compile and trained
+        call = partial(self._compiled.call, function) if compiled else function
+        try:
+            yield LiveFunction(call, list(leaves.values()), parameters)
+        finally:
+            for held, name, parameter in places:
+                held[name] = parameter
 
 
 def trainable(function: nn.Module) -> list[nn.Parameter]:
@@ -90,9 +126,9 @@ def run(
 ) -> Call:
     """Runs F on detached inputs, with a graph where gradients are enabled."""
     x = x.detach().requires_grad_(x_needs_grad)
-    sides = {name: _leaf(value) for name, value in sides.items()}
+    sides = tree_map(_leaf, sides)
     output = live.call(x, **sides, **told)
-    inputs = [x, *(value for value in sides.values() if needs_grad(value))]
+    inputs = [x, *(leaf for _, leaf in differentiable(sides))]
     return Call(inputs, live.leaves, output if isinstance(output, tuple) else (output,))
 
 
@@ -134,8 +170,18 @@ def _root(output: Tensor) -> Root | None:
 
 
 def needs_grad(value: Any) -> bool:
-    """Whether a side is a tensor that gradients flow to."""
+    """Whether a value is a tensor that gradients flow to."""
     return isinstance(value, Tensor) and value.requires_grad
+
+
+def differentiable(sides: dict[str, Any]) -> list[tuple[SideKey, Tensor]]:
+    """The tensors in sides that gradients flow to, in the order of the sides' own leaves."""
+    return [
+        ((name, place), leaf)
+        for name, value in sides.items()
+        for place, leaf in enumerate(tree_leaves(value))
+        if needs_grad(leaf)
+    ]
 
 
 def _leaf(value: Any) -> Any:
@@ -143,16 +189,18 @@ def _leaf(value: Any) -> Any:
 
 
 class HandOver:
-    """Gives each parameter its gradient once per pass, summed over slices and functions.
+    """Sums each parameter's gradients over slices and functions, so that it gets one per pass.
 
     Slices are summed in fp32 where a parameter is held in fewer bits. Engines count on one
     gradient per parameter and pass: their hooks reduce and shard at once.
+    nested: as a FunctionRunner says it.
     """
 
-    def __init__(self, functions: Iterable[nn.Module]) -> None:
+    def __init__(self, functions: Iterable[nn.Module], nested: bool) -> None:
         self._uses = Counter(p for function in functions for p in trainable(function))
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._own: set[nn.Parameter] = set()
+        self._nested = nested
 
     def add(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
         """Adds one slice's gradients."""
@@ -174,6 +222,12 @@ class HandOver:
         """Called after a function's last slice: hands over what no earlier function will add to."""
         self._uses.subtract(parameters)
         ready = [p for p in parameters if not self._uses[p] and p in self._sums]
-        if ready:
-            grads = [self._sums.pop(p).to(p.dtype) for p in ready]
+        grads = [self._sums.pop(p).to(p.dtype) for p in ready]
+        if ready and self._nested:
             torch.autograd.backward(ready, grads)
+        elif ready:
+            self._sums.update(zip(ready, grads, strict=True))
+
+    def take(self, parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+        """What is left for these parameters: all of their gradients, unless nested."""
+        return [self._sums.pop(parameter, None) for parameter in parameters]

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from dr2dist.reversible.certificate import Flags, Probe, Witness
 from dr2dist.reversible.exact import ExactArithmetic
-from dr2dist.reversible.replay import Autocast, Randomness
+from dr2dist.reversible.kernels import Kernels
+from dr2dist.reversible.replay import Randomness
 from dr2dist.reversible.reversal import Backward, Reversal
-from dr2dist.reversible.runner import FunctionRunner, needs_grad, trainable, without_saved
+from dr2dist.reversible.runner import FunctionRunner, differentiable, trainable, without_saved
 from dr2dist.reversible.setting import Setting
 from dr2dist.reversible.slices import Layout, Part, joined, parts_of
 from dr2dist.reversible.state import Gradient, State
@@ -42,9 +43,14 @@ class Segment:
         if x_needs_grad:
             return 0
         for index, function in enumerate(self.functions):
-            if trainable(function) or any(map(needs_grad, sides.of(function).values())):
+            if trainable(function) or differentiable(sides.of(function)):
                 return index
         return len(self.functions)
+
+    def trained(self, first: int) -> list[nn.Parameter]:
+        """The trained parameters of the functions from `first` on, each once."""
+        found = (p for function in self.functions[first:] for p in trainable(function))
+        return list(dict.fromkeys(found))
 
     @torch.no_grad()
     def infer(
@@ -121,6 +127,7 @@ class Segment:
         """Runs the chain from its tokens h [B, ...] to (last state, tape, tapped tokens)."""
         arithmetic, dtype = _arithmetic(h, setting)
         tape = self._new_tape(arithmetic, dtype, sides, setting, layout, x_needs_grad, h.device)
+        tape.flags.note_input(h.detach())
         return self._run(arithmetic.start(h), tape, taps)
 
     def go_on(
@@ -179,14 +186,17 @@ class Segment:
         if keep and state is not None:
             state = state.copy()
         reversal = Reversal(self.functions, self.runner, tape, state, grad)
-        result = reversal.run(taps or {}, keep)
+        with tape.kernels.restored():
+            result = reversal.run(taps or {}, keep)
         if not keep:
             tape.close()
         return result
 
     def reverse(self, tape: Tape, state: State) -> State:
         """The first state of the segment, from its last one, without any gradient."""
-        found = Reversal(self.functions, self.runner, tape, state.copy(), None).run({}, keep=True)
+        reversal = Reversal(self.functions, self.runner, tape, state.copy(), None)
+        with tape.kernels.restored():
+            found = reversal.run({}, keep=True)
         assert found.state is not None
         return found.state
 
@@ -200,16 +210,18 @@ class Segment:
         x_needs_grad: bool,
         device: torch.device,
     ) -> Tape:
+        first = self.first_trained(sides, x_needs_grad)
         return Tape(
             setting=setting,
             layout=layout,
             arithmetic=arithmetic,
-            autocast=Autocast.current(device),
+            kernels=Kernels.current(device),
             randomness=Randomness(device),
             sides=sides,
             dtype=dtype,
             begin=self.begin,
-            first=self.first_trained(sides, x_needs_grad),
+            first=first,
+            parameters=[] if self.runner.nested else self.trained(first),
             sums=torch.zeros(len(self.functions), dtype=torch.int64, device=device),
             flags=Flags(device),
             x_needs_grad=x_needs_grad,
@@ -227,7 +239,9 @@ class Segment:
         advance = _Advance(tape.arithmetic, state, out, keep, seen)
         tokens = partial(_tokens, tape.arithmetic, state, tape.dtype)
         kept = []
-        graphs = nullcontext() if mode == "store" else without_saved()
+        # Code that is compiled under hooks is other code: its graphs are made whole, and dropped.
+        whole = mode == "store" or self.runner.compile
+        graphs = nullcontext() if whole else without_saved()
         with self.runner.open(function, self._next(index)) as live, graphs:
             for work in tape.work(index, function, state.current.shape):
                 held = Kept(work, [], []) if mode == "store" else None
@@ -267,7 +281,7 @@ class Segment:
         out = arithmetic.target(state, in_place=True)
         advance = _Advance(arithmetic, state, out, keep=False, seen=seen)
         tokens = partial(_tokens, arithmetic, state, dtype)
-        with torch.no_grad(), self.runner.open(function, self._next(index)) as live:
+        with torch.no_grad(), self.runner.open(function, self._next(index), False) as live:
             shape = state.current.shape
             slices = parts_of(function, shape, layout, sides.of(function))
             for work in sides.work(function, slices, shape):

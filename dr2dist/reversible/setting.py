@@ -106,6 +106,11 @@ class Setting:
             raise ValueError(f"{name} is {value}, which has an effect only with {by}")
 
     @property
+    def proves(self) -> bool:
+        """Whether a backward pass must be proven: whether anything is run twice or rounded."""
+        return self.arithmetic == "exact" or self.memory != "store"
+
+    @property
     def measured(self) -> bool:
         """Whether something of it is settled by measuring."""
         return self.memory == "budget" or self.chunk_size == "auto"

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dr2dist.reversible.certificate import Flags, Probe
 from dr2dist.reversible.exact import ExactArithmetic
 from dr2dist.reversible.floating import FloatArithmetic
-from dr2dist.reversible.replay import Autocast, Randomness, function_context
+from dr2dist.reversible.kernels import Kernels
+from dr2dist.reversible.replay import Randomness, function_context
 from dr2dist.reversible.runner import Call
 from dr2dist.reversible.setting import Memory, Setting
 from dr2dist.reversible.slices import Layout, Part
@@ -27,8 +29,8 @@ Arithmetic = ExactArithmetic | FloatArithmetic
 class Sides:
     """Inputs that all functions of a chain share.
 
-    values: by keyword; tensors are differentiable. batched: names of those whose dim 0 is the
-    batch, cut with its slices.
+    values: by keyword, each a tensor or a pytree of some; they are differentiable. batched: names
+    of those whose tensors have the batch in dim 0, which are cut with its slices.
     """
 
     values: dict[str, Any]
@@ -43,7 +45,10 @@ class Sides:
 
     def cut(self, values: dict[str, Any], part: slice) -> dict[str, Any]:
         """The values for one slice of the batch."""
-        return {k: v[part] if k in self.batched else v for k, v in values.items()}
+        return {
+            name: tree_map_only(Tensor, lambda t: t[part], value) if name in self.batched else value
+            for name, value in values.items()
+        }
 
     def work(self, function: Any, slices: list[list[Part]], shape: torch.Size) -> Iterator[Work]:
         """A function on each slice of tokens of a shape, with its part of the sides."""
@@ -65,9 +70,10 @@ class Kept(NamedTuple):
 class Tape:
     """One pass of one segment: everything that its reversal needs, and no activation.
 
-    setting, layout, arithmetic, autocast, randomness, sides: frozen, never read again from
+    setting, layout, arithmetic, kernels, randomness, sides: frozen, never read again from
     outside. dtype: what F is called with. begin: functions of the chain before the segment.
-    first: index of the first function that is reversed.
+    first: index of the first function that is reversed. parameters: of the functions from there
+    on, those that are trained, each once.
     sums: int64 [functions], the bits of F's outputs.
 
     By function, as far as its memory mode needs them: parts, its slices; remainders, one entry
@@ -78,12 +84,13 @@ class Tape:
     setting: Setting
     layout: Layout
     arithmetic: Arithmetic
-    autocast: Autocast
+    kernels: Kernels
     randomness: Randomness
     sides: Sides
     dtype: torch.dtype
     begin: int
     first: int
+    parameters: list[nn.Parameter]
     sums: Tensor
     flags: Flags
     x_needs_grad: bool
@@ -121,7 +128,7 @@ class Tape:
         """The context of calls of function `index` with gradients."""
 
         def at(key: tuple[int, ...]) -> AbstractContextManager[None]:
-            return function_context(self.autocast, self.randomness, self.begin + index, key)
+            return function_context(self.kernels, self.randomness, self.begin + index, key)
 
         return at
 

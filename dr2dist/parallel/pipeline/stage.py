@@ -293,7 +293,9 @@ class _Reversal:
         with torch.no_grad():
             result = self.segment.backward(self.tape, state, gradient)
         self.chain.enter(self.tape, held)
-        self.state, self.shared_grads = result.state, result.sides
+        self.state = result.state
+        # Stages share plain tensors: one leaf a side.
+        self.shared_grads = {name: grad for (name, _), grad in result.sides.items()}
         if self.began_with_state:
             return result.grad
         self.state = None

@@ -1,0 +1,52 @@
+"""What people do to a converted network's modules: replaced ones take effect, and what a
+reversible network cannot do is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from dr2dist.errors import UserError
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def structure_of(net: nn.Module) -> tuple[int, ...]:
+    """Which modules the network is made of: another one in any place gives another result."""
+    found, waiting = [], [net]
+    while waiting:
+        children = [child for child in waiting.pop()._modules.values() if child is not None]
+        found += map(id, children)
+        waiting += children
+    return tuple(found)
+
+
+def bypassed(net: nn.Module, blocks: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The modules that the network never calls: blocks, of which it runs the residual functions,
+    and the lists that they are in."""
+    cut = set(map(id, blocks))
+    names = {name for name, module in net.named_modules() if id(module) in cut}
+    inside = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
+    return [(name, net.get_submodule(name)) for name in sorted(inside)]
+
+
+def refuse_unseen(net: nn.Module, unseen: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises UserError where hooks would never be called, or parameters are sharded by FSDP2.
+
+    unseen: what `bypassed` gives.
+    """
+    for name, module in (("the network", net), *unseen):
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise UserError(
+                f"{name} is sharded by fully_shard, which gathers parameters around modules that "
+                "a reversible network does not call: use DistributedDataParallel, or ZeRO by "
+                "dr2dist train"
+            )
+    for name, module in unseen:
+        if any(module.__dict__.get(kind) for kind in _HOOKS):
+            raise UserError(
+                f"{name} has a hook, which would never be called: a reversible network runs its "
+                "residual functions, not the whole; put it on a module inside of a block (its "
+                "attn, mlp or norms), or take features by forward_intermediates"
+            )

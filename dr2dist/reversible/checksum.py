@@ -1,0 +1,64 @@
+"""Sums of bits, weighted by position: two runs that differ have different sums.
+
+The sum is taken modulo 2^64, of each element's bits read as a signed integer d times an odd 64-bit
+weight. One changed element always shows: an odd weight times a change of less than 2^64 is never 0.
+Two changed elements hide only if w_i d_i = -w_j d_j modulo 2^64. For weights drawn at random that
+has a chance of 2^-(63 - z), with z the number of zero bits that both changes end with: at most
+2^-32 for fp32 and int32, and 2^-48 for bf16, reached when only signs were flipped.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 18
+"""Elements whose weights are drawn one by one; those of the next block are the same ones times
+a number of the block's."""
+
+_BITS_AS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@functools.cache
+def _weights(device: torch.device) -> Tensor:
+    """Odd random numbers, int64 [BLOCK]; always the same ones."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(-(1 << 63), (1 << 63) - 1, (BLOCK,), generator=generator)
+    return (drawn | 1).to(device)
+
+
+def _block_weight(block: int) -> int:
+    """The odd factor of a block, as a signed 64-bit integer: SplitMix64 (Steele, Lea and Flood,
+    OOPSLA 2014) of its number."""
+    mask = (1 << 64) - 1
+    z = (block + 1) * 0x9E3779B97F4A7C15 & mask
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+    z = (z ^ z >> 31) | 1
+    return z - (1 << 64) if z >> 63 else z
+
+
+def weighted_sums(value: Tensor, place: int = 0, scratch: Tensor | None = None) -> Iterator[Tensor]:
+    """Weighted sums of parts of a contiguous tensor: int64 scalars on its device, to be added up.
+
+    place: of its first element among all whose sums are added. However a tensor is cut, the sums
+    come to the same. scratch: 8-byte elements to overwrite, as many as the value or a block has.
+    """
+    flat = value.view(_BITS_AS[value.element_size()]).view(-1)
+    weights, start = _weights(value.device), 0
+    while start < len(flat):
+        block, offset = divmod(place + start, BLOCK)
+        count = min(BLOCK - offset, len(flat) - start)
+        if scratch is None:
+            scratch = torch.empty(min(BLOCK, len(flat)), dtype=torch.int64, device=value.device)
+        wide = scratch.view(torch.int64)[:count].copy_(flat[start : start + count])
+        yield wide.mul_(weights[offset : offset + count]).sum().mul_(_block_weight(block))
+        start += count
+
+
+def checksum(value: Tensor) -> Tensor:
+    """The weighted sum of a whole contiguous tensor: int64 scalar on its device."""
+    return torch.stack([*weighted_sums(value), value.new_zeros((), dtype=torch.int64)]).sum()
