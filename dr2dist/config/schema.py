@@ -89,6 +89,9 @@ class Reversible(Section):
         None, description="tokens per slice inside a sample, with chunk_size 1; null: all"
     )
     fraction_bits: int = Field(18, ge=0, le=28, description="resolution of exact states, 2^-bits")
+    compile: bool = Field(
+        False, description="run functions by torch.compile, forth and back; not with zero 3"
+    )
 
     def idle(self) -> dict[str, str]:
         """See Section."""
@@ -97,8 +100,12 @@ class Reversible(Section):
     @model_validator(mode="after")
     def _budgets_and_slices(self) -> Self:
         # The coefficients are checked where they are known.
-        Setting(**self.model_dump())
+        Setting(**self.of_chains())
         return self
+
+    def of_chains(self) -> dict[str, Any]:
+        """What is said of Setting's fields."""
+        return self.model_dump(exclude={"compile"})
 
 
 class Task(Section):
@@ -236,6 +243,11 @@ class Config(Section):
                 f"parallel.stages is {self.parallel.stages}: reversible.memory budget and "
                 "chunk_size auto are measured on whole chains, allowed with stages 1 only"
             )
+        if self.reversible.compile and self.parallel.zero == 3:
+            raise ValueError(
+                "reversible.compile is true, allowed with parallel.zero 0, 1 or 2: ZeRO-3 calls "
+                "functions with gathered weights, which are not compiled"
+            )
         if self.train.precision == "fp16" and self.parallel.zero == 0:
             raise ValueError("train.precision fp16 needs parallel.zero 1, 2 or 3")
         return self
@@ -243,4 +255,4 @@ class Config(Section):
     def setting(self) -> Setting:
         """The chains' setting at the start of the run."""
         alpha, beta = self.coefficients.schedule(1).at(0)
-        return Setting(alpha, beta, **self.reversible.model_dump())
+        return Setting(alpha, beta, **self.reversible.of_chains())

@@ -75,8 +75,9 @@ class Flags:
     """What went wrong in one pass of a chain, as an int64 tensor on its device; no host reads.
 
     [0] first function after which a state left the range, [1] first function whose output is
-    not finite (NEVER: none; -1: the tokens that enter are not), [2] last function whose recompute differed (-1: none), [3] 1 where
-    the chain's start is not what the forward pass began with, [4] passes reversed.
+    not finite (NEVER: none; -1: the tokens that enter are not), [2] last function whose recompute
+    differed (-1: none), [3] 1 where the chain's start is not what the forward pass began with,
+    [4] passes reversed.
     """
 
     SIZE = 5

@@ -15,7 +15,7 @@ from dr2dist.reversible.kernels import Kernels
 
 
 def stable_seed(*key: int) -> int:
-    """A seed, 0 .. 2^63 - 1, that is a function of the key in every process and on every machine."""
+    """A seed, 0 .. 2^63 - 1, that the key gives in every process and on every machine."""
     words = b"".join(part.to_bytes(16, "little", signed=True) for part in key)
     digest = hashlib.blake2b(words, digest_size=8).digest()
     return int.from_bytes(digest, "little") & (2**63 - 1)

@@ -107,7 +107,8 @@ def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, 
     groups = parameter_groups(
         model, config.optim.weight_decay, config.optim.layer_decay, config.optim.groups
     )
-    net = convert(model, **asdict(config.setting())).train()
+    setting, compiled = asdict(config.setting()), config.reversible.compile
+    net = convert(model, **setting, on_failure="record", compile=compiled).train()
     precision, ema = config.train.precision, config.train.ema
     if plan.grid.stages == 1:
         optimizer = _optimizer(config.optim, groups)
