@@ -17,7 +17,7 @@ from dr2dist.backbones.compute import (
 )
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Queries, Tokenwise
-from dr2dist.backbones.tokens import TAIL, batched_sides, token_intermediates
+from dr2dist.backbones.tokens import TAIL, per_sample, token_intermediates
 
 SIDES = ("rope", "attn_mask", "is_causal")
 
@@ -63,7 +63,7 @@ class EvaFamily(Family):
             sides |= {f"rope_{depth}": part for depth, part in enumerate(rope.unbind(0))}
         elif rope is not None:
             sides["rope"] = rope
-        return Stem(tokens, sides, batched_sides(sides, tokens.shape[0]))
+        return Stem(tokens, sides, per_sample(sides))
 
     def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
         """See Family."""

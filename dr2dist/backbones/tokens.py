@@ -72,10 +72,15 @@ def _as_image(net: Any, tokens: Tensor, images: Tensor) -> Tensor:
     return tokens.reshape(len(tokens), height, width, -1).permute(0, 3, 1, 2).contiguous()
 
 
-def batched_sides(sides: dict[str, Any], batch: int) -> list[str]:
-    """Names of the tensors that carry the batch: 4-D [B, heads or 1, ...], as attention adds."""
+def per_sample(sides: dict[str, Any]) -> list[str]:
+    """Names of the sides that differ from sample to sample.
+
+    Those are masks [B, heads or 1, N, N] as attention adds them, and rotary embeddings
+    [B, 1, N, C] of the tokens that patch dropping has kept; with a 1 in the place of B, or without
+    it, they are the same for all samples.
+    """
     return [
         name
         for name, value in sides.items()
-        if isinstance(value, Tensor) and value.ndim == 4 and len(value) == batch and batch > 1
+        if isinstance(value, Tensor) and value.ndim == 4 and len(value) > 1
     ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dr2dist.backbones.compute import attention_post_norm, mlp_post_norm
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Queries, Tokenwise
-from dr2dist.backbones.tokens import TAIL, batched_sides, token_intermediates
+from dr2dist.backbones.tokens import TAIL, per_sample, token_intermediates
 
 MASK = ("attn_mask", "is_causal")
 
@@ -94,7 +94,7 @@ class VitFamily(Family):
         tokens = model._pos_embed(model.patch_embed(images))
         tokens = model.norm_pre(model.patch_drop(tokens))
         sides = {name: options.get(name) for name in MASK if options.get(name) is not None}
-        return Stem(tokens, sides, batched_sides(sides, tokens.shape[0]))
+        return Stem(tokens, sides, per_sample(sides))
 
     def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
         """See Family."""
