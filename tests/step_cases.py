@@ -38,7 +38,7 @@ def make(
         for module in (cases, stage_cases):
             patch.setattr(module, "build", kind)
         if stages == 1:
-            # ZeRO-3 divides what ranks have before it adds that up, so there micro-batches overflow.
+            # ZeRO-3 divides before it adds up what ranks have, so there micro-batches overflow.
             count = 2 if zero == 3 else 1
             engine = cases.make_engine("vit", zero, bf16, count)
             engine.average = Average(engine.masters, 0.9)

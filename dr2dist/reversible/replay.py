@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+
+def stable_seed(*key: int) -> int:
+    """A seed below 2^63, the same in every process and version of Python.
+
+    key: integers of at most 128 bits.
+    """
+    words = b"".join(part.to_bytes(16, "little", signed=True) for part in key)
+    digest = hashlib.blake2b(words, digest_size=8).digest()
+    return int.from_bytes(digest, "little") & (2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class Randomness:
     def at(self, function: int, key: tuple[int, ...]) -> Iterator[None]:
         """Runs a slice of a function on its own stream and puts the global ones back."""
         states = [generator.get_state() for generator in self._generators]
-        seed = hash((self._seed, function, *key)) & (2**63 - 1)
+        seed = stable_seed(self._seed, function, *key)
         seeded = [generator.manual_seed(seed).get_state() for generator in self._generators]
         try:
             yield
