@@ -162,6 +162,7 @@ def _facts(config: Config, plan: Plan) -> dict[str, Any]:
         "input_size": plan.image_size,
         "mean": list(plan.mean),
         "std": list(plan.std),
+        "resize": "timm",
         "global_batch": plan.global_batch,
         "dr2dist": __version__,
     }

@@ -49,14 +49,16 @@ class Source(NamedTuple):
         return memoryview(array)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Source]) -> str:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str] | None = None
+) -> str:
     """Writes them to disk; the file's SHA-256. Raises OSError."""
     # The largest types first, so that every tensor is aligned.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     digest = hashlib.sha256()
     parts: Iterator[Any] = map(Source.read, ordered.values())
     with path.open("wb") as file:
-        for part in itertools.chain([_header(ordered)], parts):
+        for part in itertools.chain([_header(ordered, metadata)], parts):
             file.write(part)
             digest.update(part)
         file.flush()
@@ -64,8 +66,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Source]) -> str:
     return digest.hexdigest()
 
 
-def _header(tensors: Mapping[str, Source]) -> bytes:
-    entries, end = {}, 0
+def _header(tensors: Mapping[str, Source], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
     for name, source in tensors.items():
         start, end = end, end + source.nbytes
         shape, kind = list(source.values.shape), _NAMES[source.dtype]
