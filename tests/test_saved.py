@@ -180,7 +180,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
         (
             torch.compile(net),
             {},
-            "OptimizedModule is around the network: save its module, net._orig",
+            "OptimizedModule is around a network: save its module, net._orig",
         ),
         (plain, {}, "VisionTransformer is not converted; give what dr2dist.convert returns"),
         (adapted, {}, r"blocks\.0\.adapter\.bias is \[2\], in timm's .*not there"),

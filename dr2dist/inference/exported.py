@@ -86,7 +86,8 @@ class Facts(BaseModel):
         if "alpha" not in metadata:
             raise UserError(
                 f"{path}: does not say under which alpha and beta it was trained, so its outputs "
-                "would be a guess; make it with 'dr2dist export', or load it with timm"
+                "would be a guess; make it with 'dr2dist export' or dr2dist.save, or load it with "
+                "timm"
             )
         try:
             known = cls.model_fields.keys() & metadata.keys()

@@ -63,13 +63,11 @@ def save(
 
 def _check_kind(net: nn.Module) -> None:
     kind = type(net).__name__
-    for name in ("module", "_orig_mod"):
-        if not isinstance(net, ReversibleNetwork) and isinstance(
-            getattr(net, name, None), nn.Module
-        ):
-            raise UserError(f"save: a {kind} is around the network: save its module, net.{name}")
     if not isinstance(net, ReversibleNetwork):
-        raise UserError(f"save: a {kind} is not converted; give what dr2dist.convert returns")
+        for name in ("module", "_orig_mod"):
+            if isinstance(getattr(net, name, None), nn.Module):
+                raise UserError(f"save: {kind} is around a network: save its module, net.{name}")
+        raise UserError(f"save: {kind} is not converted; give what dr2dist.convert returns")
     cfg = getattr(net, "pretrained_cfg", None) or {}
     if not timm.is_model(cfg.get("architecture") or ""):
         raise UserError(
