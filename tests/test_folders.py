@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dr2dist.cli import free_port
 from dr2dist.training.checkpoint import checkpoints
 from dr2dist.training.keeper import Progress
 from dr2dist.training.tensors import Source, write_tensors
@@ -96,6 +100,37 @@ def test_what_only_another_rank_sees_does_not_count(
     end, _ = apart(broken_off, tmp_path, two_ranks)
     # It has gone on from rank 0's, and ends where both would have to write.
     assert "step-00000004.tmp/rank-00001.safetensors: cannot be written" in end
+
+
+def test_all_ranks_end_with_status_2_and_one_says_why(
+    broken_off: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(broken_off[1] / "run", tmp_path / "0" / "run")
+    (tmp_path / "1").mkdir()
+    port, processes = str(free_port()), []
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "dr2dist.training.main", "--config", str(broken_off[0])],
+                cwd=tmp_path / rank,
+                env={
+                    **os.environ,
+                    **place,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": str(Path(__file__).parent.parent),
+                },
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    told = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], told
+    lines = [[line for line in text.splitlines() if "dr2dist: " in line] for text in told]
+    assert [len(found) for found in lines] == [1, 0]
+    assert lines[0][0].startswith("dr2dist: run/checkpoints/") and "(rank 1)" in lines[0][0]
 
 
 @pytest.mark.parametrize(("zero", "bf16"), [(0, False), (1, True), (2, False), (3, True)])
