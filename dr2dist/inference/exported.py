@@ -115,7 +115,7 @@ def export(run: str | Path, output: str | Path, which: Literal["best", "last"] =
         for name in saved.names("master")
     }
     known = timm_model(facts, on_meta=True).state_dict()
-    buffers = known.keys() & set(saved.names("buffer"))
+    buffers = (name for name in saved.names("buffer") if name in known)
     tensors |= {name: saved.tensor("buffer", name) for name in buffers}
     with replaced(output) as aside:
         save_file(tensors, aside, facts.metadata())
