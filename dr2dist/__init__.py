@@ -4,6 +4,7 @@ from dr2dist.backbones.family import Branch, Family, Stem
 from dr2dist.backbones.network import convert, register_backbone, supported_backbones
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import load
+from dr2dist.inference.saved import save
 from dr2dist.reversible import Chain
 from dr2dist.version import __version__
 
@@ -17,5 +18,6 @@ __all__ = [
     "convert",
     "load",
     "register_backbone",
+    "save",
     "supported_backbones",
 ]

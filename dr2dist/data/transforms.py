@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -17,6 +18,10 @@ from torchvision.transforms import v2
 from dr2dist.config.data import RandAugment
 
 Transform = Callable[[Image.Image], Tensor]
+Resize = Literal["timm", "floor"]
+
+EVALUATION: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
+"""What timm is told of evaluation, beside size, mean and std."""
 
 _BICUBIC = v2.InterpolationMode.BICUBIC
 
@@ -69,8 +74,21 @@ def train_transform(
     return v2.Compose(steps)
 
 
-def eval_transform(size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """The centre of the image that just covers `size` (height, width): fp32 [3, *size]."""
+def eval_transform(
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    resize: Resize = "timm",
+) -> Transform:
+    """The centre of the image that just covers `size` (height, width): fp32 [3, *size].
+
+    resize: how the covering image's longer side is rounded; "timm" makes 8-bit RGB images the very
+    tensors of timm's own `create_transform` with EVALUATION, "floor" is that of files exported
+    without the field.
+    """
+    if resize == "timm":
+        prepare = create_transform(size, mean=tuple(mean), std=tuple(std), **EVALUATION)
+        return v2.Compose([to_rgb, prepare])
     steps = [to_rgb, partial(_cover, size=size), v2.CenterCrop(size), *_to_tensor(mean, std)]
     return v2.Compose(steps)
 

@@ -6,6 +6,7 @@ The tensors have timm's names. The metadata carry, as strings, every field of `F
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,10 +18,17 @@ from torch import Tensor, nn
 
 from dr2dist.backbones.build import build_model
 from dr2dist.backbones.network import convert
-from dr2dist.data.transforms import Transform, eval_transform
+from dr2dist.data.transforms import EVALUATION, Resize, Transform, eval_transform
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import replaced
-from dr2dist.training.checkpoint import EMA, Checkpoint, checkpoint_folder, checkpoints, read_state
+from dr2dist.training.checkpoint import (
+    EMA,
+    Checkpoint,
+    checkpoint_folder,
+    checkpoints,
+    is_finite,
+    read_state,
+)
 
 WARNING = (
     "alpha {alpha}, beta {beta}: plain timm loads these weights WITHOUT AN ERROR and computes "
@@ -28,19 +36,22 @@ WARNING = (
 )
 
 
+Option = bool | int | float | str
+
+
 class Facts(BaseModel):
     """What an exported file says of its model.
 
     model, image_size (height, width), options: how timm builds it. alpha, beta, arithmetic,
     fraction_bits: how its residual functions are joined. classes: names, by label. input_size:
-    height, width. mean, std: of the three channels. step: applied optimiser steps. dr2dist: the
-    version that trained it.
+    height, width. mean, std: of the three channels. resize: see eval_transform. step: applied
+    optimiser steps, None where nobody counted. dr2dist: the version that trained it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     model: str
     image_size: tuple[int, int] | None
-    options: dict[str, bool | int | float | str] = {}
+    options: dict[str, Option] = {}
     alpha: float
     beta: float
     arithmetic: Literal["exact", "float"]
@@ -49,7 +60,8 @@ class Facts(BaseModel):
     input_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    step: int
+    resize: Resize = "floor"
+    step: int | None
     dr2dist: str
 
     @property
@@ -74,7 +86,8 @@ class Facts(BaseModel):
         if "alpha" not in metadata:
             raise UserError(
                 f"{path}: does not say under which alpha and beta it was trained, so its outputs "
-                "would be a guess; make it with 'dr2dist export', or load it with timm"
+                "would be a guess; make it with 'dr2dist export' or dr2dist.save, or load it with "
+                "timm"
             )
         try:
             known = cls.model_fields.keys() & metadata.keys()
@@ -101,7 +114,9 @@ def export(run: str | Path, output: str | Path, which: Literal["best", "last"] =
         name: saved.tensor(EMA if name in averaged else "master", name)
         for name in saved.names("master")
     }
-    tensors |= {name: saved.tensor("buffer", name) for name in saved.names("buffer")}
+    known = timm_model(facts, on_meta=True).state_dict()
+    buffers = (name for name in saved.names("buffer") if name in known)
+    tensors |= {name: saved.tensor("buffer", name) for name in buffers}
     with replaced(output) as aside:
         save_file(tensors, aside, facts.metadata())
     return facts
@@ -114,25 +129,36 @@ def _chosen(run: Path, which: Literal["best", "last"]) -> Path:
     if which == "last":
         return found[-1]
     best: Any = read_state(found[-1])["progress"]["best"]
-    if best is None:
-        raise UserError(f"{run}: was never validated, so there is no best; use --which last")
+    if not is_finite(best):
+        raise UserError(
+            f"{run}: has no validation with finite values, so there is no best; use --which last"
+        )
     return checkpoint_folder(run, best["step"])
+
+
+def timm_model(facts: Facts, on_meta: bool = False) -> nn.Module:
+    """The timm model that a file's weights are of, with random ones, or with none on the meta
+    device. Raises UserError if it cannot be built."""
+    with torch.device("meta") if on_meta else nullcontext():
+        return build_model(
+            facts.model,
+            weights=None,
+            image_size=facts.image_size,
+            num_classes=len(facts.classes),
+            options=facts.options,
+        )
 
 
 def load(path: str | Path) -> nn.Module:
     """The model of an exported file, converted, in evaluation mode, fp32 on the CPU.
 
-    `pretrained_cfg` holds input_size, mean, std and label_names, as timm's own models do.
-    Needs no DeepSpeed. Raises UserError if the file is not one of `export`.
+    `pretrained_cfg` holds input_size, mean, std, interpolation, crop_pct, crop_mode and
+    label_names, as timm's own models do: timm's `create_transform` makes of them what `predict` and
+    `evaluate` do with 8-bit RGB images.
+    Needs no DeepSpeed. Raises UserError if the file is not one of `export` or `save`.
     """
     facts = Facts.read(path)
-    model = build_model(
-        facts.model,
-        weights=None,
-        image_size=facts.image_size,
-        num_classes=len(facts.classes),
-        options=facts.options,
-    )
+    model = timm_model(facts)
     try:
         model.load_state_dict(load_file(path), strict=True)
     except RuntimeError as error:
@@ -145,8 +171,11 @@ def load(path: str | Path) -> nn.Module:
         "store" if facts.conventional else "reverse",
         fraction_bits=facts.fraction_bits,
     )
+    # What timm says of other sizes than the trained one is not true of these weights.
+    kept = {k: v for k, v in net.pretrained_cfg.items() if not k.startswith("test_")}
     net.pretrained_cfg = {
-        **net.pretrained_cfg,
+        **kept,
+        **EVALUATION,
         "input_size": (3, *facts.input_size),
         "mean": facts.mean,
         "std": facts.std,
@@ -158,7 +187,7 @@ def load(path: str | Path) -> nn.Module:
 
 def ready(path: str | Path) -> tuple[nn.Module, Transform, torch.device]:
     """An exported model on the device at hand, how its images are prepared, and the device."""
-    net = load(path)
+    facts, net = Facts.read(path), load(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg: Any = net.pretrained_cfg
-    return net.to(device), eval_transform(cfg["input_size"][1:], cfg["mean"], cfg["std"]), device
+    transform = eval_transform(facts.input_size, facts.mean, facts.std, facts.resize)
+    return net.to(device), transform, device

@@ -84,7 +84,6 @@ def export_portable(source: str | Path, output: str | Path) -> float:
         found = ENDINGS[output.suffix](program, facts, aside, images)
         difference = float((found - wanted).abs().max() / wanted.abs().max())
         if not difference <= TOLERANCE:
-            aside.unlink()
             raise UserError(f"{output}: computes other outputs than the module: {difference:.2g}")
     return difference
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
 from dr2dist.parallel.average import Average
+from dr2dist.parallel.buffers import Buffers
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.parallel.masters import Masters
@@ -29,6 +31,8 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 
 _LAYOUT = ("memory", "memory_budget", "chunk_size", "chunk_tokens", "chunk_budget")
+
+NO_NORM = "the norm of the reduced gradient is not finite"
 
 log = logging.getLogger(__name__)
 
@@ -112,26 +116,42 @@ class ReversibleEngine:
         """One optimiser step from `count` micro-batches.
 
         learning_rates: one for each parameter group.
-        Raises UnprovenStepError, with nothing applied on any rank, if the verdict is not clean. A
+        Raises UnprovenStepError, with nothing applied on any rank and all buffers as they were, if
+        the verdict is not clean, or the gradient that ranks have summed has no finite norm. A
         mismatch is tried once more first.
         """
+        buffers = Buffers(self.net)
         verdict = self._attempt(work, count)
         if verdict.kinds == {"mismatch"}:
             log.warning("step %d: %s; trying again", self.applied, "; ".join(verdict.messages))
-            self._discard()
+            self._discard(buffers)
             verdict = self._attempt(work, count)
+        if verdict.ok and not self._apply(learning_rates):
+            verdict = replace(verdict, kinds=frozenset({"finite"}), messages=(NO_NORM,))
         if not verdict.ok:
-            self._discard()
+            self._discard(buffers)
             raise UnprovenStepError(verdict)
-        for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = rate
-        norm = self._whole_norm() if self.zero == 0 else None
-        self._engine.step()
-        self.gradient_norm = self._engine.get_global_grad_norm() if norm is None else norm
         self.applied += 1
         if self.average is not None:
             self.average.update()
         return verdict
+
+    def _apply(self, learning_rates: list[float]) -> bool:
+        """The optimiser's step; False, on all ranks, if the gradient's norm is not finite.
+
+        With masters of its own DeepSpeed looks at the norm over all ranks, and then skips the step
+        by itself; without them it never does.
+        """
+        for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = rate
+        norm = self._whole_norm() if self.zero == 0 else None
+        if norm is not None and not norm.isfinite():
+            return False
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            return False
+        self.gradient_norm = self._engine.get_global_grad_norm() if norm is None else norm
+        return True
 
     def _attempt(self, work: Work, count: int) -> Verdict:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -208,8 +228,9 @@ class ReversibleEngine:
             with self.average.in_place():
                 yield
 
-    def _discard(self) -> None:
-        """Forgets the gradients of a step that is not applied."""
+    def _discard(self, buffers: Buffers) -> None:
+        """Forgets the gradients of a step that is not applied, and what it did to buffers."""
+        buffers.put_back()
         if hasattr(self._engine.optimizer, "zero_grad"):
             self._engine.optimizer.zero_grad()
         self._engine.zero_grad()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -54,18 +52,3 @@ def _reduced(value: float, how: Any) -> float:
         tensor = tensor.cuda()
     dist.all_reduce(tensor, how)
     return float(tensor)
-
-
-@contextmanager
-def agree(kind: type[Exception]) -> Iterator[None]:
-    """An exception of this kind on any rank is raised on all, once every rank has come here."""
-    failure: Exception | None = None
-    try:
-        yield
-    except kind as error:
-        failure = error
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if failure is None else str(failure))
-    first = next((message for message in found if message is not None), None)
-    if first is not None:
-        raise kind(first)

@@ -13,18 +13,20 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dr2dist.errors import UserError
+from dr2dist.errors import UserError, one_line
 from dr2dist.files import sha256
+from dr2dist.parallel.agreement import agree
+from dr2dist.training.tensors import Source, write_tensors
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -34,31 +36,51 @@ EMA = "ema"
 
 def write_checkpoint(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Source],
     shapes: Mapping[str, tuple[int, ...]],
     state: Mapping[str, Any],
 ) -> None:
     """Writes a checkpoint; every rank must call it, with its own tensors.
 
     tensors: by KIND/NAME/START, flat. shapes: of all parameters and buffers. state: JSON values.
+    Raises UserError, on all ranks, naming file and rank, for what one of them cannot write or see.
     """
     rank = dist.get_rank()
     aside = folder.with_name(f"{folder.name}.tmp")
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
     path = aside / f"rank-{rank:05d}.safetensors"
-    save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, path)
-    _to_disk(path)
+    with agree(), _writing(aside):
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    checksum = ""
+    with agree(), _writing(path):
+        checksum = write_tensors(path, tensors)
     sums: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(sums, (path.name, sha256(path)))
-    if rank == 0:
-        values = {"format": FORMAT, **state, "shapes": shapes, "files": dict(sums)}
-        (aside / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
-        _to_disk(aside / MANIFEST)
-        aside.rename(folder)
-    dist.barrier()
+    dist.all_gather_object(sums, (path.name, checksum))
+    with agree(), _writing(folder):
+        if rank == 0:
+            _check_seen([aside / name for name, _ in sums])
+            values = {"format": FORMAT, **state, "shapes": shapes, "files": dict(sums)}
+            (aside / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
+            _to_disk(aside / MANIFEST)
+            aside.rename(folder)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _check_seen(paths: Sequence[Path]) -> None:
+    for other, path in enumerate(paths):
+        if not path.exists():
+            raise UserError(
+                f"{path}: rank {other} has written it and rank 0 does not see it; all ranks need "
+                "the same file system"
+            )
 
 
 def _to_disk(path: Path) -> None:
@@ -66,15 +88,36 @@ def _to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def read_manifest(folder: Path) -> str:
+    """The text that a checkpoint says of itself. Raises UserError if it cannot be read."""
+    try:
+        return (folder / MANIFEST).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / MANIFEST}: cannot be read: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself. Raises UserError if it cannot be read."""
+    return _parsed(folder, read_manifest(folder))
+
+
+def _parsed(folder: Path, manifest: str) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / MANIFEST}: cannot be read: {error}") from None
+        state: dict[str, Any] = json.loads(manifest)
+    except ValueError as error:
+        raise UserError(f"{folder / MANIFEST}: cannot be read: {one_line(error)}") from None
     if state.get("format") != FORMAT:
         raise UserError(f"{folder / MANIFEST}: format {state.get('format')}, allowed is {FORMAT}")
     return state
+
+
+def is_finite(validation: Mapping[str, float] | None) -> bool:
+    """Whether there is a validation and all its values are finite."""
+    return validation is not None and all(map(math.isfinite, validation.values()))
 
 
 class Checkpoint:
@@ -85,7 +128,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state = read_state(folder)
+        self.manifest = read_manifest(folder)
+        self.state = _parsed(folder, self.manifest)
         self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
         self._files: dict[str, Any] = {}
         self._ranges: dict[tuple[str, str], list[tuple[int, str, str]]] = defaultdict(list)
@@ -99,13 +143,19 @@ class Checkpoint:
             try:
                 self._files[file] = safe_open(self.folder / file, "pt").__enter__()
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{self.folder / file}: cannot be read: {error}") from None
+                reason = _reason(error)
+                raise UserError(f"{self.folder / file}: cannot be read: {reason}") from None
         return self._files[file]
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compares every `parts`-th file, from the one numbered `part` on, with its checksum."""
         for file, wanted in sorted(self.state["files"].items())[part::parts]:
-            if sha256(self.folder / file) != wanted:
+            try:
+                found = sha256(self.folder / file)
+            except OSError as error:
+                reason = _reason(error)
+                raise UserError(f"{self.folder / file}: cannot be read: {reason}") from None
+            if found != wanted:
                 raise UserError(
                     f"{self.folder / file}: checksum differs; delete the folder "
                     f"{self.folder} to go on from the checkpoint before it"

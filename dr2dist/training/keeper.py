@@ -8,20 +8,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dr2dist.coefficients import Memory
 from dr2dist.errors import UserError
+from dr2dist.parallel.agreement import agree, from_first
 from dr2dist.parallel.engine import ReversibleEngine
-from dr2dist.parallel.processes import agree
 from dr2dist.training.checkpoint import (
     EMA,
+    MANIFEST,
     Checkpoint,
     checkpoint_folder,
     checkpoints,
+    is_finite,
     write_checkpoint,
 )
+from dr2dist.training.tensors import Source
 
 
 @dataclass
@@ -40,6 +43,17 @@ class Progress:
     stale: int = 0
     skipped: int = 0
     guard: Memory = field(default_factory=Memory)
+
+    def note_validation(self, found: dict[str, Any], metric: str) -> bool:
+        """Takes note of a validation; whether it is the best one, by the metric's largest value.
+
+        One with a value that is not finite, such as the loss of outputs that are NaN, never is.
+        """
+        best = self.best if is_finite(self.best) else None
+        better = is_finite(found) and (best is None or found[metric] > best[metric])
+        self.last, self.best = found, found if better else best
+        self.stale = 0 if better else self.stale + 1
+        return better
 
 
 class Keeper:
@@ -78,15 +92,20 @@ class Keeper:
     def restore(self, folder: Path, engine: ReversibleEngine) -> Progress:
         """Brings an engine, on any layout, to a checkpoint; every rank must call it.
 
-        Raises UserError, on all ranks, if a file is damaged or the model is another one.
+        Raises UserError, on all ranks, if a file is damaged, the model is another one, or a rank
+        does not see what rank 0 does.
         """
-        saved = Checkpoint(folder)
-        with agree(UserError):
-            saved.verify(dist.get_rank(), dist.get_world_size())
         wanted = _shapes(engine).keys()
-        if wanted != saved.shapes.keys():
-            strange = sorted(wanted ^ saved.shapes.keys())
-            raise UserError(f"{folder}: is of another model: {', '.join(strange[:3])}")
+        with agree():
+            saved = Checkpoint(folder)
+            saved.verify(dist.get_rank(), dist.get_world_size())
+            if wanted != saved.shapes.keys():
+                strange = sorted(wanted ^ saved.shapes.keys())
+                raise UserError(f"{folder}: is of another model: {', '.join(strange[:3])}")
+        first = from_first(lambda: saved.manifest)
+        with agree():
+            if saved.manifest != first:
+                raise UserError(f"{folder / MANIFEST}: is not what rank 0 sees there")
         _read_into(engine, saved)
         engine.go_on_from(saved.state["step"])
         engine.net.set_coefficients(saved.state["alpha"], saved.state["beta"])
@@ -104,7 +123,8 @@ def _shapes(engine: ReversibleEngine) -> dict[str, tuple[int, ...]]:
     return {name: shape for shapes in found for name, shape in shapes.items()}
 
 
-def _tensors(engine: ReversibleEngine) -> dict[str, Tensor]:
+def _tensors(engine: ReversibleEngine) -> dict[str, Source]:
+    """This rank's part, none of it copied yet. Masters and averages are written in fp32."""
     rank, ranks = engine.replica, engine.replicas
     tensors = {}
     for fragment in engine.masters.fragments:
@@ -112,20 +132,20 @@ def _tensors(engine: ReversibleEngine) -> dict[str, Tensor]:
         start = fragment.start + share.start
         if share.start == share.stop:
             continue
-        tensors[f"master/{fragment.name}/{start}"] = fragment.values[share].float()
+        key = f"master/{fragment.name}/{start}"
+        tensors[key] = Source(fragment.values[share], torch.float32)
         for kind, value in engine.masters.moments(fragment).items():
             if value.dim():
-                tensors[f"{kind}/{fragment.name}/{start}"] = value[share]
+                tensors[f"{kind}/{fragment.name}/{start}"] = Source(value[share], value.dtype)
             elif start == 0:
-                tensors[f"{kind}/{fragment.name}/0"] = value
+                tensors[f"{kind}/{fragment.name}/0"] = Source(value, value.dtype)
     if engine.average is not None:
         for (name, start), values in engine.average.shares():
-            tensors[f"{EMA}/{name}/{start}"] = values
+            tensors[f"{EMA}/{name}/{start}"] = Source(values, torch.float32)
     if dist.get_rank() == 0:
         for name, buffer in engine.buffers().items():
-            tensors[f"buffer/{name}/0"] = buffer.reshape(-1)
-    # A copy each: what safetensors writes must not share memory, and views of one tensor do.
-    return {key: value.clone() for key, value in tensors.items()}
+            tensors[f"buffer/{name}/0"] = Source(buffer.reshape(-1), buffer.dtype)
+    return tensors
 
 
 def _read_into(engine: ReversibleEngine, saved: Checkpoint) -> None:

@@ -22,6 +22,7 @@ from dr2dist.data.order import train_batches, validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.data.transforms import eval_transform, train_transform
 from dr2dist.errors import UserError
+from dr2dist.parallel.agreement import AgreedError, agree, from_first
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
 from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.grid import Grid
@@ -53,17 +54,21 @@ def run(config: Config) -> dict[str, Any]:
     share_cores()
     join()
     ranks = dist.get_world_size()
-    with Watch(Grid.of(ranks, config.parallel.stages).name, agreed=(UnprovenStepError,)):
+    with Watch(
+        Grid.of(ranks, config.parallel.stages).name, agreed=(UnprovenStepError, AgreedError)
+    ):
         return _run(config, dist.get_rank(), ranks)
 
 
 def _run(config: Config, rank: int, ranks: int) -> dict[str, Any]:
     if rank:
         logging.getLogger("dr2dist").setLevel(logging.WARNING)  # rank 0 speaks for all
-    plan = make_plan(config, ranks)
-    checkpoint = find_start(config, plan.global_batch)
-    before = finished(config)
-    dist.barrier()  # no rank writes to the folder before all have looked
+    with agree():
+        plan = make_plan(config, ranks)
+    # Only rank 0 looks: file systems of several nodes show what is new to one before another.
+    checkpoint, before = from_first(
+        lambda: (find_start(config, plan.global_batch), finished(config))
+    )
     if before is not None:
         log.info("%s is finished: nothing is left to do", config.output)
         return before
@@ -87,6 +92,8 @@ def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
         trainer.run()
     except UnprovenStepError as error:
         failure = error
+    except AgreedError:
+        raise
     except UserError as error:  # of this rank alone: an image that cannot be read
         line = str(error).strip().splitlines()[-1].removeprefix("dr2dist.errors.UserError: ")
         raise UserError(f"rank {dist.get_rank()}: {line}") from None
@@ -127,7 +134,7 @@ def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, 
 def _model(config: Config) -> tuple[torch.nn.Module, Callable[[str], Tensor] | None]:
     """The model; under ZeRO-3 and in stages without its parameters, and what gives them one at a
     time."""
-    torch.manual_seed(config.train.seed)
+    torch.default_generator.manual_seed(config.train.seed)  # models are built on the CPU
     part, options = config.model, model_options(config)
     in_parts = config.parallel.zero == 3 or config.parallel.stages > 1
     if in_parts and part.weights != "hub":
@@ -156,6 +163,7 @@ def _facts(config: Config, plan: Plan) -> dict[str, Any]:
         "input_size": plan.image_size,
         "mean": list(plan.mean),
         "std": list(plan.std),
+        "resize": "timm",
         "global_batch": plan.global_batch,
         "dr2dist": __version__,
     }

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from dr2dist.coefficients import Guard, Limits, Schedule
-from dr2dist.data.randomness import keyed
+from dr2dist.data.randomness import keyed, seed_device
 from dr2dist.data.stream import Batch
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError, Work
 from dr2dist.parallel.processes import total
 from dr2dist.parallel.verdict import Verdict
+from dr2dist.reversible.certificate import worst_drift
 from dr2dist.tasks.classification import Classification
 from dr2dist.training.keeper import Keeper, Progress
 from dr2dist.training.profile import Profile
@@ -151,7 +151,7 @@ class Trainer:
 
         def begin() -> None:
             self._checked = []
-            torch.manual_seed(hash((*self.seed, step)) & (2**63 - 1))
+            seed_device(self.engine.device, *self.seed, step)
 
         def mixed(number: int) -> tuple[Tensor, Tensor]:
             batch = batches[number]
@@ -197,7 +197,7 @@ class Trainer:
                 self.engine.applied,
                 verdict.drift,
             )
-        self.progress.worst_drift = verdict.drift if known is None else max(known, verdict.drift)
+        self.progress.worst_drift = worst_drift((known, verdict.drift))
 
     def _let_guard_decide(self, verdict: Verdict) -> None:
         """For the steps to come. Every rank has the same verdict, and so decides alike."""
@@ -245,15 +245,10 @@ class Trainer:
     def _validate(self, batches: Iterable[Batch]) -> bool:
         """True if none was better."""
         found, look = validate(self.engine, self.task, batches)
-        step, progress = self.engine.applied, self.progress
-        progress.last = {"step": step, **found}
+        step = self.engine.applied
         if self.records is not None:
             self.records.log(step, **{f"val_{name}": value for name, value in found.items()})
             if look is not None:
                 self.records.show(step, look)
-        better = progress.best is None or found[self.task.best] > progress.best[self.task.best]
-        progress.stale = 0 if better else progress.stale + 1
-        if better:
-            progress.best = progress.last
         self.speed.restart()
-        return better
+        return self.progress.note_validation({"step": step, **found}, self.task.best)

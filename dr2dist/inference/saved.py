@@ -1,0 +1,210 @@
+"""A plain loop's network as an exported file, which `load`, `evaluate` and `predict` take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import timm
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
+from dr2dist.errors import UserError, one_line
+from dr2dist.files import replaced
+from dr2dist.inference.arguments import arguments_of
+from dr2dist.inference.exported import Facts, Option, load, timm_model
+from dr2dist.training.tensors import Source, write_tensors
+from dr2dist.version import __version__
+
+TOLERANCE = 1e-4
+"""Largest difference from the network's own output, relative to the largest of it, on a GPU: its
+kernels may be chosen anew for other memory. On the CPU none is allowed."""
+
+_GIVE = "give the options with which timm made it, as in save(net, path, depth=12)"
+
+
+def save(
+    net: nn.Module,
+    path: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **options: bool | int | float | str,
+) -> None:
+    """Writes a converted network as an exported file, aside and renamed; it stays as it is.
+
+    net: what `convert` made of a model of `timm.create_model`, or a copy of it, on any device.
+    classes: names by label; by default pretrained_cfg's label_names, or "0", "1", and so on. mean,
+    std: of the three channels, by default pretrained_cfg's. options: of timm.create_model, beside
+    those that can be read off the network (depth, embed_dim, num_heads and the like). Weights are
+    written in fp32, and an existing file is replaced.
+
+    The file is loaded again and run on an image first. Raises UserError if that is not what the
+    network computes, or if it is none that `load` could build.
+    """
+    path = Path(path)
+    _check_kind(net)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        image = _example(net)
+        wanted = _output(net, image)
+        facts = _facts(net, wanted.shape[1], classes, mean, std, options)
+        tensors = _tensors(net, path, facts)
+        with replaced(path) as aside:
+            write_tensors(aside, tensors, facts.metadata())
+            _check_same(path, facts, _output(_again(net, aside), image), wanted)
+
+
+def _check_kind(net: nn.Module) -> None:
+    kind = type(net).__name__
+    if not isinstance(net, ReversibleNetwork):
+        for name in ("module", "_orig_mod"):
+            if isinstance(getattr(net, name, None), nn.Module):
+                raise UserError(f"save: {kind} is around a network: save its module, net.{name}")
+        raise UserError(f"save: {kind} is not converted; give what dr2dist.convert returns")
+    cfg = getattr(net, "pretrained_cfg", None) or {}
+    if not timm.is_model(cfg.get("architecture") or ""):
+        raise UserError(
+            "save: the network's pretrained_cfg names no architecture of timm's, so that nothing "
+            "could build it again; make it with timm.create_model"
+        )
+    if any(parameter.is_meta for parameter in net.parameters()):
+        raise UserError("save: the network is on the meta device and has no weights")
+
+
+def _size(net: Any) -> tuple[tuple[int, int] | None, tuple[int, int]]:
+    """(image size that the model is built for, if it is for one; size of its images)."""
+    found = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    height, width = found or net.pretrained_cfg["input_size"][1:]
+    return (height, width) if found else None, (height, width)
+
+
+def _example(net: Any) -> Tensor:
+    """One random image [1, 3, H, W] as the network takes it."""
+    first = next(parameter for parameter in net.parameters() if parameter.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 3, *_size(net)[1], generator=generator).to(first.device, first.dtype)
+
+
+def _output(net: nn.Module, image: Tensor) -> Tensor:
+    """Logits [1, classes] in evaluation mode. Raises UserError if there are none."""
+    try:
+        with _evaluating(net), torch.autocast(image.device.type, enabled=False):
+            output = net(image)
+    except RuntimeError as error:
+        shape = list(image.shape)
+        raise UserError(f"save: the network fails on images {shape}: {one_line(error)}") from None
+    if not isinstance(output, Tensor) or output.dim() != 2 or not getattr(net, "num_classes", 1):
+        raise UserError("save: the network gives no logits [batch, classes]; it needs a classifier")
+    if not output.isfinite().all():
+        raise UserError("save: the network's output on a random image is not finite")
+    return output
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and after it each module's own."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _facts(
+    net: Any,
+    count: int,
+    classes: Sequence[str] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    options: Mapping[str, Any],
+) -> Facts:
+    for key, value in options.items():
+        if not isinstance(value, get_args(Option)):
+            allowed = ", ".join(kind.__name__ for kind in get_args(Option))
+            raise UserError(f"save: {key} is {value!r}, allowed is one of {allowed}")
+    cfg, (built_for, size) = net.pretrained_cfg, _size(net)
+    if classes is None:
+        classes = cfg.get("label_names") or ()
+        classes = classes if len(classes) == count else [str(label) for label in range(count)]
+    if len(set(classes)) != count or len(classes) != count:
+        raise UserError(f"save: classes are {len(classes)} names, {len(set(classes))} of them "
+                        f"different; the network has {count} outputs")  # fmt: skip
+    alpha, beta = net.coefficients
+    setting = net.chains[0].setting
+    try:
+        facts = Facts(
+            model=cfg["architecture"],
+            image_size=built_for,
+            options=options,
+            alpha=alpha,
+            beta=beta,
+            arithmetic=setting.arithmetic,
+            fraction_bits=setting.fraction_bits,
+            classes=tuple(classes),
+            input_size=size,
+            mean=tuple(cfg["mean"] if mean is None else mean),
+            std=tuple(cfg["std"] if std is None else std),
+            resize="timm",
+            step=None,
+            dr2dist=__version__,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UserError(f"save: {field} is {first['input']!r}; {first['msg']}") from None
+    found = arguments_of(net, timm_model(facts, on_meta=True))
+    return facts.model_copy(update={"options": {**found, **options}})
+
+
+def _tensors(net: nn.Module, path: Path, facts: Facts) -> dict[str, Source]:
+    """The weights under timm's names, if they are those of timm's model."""
+    own, known = net.state_dict(), timm_model(facts, on_meta=True).state_dict()
+    # The coefficients are in the metadata.
+    own.pop(COEFFICIENTS_NAME, None)
+    for name in sorted(own.keys() | known.keys()):
+        shapes = [list(d[name].shape) if name in d else "not there" for d in (own, known)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{path}: {name} is {shapes[0]}, in {_named(facts)} {shapes[1]}; {_GIVE}"
+            )
+    return {
+        name: Source(own[name], torch.float32 if own[name].is_floating_point() else own[name].dtype)
+        for name in known
+    }
+
+
+def _named(facts: Facts) -> str:
+    options = ", ".join(f"{key}={value!r}" for key, value in facts.options.items())
+    return f"timm's {facts.model}" + (f" with {options}" if options else "")
+
+
+def _again(net: Any, path: Path) -> Any:
+    """The file's network, run in the same types, slices and place as the given one."""
+    again: Any = load(path)
+    for chain, own in zip(again.chains, net.chains, strict=True):
+        said = ("alpha", "beta", "arithmetic", "fraction_bits")
+        chain.setting = replace(own.setting, **{key: getattr(chain.setting, key) for key in said})
+    for mine, theirs in (
+        (again.named_parameters(), dict(net.named_parameters())),
+        (again.named_buffers(), dict(net.named_buffers())),
+    ):
+        for name, value in mine:
+            value.data = value.data.to(theirs[name])
+    return again
+
+
+def _check_same(path: Path, facts: Facts, found: Tensor, wanted: Tensor) -> None:
+    difference = float((found - wanted).abs().max() / wanted.abs().max())
+    if difference > (0 if wanted.device.type == "cpu" else TOLERANCE):
+        raise UserError(
+            f"{path}: {_named(facts)} computes other outputs with these weights, by "
+            f"{difference:.2g} of the largest; {_GIVE}"
+        )

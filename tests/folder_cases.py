@@ -1,0 +1,56 @@
+"""What the ranks of a pool run in folders that they do not all see alike."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dr2dist.config import load_config
+from dr2dist.parallel.agreement import AgreedError
+from dr2dist.parallel.average import Average
+from dr2dist.reversible.costs import Watermark
+from dr2dist.training.checkpoint import Checkpoint, checkpoints
+from dr2dist.training.keeper import Keeper, Progress
+from dr2dist.training.run import run
+from tests import cases
+
+
+def run_apart(path: str, folders: list[str]) -> str:
+    """A run whose output is relative, each rank in a folder of its own; how it ended."""
+    with contextlib.chdir(folders[dist.get_rank()]):
+        try:
+            return str(run(load_config(path, []))["status"])
+        except AgreedError as error:
+            return str(error)
+
+
+def save(folder: str, zero: int, bf16: bool) -> tuple[int, int]:
+    """(most bytes of new tensors while a checkpoint is written, those of the largest range).
+
+    Checks what was written against the tensors themselves.
+    """
+    engine = cases.make_engine("vit", zero, bf16)
+    engine.average = Average(engine.masters, 0.9)
+    cases.take_step(engine, 0)
+    fragments = engine.masters.fragments
+    largest = max(4 * len(fragment.values) for fragment in fragments)
+    with Watermark() as mark:
+        Keeper(Path(folder), 1, {"global_batch": 8}).save(engine, Progress())
+    saved = Checkpoint(checkpoints(Path(folder))[-1])
+    saved.verify()
+    for fragment in fragments:
+        place = fragment.name, fragment.start, len(fragment.values)
+        assert torch.equal(saved.read("master", *place), fragment.values.float())
+        for kind, value in engine.masters.moments(fragment).items():
+            found = saved.read(kind, *place)
+            assert found.dtype == value.dtype and torch.equal(found, value)
+    for (name, start), values in engine.average.shares():
+        assert torch.equal(saved.read("ema", name, start, len(values)), values)
+    for name, buffer in engine.buffers().items():
+        assert torch.equal(saved.tensor("buffer", name), buffer)
+    assert os.listdir(Path(folder) / "checkpoints") == ["step-00000001"]
+    return mark.peak, largest
