@@ -88,6 +88,8 @@ class Branch(nn.Module):
     slicing: how it runs on some of a sample's tokens, None if it cannot.
     """
 
+    block: nn.Module
+
     def __init__(
         self,
         block: nn.Module,

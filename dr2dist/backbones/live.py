@@ -14,7 +14,8 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 def structure_of(net: nn.Module) -> tuple[int, ...]:
     """Which modules the network is made of: another one in any place gives another result."""
-    found, waiting = [], [net]
+    found: list[int] = []
+    waiting = [net]
     while waiting:
         children = [child for child in waiting.pop()._modules.values() if child is not None]
         found += map(id, children)

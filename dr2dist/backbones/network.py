@@ -345,7 +345,7 @@ def convert(
     net.register_buffer(COEFFICIENTS_NAME, values)
     net._note_coefficients()
     # Every rank sets its own; a broadcast of them would make the host wait at each pass.
-    net._ddp_params_and_buffers_to_ignore = [COEFFICIENTS_NAME]
+    object.__setattr__(net, "_ddp_params_and_buffers_to_ignore", [COEFFICIENTS_NAME])
     return net
 
 

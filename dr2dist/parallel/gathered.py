@@ -54,9 +54,9 @@ class GatheredRunner:
                 name: parameter.detach().requires_grad_(parameter.requires_grad)
                 for name, parameter in named.items()
             }
-            trained = [name for name, parameter in named.items() if parameter.requires_grad]
+            wanted = [name for name, parameter in named.items() if parameter.requires_grad]
             call = partial(self._call, function, leaves)
-            yield LiveFunction(call, [leaves[n] for n in trained], [named[n] for n in trained])
+            yield LiveFunction(call, [leaves[n] for n in wanted], [named[n] for n in wanted])
 
     def _start(self, function: nn.Module) -> None:
         """Begins to gather what is not there and not on its way."""

@@ -23,7 +23,9 @@ def _attribute(owner: Any, name: str) -> _Switch:
     return _Switch(partial(getattr, owner, name), partial(setattr, owner, name))
 
 
-_MATMUL = backends.cuda.matmul
+_MATMUL: Any = backends.cuda.matmul
+_CUDNN: Any = backends.cudnn
+_MKLDNN: Any = backends.mkldnn
 _SWITCHES = (
     _Switch(torch.get_num_threads, torch.set_num_threads),
     _Switch(
@@ -35,19 +37,13 @@ _SWITCHES = (
     ),
     *(  # TF32, and bf16 in the matrix products of CPUs
         _attribute(owner, "fp32_precision")
-        for owner in (
-            backends,
-            backends.cuda.matmul,
-            backends.cudnn.conv,
-            backends.mkldnn.matmul,
-            backends.mkldnn.conv,
-        )
+        for owner in (backends, _MATMUL, _CUDNN.conv, _MKLDNN.matmul, _MKLDNN.conv)
     ),
     _attribute(_MATMUL, "allow_fp16_reduced_precision_reduction"),
     _attribute(_MATMUL, "allow_bf16_reduced_precision_reduction"),
-    _attribute(backends.cudnn, "enabled"),
-    _attribute(backends.cudnn, "benchmark"),
-    _attribute(backends.cudnn, "deterministic"),
+    _attribute(_CUDNN, "enabled"),
+    _attribute(_CUDNN, "benchmark"),
+    _attribute(_CUDNN, "deterministic"),
     _Switch(backends.cuda.flash_sdp_enabled, backends.cuda.enable_flash_sdp),
     _Switch(backends.cuda.mem_efficient_sdp_enabled, backends.cuda.enable_mem_efficient_sdp),
     _Switch(backends.cuda.math_sdp_enabled, backends.cuda.enable_math_sdp),

@@ -106,7 +106,7 @@ class PlainRunner:
             if parameter in leaves
         ]
         for held, name, parameter in places:
-            held[name] = leaves[parameter]  # type: ignore[assignment, index]
+            held[name] = leaves[parameter]  # type: ignore[assignment]
         compiled = self.compile and trained
         call = partial(self._compiled.call, function) if compiled else function
         try:
