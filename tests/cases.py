@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import deepspeed
@@ -17,6 +18,7 @@ from dr2dist.parallel.deepspeed_json import deepspeed_config
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError, Work
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.reversible import Chain
+from dr2dist.training.groups import freeze as freeze_parameters
 from dr2dist.training.run import run
 from tests.models import build
 
@@ -30,15 +32,23 @@ def make_engine(
     accumulate: int = 1,
     sgd: bool = False,
     hold_nothing: bool = False,
+    freeze: Sequence[str] = (),
+    clip: float = 1.0,
+    offload: bool = False,
+    extra: Mapping[str, Any] | None = None,
+    seed: int = 0,
     **setting: Any,
 ) -> ReversibleEngine:
     """A tiny model of a kind, converted and put on an engine.
 
     hold_nothing: under ZeRO-3 a module's parameters are given back after each use, as those of
-    a network are that is too large to be held.
+    a network are that is too large to be held. freeze: patterns of parameters. extra: a user's
+    own settings of DeepSpeed. seed: of the weights.
     """
     torch.manual_seed(0)
-    net = dr2dist.convert(build(kind, depth=3) if kind != "swin" else build(kind), **setting)
+    model = build(kind, seed, depth=3) if kind != "swin" else build(kind, seed)
+    freeze_parameters(model, freeze)
+    net = dr2dist.convert(model, **setting)
     ranks = dist.get_world_size()
     config = deepspeed_config(
         zero=zero,
@@ -46,17 +56,19 @@ def make_engine(
         micro_batch=GLOBAL_BATCH // ranks // accumulate,
         accumulate=accumulate,
         replicas=ranks,
-        clip=1.0,
-        extra={"steps_per_print": 10**6},
+        clip=clip,
+        offload_optimizer=offload,
+        extra=extra,
     )
     if hold_nothing:
         limits = ("max_live_parameters", "max_reuse_distance", "param_persistence_threshold")
         config["zero_optimization"] |= {f"stage3_{name}": 0 for name in limits}
         config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     if sgd:
-        optimizer: Any = torch.optim.SGD(net.parameters(), 1e-2, momentum=0.9)
+        optimizer: Any = torch.optim.SGD(trained, 1e-2, momentum=0.9)
     else:
-        optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+        optimizer = torch.optim.AdamW(trained, 1e-3)
     return ReversibleEngine(net.train(), optimizer, config, "bf16" if bf16 else "fp32")
 
 

@@ -1,0 +1,79 @@
+"""What the ranks of a pool run to see what a setting of DeepSpeed does to a run's results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dr2dist
+from dr2dist.inference.exported import export
+from dr2dist.parallel.engine import DTYPES, ReversibleEngine
+from dr2dist.training.checkpoint import checkpoint_folder
+from dr2dist.training.keeper import Keeper, Progress
+from tests.cases import make_engine, take_step
+from tests.models import build, images
+
+FACTS = {
+    "model": "a tiny one of the tests",
+    "image_size": None,
+    "arithmetic": "exact",
+    "fraction_bits": 20,
+    "classes": ["a", "b", "c", "d", "e"],
+    "input_size": (32, 32),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.2, 0.2, 0.2),
+    "dr2dist": "0",
+}
+HALF, WHOLE = 2, 4
+"""Steps before the checkpoint that is gone on from, and of the whole run."""
+
+
+def outcome(folder: str, **options: Any) -> dict[str, Any]:
+    """What a run of four steps leaves: losses, norms of gradients, outputs on held-out images, and
+    the same of a run that goes on from the checkpoint after two steps, in an engine whose weights
+    were others. Rank 0 exports the last weights to `folder`, and gives their own outputs."""
+    engine = make_engine("vit", **options)
+    keeper = Keeper(Path(folder), 2, FACTS)
+    found = _steps(engine, 0, HALF)
+    keeper.save(engine, Progress())
+    found += _steps(engine, HALF, WHOLE)
+    keeper.save(engine, Progress())
+    other = make_engine("vit", seed=1, **options)
+    keeper.restore(checkpoint_folder(Path(folder), HALF), other)
+    again = _steps(other, HALF, WHOLE)
+    result = {"steps": found, "again": again, "outputs": [_held_out(engine), _held_out(other)]}
+    if dist.get_rank() == 0:
+        file = Path(folder) / "model.safetensors"
+        export(folder, file, "last")
+        result["outputs"].append(_exported(file, engine, bool(options.get("bf16"))))
+    return result
+
+
+def _steps(engine: ReversibleEngine, first: int, last: int) -> list[tuple[float, float]]:
+    """(loss, norm of the gradient) of each step."""
+    return [
+        (take_step(engine, step).loss, float(engine.gradient_norm)) for step in range(first, last)
+    ]
+
+
+def _held_out(engine: ReversibleEngine) -> Tensor:
+    engine.net.eval()
+    with torch.no_grad():
+        return engine.forward(images(3)).float().clone()
+
+
+def _exported(file: Path, engine: ReversibleEngine, bf16: bool) -> Tensor:
+    """Outputs of the exported weights, computed in the engine's precision."""
+    model = build("vit", seed=2, depth=3)
+    model.load_state_dict(load_file(file))
+    net = dr2dist.convert(model, *engine.coefficients).eval()
+    held = DTYPES["bf16" if bf16 and engine.zero else "fp32"]
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(held)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not engine.zero):
+        return net(images(3).to(held)).float()
