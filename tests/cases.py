@@ -23,6 +23,7 @@ from dr2dist.training.run import run
 from tests.models import build
 
 GLOBAL_BATCH = 8
+LEARNING_RATE = 1e-3
 
 
 def make_engine(
@@ -68,7 +69,7 @@ def make_engine(
     if sgd:
         optimizer: Any = torch.optim.SGD(trained, 1e-2, momentum=0.9)
     else:
-        optimizer = torch.optim.AdamW(trained, 1e-3)
+        optimizer = torch.optim.AdamW(trained, LEARNING_RATE)
     return ReversibleEngine(net.train(), optimizer, config, "bf16" if bf16 else "fp32")
 
 
@@ -92,7 +93,7 @@ def take_step(engine: ReversibleEngine, step: int, accumulate: int = 1, between:
         return nn.functional.cross_entropy(output.float(), batches[number][1])
 
     work = Work(lambda: None, lambda number: batches[number][0], loss)
-    return engine.step(work, accumulate, [1e-3] * engine.num_groups)
+    return engine.step(work, accumulate, [LEARNING_RATE] * engine.num_groups)
 
 
 def curve(kind: str, steps: int = 20, accumulate: int = 1, **options: Any) -> Any:

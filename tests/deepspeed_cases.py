@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import dr2dist
 from dr2dist.inference.exported import export
 from dr2dist.parallel.engine import DTYPES, ReversibleEngine
 from dr2dist.training.checkpoint import checkpoint_folder
 from dr2dist.training.keeper import Keeper, Progress
-from tests.cases import make_engine, take_step
+from tests.cases import full_state, make_engine, micro_batches, take_step
 from tests.models import build, images
 
 FACTS = {
@@ -77,3 +77,19 @@ def _exported(file: Path, engine: ReversibleEngine, bf16: bool) -> Tensor:
         parameter.data = parameter.data.to(held)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not engine.zero):
         return net(images(3).to(held)).float()
+
+
+def one_step(zero: int, value: str) -> dict[str, Any]:
+    """This rank's gradients by plain autograd, and all weights before and after a step of SGD in
+    which gradients travel as `value`."""
+    extra = {"communication_data_type": value}
+    engine = make_engine("vit", zero, sgd=True, clip=1e6, extra=extra)
+    before = full_state(engine)
+    take_step(engine, 0)
+    after = full_state(engine)
+    net = dr2dist.convert(build("vit", depth=3), memory="store").train()
+    ((inputs, labels),) = micro_batches(0, 1)
+    nn.functional.cross_entropy(net(inputs), labels).backward()
+    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
+    pairs = {} if before is None else {name: (before[name], after[name]) for name in gradients}
+    return {"gradients": gradients, "weights": pairs}

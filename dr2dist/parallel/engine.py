@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dr2dist.backbones.network import ReversibleNetwork
+from dr2dist.parallel import traces
 from dr2dist.parallel.average import Average
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.gathered import GatheredRunner
@@ -87,11 +88,11 @@ class ReversibleEngine:
         else:
             given = shard(net, weights, config, self._held)
         parameters = [p for p in net.parameters() if p.requires_grad]
-        # DeepSpeed remembers a process's last grid, also for engines that have none.
-        deepspeed.utils.groups.mpu = groups
+        traces.begin(self, groups)
         self._engine, *_ = deepspeed.initialize(
             model=net, optimizer=optimizer, config=config, mpu=groups
         )
+        traces.end_with(self, self._engine)
         self.net: ReversibleNetwork = self._engine.module
         for chain in net.chains:
             chain.runner = runner
