@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dr2dist
 from dr2dist.inference.exported import export
+from dr2dist.parallel.deepspeed_json import Precision, deepspeed_config
 from dr2dist.parallel.engine import DTYPES, ReversibleEngine
 from dr2dist.training.checkpoint import checkpoint_folder
+from dr2dist.training.groups import freeze as freeze_parameters
 from dr2dist.training.keeper import Keeper, Progress
 from tests.cases import full_state, make_engine, micro_batches, take_step
 from tests.models import build, images
@@ -77,6 +81,37 @@ def _exported(file: Path, engine: ReversibleEngine, bf16: bool) -> Tensor:
         parameter.data = parameter.data.to(held)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not engine.zero):
         return net(images(3).to(held)).float()
+
+
+def given(zero: int, precision: Precision, freeze: list[str]) -> dict[str, Any]:
+    """Weights and a buffer as an engine hands them out before any step, its bytes by kind, and
+    numbers of trained and frozen values."""
+    # DeepSpeed has no fp16 on CPUs; here nothing is computed in it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+        model = build("vit", depth=3)
+        model.norm.register_buffer("statistic", torch.full((3,), 1 / 3))
+        freeze_parameters(model, freeze)
+        net = dr2dist.convert(model)
+        config = deepspeed_config(
+            zero=zero,
+            precision=precision,
+            micro_batch=1,
+            accumulate=1,
+            replicas=dist.get_world_size(),
+            clip=None,
+        )
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
+        engine = ReversibleEngine(net, optimizer, config, precision)
+    parameters = dict(build("vit", depth=3).named_parameters())
+    trained = {name for name, p in engine.net.named_parameters() if p.requires_grad}
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+    return {
+        "state": full_state(engine),
+        "bytes": engine.state_bytes(),
+        "trained": sum(size for name, size in sizes.items() if name in trained),
+        "frozen": sum(size for name, size in sizes.items() if name not in trained),
+    }
 
 
 def one_step(zero: int, value: str) -> dict[str, Any]:
