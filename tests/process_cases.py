@@ -104,7 +104,7 @@ def alive_after_steps(zero: int, memory: str) -> list[int]:
 
 def _use_once() -> None:
     """What torch itself sets up when it is first used."""
-    make_engine("vit", 0)
+    take_step(make_engine("vit", 0), 0)
     one, other = (nn.Parameter(torch.ones(1)) for _ in range(2))
     torch.utils.swap_tensors(one, other)
     torch.optim.SGD([one], 0.1).step()
