@@ -103,11 +103,12 @@ def alive_after_steps(zero: int, memory: str) -> list[int]:
 
 
 def _use_once() -> None:
-    """What torch itself sets up when it is first used."""
+    """What torch itself sets up when its parts, the compiler too, are first used."""
     take_step(make_engine("vit", 0), 0)
     one, other = (nn.Parameter(torch.ones(1)) for _ in range(2))
     torch.utils.swap_tensors(one, other)
     torch.optim.SGD([one], 0.1).step()
+    torch.compile(lambda: None)
     gc.collect()
 
 
