@@ -28,9 +28,9 @@ class Average:
     def _master_shares(self) -> Iterator[tuple[tuple[str, int], Tensor]]:
         """(parameter, start) and this rank's part of the masters, a view."""
         rank, ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
-        for fragment in self._masters.fragments:
+        for fragment in self._trained():
             share = fragment.share(rank, ranks)
-            if fragment.owner is not None and share.start != share.stop:
+            if share.start != share.stop:
                 key = fragment.name, fragment.start + share.start
                 yield key, fragment.values[share].detach()
 
@@ -51,17 +51,19 @@ class Average:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Puts the averages into the network, and the masters back; every rank must call it."""
-        before = {(f.name, f.start): f.values.clone() for f in self._masters.fragments}
-        for fragment in self._masters.fragments:
-            if fragment.owner is not None:
-                fragment.values.copy_(self._whole(fragment))
+        before = {(f.name, f.start): f.values.clone() for f in self._trained()}
+        for fragment in self._trained():
+            fragment.values.copy_(self._whole(fragment))
         self._masters.publish()
         try:
             yield
         finally:
-            for fragment in self._masters.fragments:
+            for fragment in self._trained():
                 fragment.values.copy_(before[fragment.name, fragment.start])
             self._masters.publish()
+
+    def _trained(self) -> list[Fragment]:
+        return [fragment for fragment in self._masters.fragments if fragment.owner is not None]
 
     def _whole(self, fragment: Fragment) -> Tensor:
         """All averages of a fragment: of a replicated one, the shares of all ranks."""

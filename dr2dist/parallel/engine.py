@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
+from dr2dist.parallel import traces
 from dr2dist.parallel.average import Average
 from dr2dist.parallel.buffers import Buffers
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.parallel.masters import Masters
+from dr2dist.parallel.originals import originals
 from dr2dist.parallel.processes import slowest
 from dr2dist.parallel.sharding import shard
 from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
@@ -80,14 +82,21 @@ class ReversibleEngine:
         self.chains = net.chains
         self.zero = int(config["zero_optimization"]["stage"])
         runner = _runner(net, self.zero)
-        if weights is not None:
-            shard(net, weights, config, DTYPES[precision])
+        # Without ZeRO weights are in fp32 in bf16 runs too, and functions are run under autocast.
+        self._autocast = precision == "bf16" and not config["bf16"]["enabled"]
+        # What parameters are held in.
+        self._held = torch.float32 if self._autocast else DTYPES[precision]
+        group = None if groups is None else groups.get_data_parallel_group()
+        if weights is None:
+            given = originals(net, self._held, whole=self.zero < 3, group=group)
+        else:
+            given = shard(net, weights, config, self._held)
         parameters = [p for p in net.parameters() if p.requires_grad]
-        # DeepSpeed remembers a process's last grid, also for engines that have none.
-        deepspeed.utils.groups.mpu = groups
+        traces.begin(self, groups)
         self._engine, *_ = deepspeed.initialize(
             model=net, optimizer=optimizer, config=config, mpu=groups
         )
+        traces.end_with(self, self._engine)
         self.net: ReversibleNetwork = self._engine.module
         for chain in net.chains:
             chain.runner = runner
@@ -95,16 +104,9 @@ class ReversibleEngine:
         for piece in net.pieces:
             piece.runner = runner
         self.device = torch.device(self._engine.device)
-        self._autocast = precision == "bf16" and not self._engine.bfloat16_enabled()
-        # What parameters are held in.
-        self._held = torch.float32 if self._autocast else DTYPES[precision]
         self._watch = GradientWatch(parameters, self.device)
-        self.masters = Masters(self._engine, self.zero)
-        self.average = (
-            None
-            if ema is None
-            else Average(self.masters, ema, groups and groups.get_data_parallel_group())
-        )
+        self.masters = Masters(self._engine, self.zero, given, group)
+        self.average = None if ema is None else Average(self.masters, ema, group)
         self._planner = net.planner
         self._planner.agree = slowest
         self._micro_batch = int(config["train_micro_batch_size_per_gpu"])
@@ -238,16 +240,15 @@ class ReversibleEngine:
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds between steps, by kind.
 
-        weights: what the network computes with. masters: fp32 copies beside them. moments: of the
-        optimiser. average: of the weights.
+        weights: what the network computes with. masters: fp32 copies beside them, of frozen weights
+        too. moments: of the optimiser. average: of the weights.
         """
-        fragments = self.masters.fragments
         shards = (getattr(p, "ds_tensor", p) for p in self.net.parameters())
-        trained = [f for f in fragments if f.owner is not None]
-        moments = (m for f in trained for m in self.masters.moments(f).values() if m.dim())
+        fragments = self.masters.fragments
+        moments = (m for f in fragments for m in self.masters.moments(f).values() if m.dim())
         return {
             "weights": sum(shard.nbytes for shard in shards),
-            "masters": sum(f.values.nbytes for f in trained) if self.zero else 0,
+            "masters": self.masters.nbytes,
             "moments": sum(moment.nbytes for moment in moments),
             "average": 0 if self.average is None else self.average.nbytes,
         }

@@ -91,7 +91,8 @@ def _weightless(
     def pack(tensor: Tensor) -> Any:
         name = storages.get(tensor.untyped_storage().data_ptr())
         if name is None or tensor.numel() == 0:
-            return tensor
+            # Not itself: a function's own output would keep the graph that keeps it.
+            return tensor.detach()
         offset = tensor.storage_offset() - leaves[name].storage_offset()
         return name, tensor.size(), tensor.stride(), offset
 

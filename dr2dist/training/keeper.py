@@ -157,7 +157,7 @@ def _read_into(engine: ReversibleEngine, saved: Checkpoint) -> None:
                 engine.masters.add_moment(fragment, kind, saved.read(kind, *place))
     for name, buffer in engine.buffers().items():
         buffer.copy_(saved.tensor("buffer", name))
-    engine.masters.publish()
+    engine.masters.publish(frozen=True)
     if engine.average is not None:
         for (name, start), values in engine.average.shares():
             values.copy_(saved.read(EMA, name, start, len(values)))

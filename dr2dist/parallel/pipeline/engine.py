@@ -67,6 +67,8 @@ class StagedEngine(ReversibleEngine):
             parameter.model_parallel = True  # type: ignore[attr-defined]
         super().__init__(net, optimizer, config, precision, ema, groups=groups)
         self.grid, self._groups = grid, groups
+        if self.zero:
+            _one_norm(self._engine.optimizer, groups.get_pipe_parallel_group())
         self.number = grid.place(dist.get_rank())[0]
         self.stage = Stage(net, layers, own, returned)
         self._clock = Clock(self.device)
@@ -153,6 +155,28 @@ class StagedEngine(ReversibleEngine):
     def last(self) -> bool:
         """Whether the loss is computed here."""
         return self.number == self.grid.stages - 1
+
+
+def _one_norm(optimizer: Any, group: Any) -> None:
+    """Has ZeRO-1 exchange one norm between stages in each step.
+
+    By itself it does so for each of a stage's parameter groups, and stages that differ in their
+    number (by what is frozen, or by layer decay) would wait for each other for ever.
+    """
+    own, exchange = optimizer.scaled_global_norm, optimizer._model_parallel_all_reduce
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        optimizer._model_parallel_all_reduce = lambda tensor, op: None
+        try:
+            norm = torch.as_tensor(own(norm_type), dtype=torch.float32)
+        finally:
+            optimizer._model_parallel_all_reduce = exchange
+        # DeepSpeed says -1 for a norm that is not finite.
+        squared = torch.where(norm < 0, torch.inf, norm.square())
+        dist.all_reduce(squared, group=group)
+        return torch.where(squared.isfinite(), squared.sqrt(), -1.0)
+
+    optimizer.scaled_global_norm = scaled_global_norm
 
 
 class _Flight:
