@@ -112,9 +112,9 @@ def _coupling_seconds(arithmetic: Any, tokens: Tensor, now: Any) -> float:
     state = State(arithmetic.start(tokens.contiguous()).current, previous)
     for _ in range(6):
         start = now()
-        arithmetic.tokens(state.current)
+        arithmetic.tokens(state.current, tokens.dtype)
         remainders = arithmetic.advance(state, f, arithmetic.target(state, True), True, seen)
-        arithmetic.tokens(state.current)
+        arithmetic.tokens(state.current, tokens.dtype)
         arithmetic.retreat(State(state.previous, state.current), f, remainders, seen)
         times.append(now() - start)
     return statistics.median(times[1:])

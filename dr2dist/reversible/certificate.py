@@ -21,15 +21,46 @@ PROBE = 1024
 _BITS_AS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def bit_sum(value: Tensor) -> Tensor:
-    """The sum of a floating tensor's bits, read as integers: an int64 scalar on its device."""
-    return value.view(_BITS_AS[value.element_size()]).sum(dtype=torch.int64)
+def bit_sum(value: Tensor, place: int = 0) -> Tensor:
+    """The sum of a tensor's bits, each element's times a weight: an int64 scalar on its device.
+
+    value: contiguous. Element i's bits, as a signed integer, count splitmix64(place + i) | 1
+    times, all modulo 2^64: odd weights see every change of one element, and weights that differ
+    by place see changes that cancel.
+    """
+    if value.device.type == "cuda":
+        from dr2dist.reversible.fused import weighted_bits
+
+        return weighted_bits(value, place)
+    bits = value.reshape(-1).view(_BITS_AS[value.element_size()])
+    return (_weights(place, len(bits)) * bits).sum()
+
+
+def _weights(place: int, count: int) -> Tensor:
+    """splitmix64 | 1 of the places from `place` on: int64 [count]."""
+    mixed = torch.arange(place, place + count) + _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
+    return (mixed ^ _shifted(mixed, 31)) | 1
+
+
+def _shifted(value: Tensor, shift: int) -> Tensor:
+    """Shifted right, with zeros coming in."""
+    return (value >> shift) & ((1 << (64 - shift)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
 
 
 class Witness:
-    """What the slices of one function showed, gathered while they are in the cache anyway."""
+    """What the slices of one function showed, gathered while they are in the cache anyway.
+
+    place: how many elements of the function's output it has seen so far.
+    """
 
     def __init__(self) -> None:
+        self.place = 0
         self._sums: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._states: list[Tensor] = []
@@ -41,7 +72,8 @@ class Witness:
 
     def again(self, f: Tensor) -> None:
         """The same from a recompute: the sum alone."""
-        self._sums.append(bit_sum(f))
+        self._sums.append(bit_sum(f, self.place))
+        self.advance(f.numel())
 
     def state(self, f: Tensor, state: Tensor) -> None:
         """F's output and the fixed-point state made of it, in fp64, before it becomes integers.
@@ -51,9 +83,15 @@ class Witness:
         self.again(f)
         self._states.extend(torch.aminmax(state))
 
-    def summed(self, bits: Tensor, extremes: Tensor | None = None) -> None:
-        """What kernels have gathered: int64 sums of F's bits, and a state's fp64 [low, high]."""
+    def advance(self, count: int) -> None:
+        """So many more elements of the output were seen."""
+        self.place += count
+
+    def summed(self, bits: Tensor, count: int, extremes: Tensor | None = None) -> None:
+        """What kernels have gathered of `count` elements, weighted from `place` on: int64 sums
+        of F's bits, and a state's fp64 [low, high]."""
         self._sums.append(bits.sum())
+        self.advance(count)
         if extremes is not None:
             self._states.extend(torch.aminmax(extremes))
 
@@ -86,7 +124,10 @@ class Flags:
     SIZE = 5
 
     def __init__(self, device: torch.device) -> None:
-        self.tensor = torch.tensor([NEVER, NEVER, -1, 0, 0], dtype=torch.int64, device=device)
+        # Filled there: a list of numbers would be copied there, and the host wait for it.
+        self.tensor = torch.zeros(self.SIZE, dtype=torch.int64, device=device)
+        self.tensor[:2].fill_(NEVER)
+        self.tensor[2].fill_(-1)
 
     def note_function(self, index: int, seen: Witness) -> None:
         """The first run of a function: its output must be finite, its state in range."""
@@ -133,11 +174,11 @@ class Probe:
     """Float arithmetic: a fixed random sample of a chain's first state, to measure its drift."""
 
     def __init__(self, state: State) -> None:
-        generator = torch.Generator().manual_seed(state.current.numel())
-        count = min(PROBE, state.current.numel())
-        self._where = torch.randint(state.current.numel(), (count,), generator=generator).to(
-            state.current.device
-        )
+        size, device = state.current.numel(), state.current.device
+        generator = torch.Generator(device).manual_seed(size)
+        count = min(PROBE, size)
+        # Drawn on the device: the host would wait for a copy.
+        self._where = torch.randint(size, (count,), generator=generator, device=device)
         self._values = self._sample(state)
 
     def drift(self, state: State) -> Tensor:
