@@ -21,27 +21,26 @@ from dr2dist.reversible.exact import ExactArithmetic
 from dr2dist.reversible.fused import ELEMENTS, FusedArithmetic, weighted_bits
 from tests.functions import make_chain, tokens
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SETTINGS = [(0.5, 0.5), (0.9, 0.1), (0.0, 1.0), (0.63, 0.37), (0.0, 2.0**-16), (0.999, 0.001)]
 
 
-def states(count: int, seed: int) -> torch.Tensor:
+def states(count: int, seed: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-(2**29), 2**29, (count,), generator=generator).int().to(DEVICE)
+    return torch.randint(-(2**29), 2**29, (count,), generator=generator).int().to(device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("alpha", "beta"), SETTINGS)
 def test_a_step_forth_and_back_has_the_plain_versions_bits(
-    alpha: float, beta: float, dtype: torch.dtype
+    alpha: float, beta: float, dtype: torch.dtype, device: torch.device
 ) -> None:
     setting = Setting(alpha, beta)
     plain = ExactArithmetic(setting, torch.float32)
     kernels = FusedArithmetic(setting, torch.float32)
     for count in (1, 13, 2048, 5003):
-        before, now = states(count, 1), states(count, 2)
-        f = (torch.randn(count, generator=torch.Generator().manual_seed(3)) * 50).to(DEVICE, dtype)
+        before, now = states(count, 1, device), states(count, 2, device)
+        f = (torch.randn(count, generator=torch.Generator().manual_seed(3)) * 50).to(device, dtype)
         found = []
         for arithmetic in (plain, kernels):
             seen, again = Witness(), Witness()
@@ -64,9 +63,9 @@ def test_a_step_forth_and_back_has_the_plain_versions_bits(
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_become_states_and_states_tokens_as_in_the_plain_version(
-    dtype: torch.dtype, state_dtype: torch.dtype
+    dtype: torch.dtype, state_dtype: torch.dtype, device: torch.device
 ) -> None:
-    h = torch.randn(5003, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype) * 3000
+    h = torch.randn(5003, generator=torch.Generator().manual_seed(1)).to(device, dtype) * 3000
     h[:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 2.5 / 2**18])
     setting = Setting(0.5, 0.5)
     plain, kernels = (kind(setting, state_dtype) for kind in (ExactArithmetic, FusedArithmetic))
@@ -75,18 +74,18 @@ def test_tokens_become_states_and_states_tokens_as_in_the_plain_version(
     assert torch.equal(state, kernels.start(h).current)
     assert torch.equal(h[1:], before[1:])  # both leave the tokens as they were given
     for asked in DTYPES:
-        if asked != torch.bfloat16 or DEVICE == "cuda":  # the interpreter cuts bits off there
+        if asked != torch.bfloat16 or device.type == "cuda":  # the interpreter cuts bits off there
             assert torch.equal(plain.tokens(state, asked), kernels.tokens(state, asked))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("alpha", "beta"), SETTINGS)
 def test_a_chains_start_is_compared_in_one_pass(
-    alpha: float, beta: float, dtype: torch.dtype
+    alpha: float, beta: float, dtype: torch.dtype, device: torch.device
 ) -> None:
     setting = Setting(alpha, beta)
-    now, count = states(5003, 2), 5003
-    f = (torch.randn(count, generator=torch.Generator().manual_seed(3)) * 50).to(DEVICE, dtype)
+    now, count = states(5003, 2, device), 5003
+    f = (torch.randn(count, generator=torch.Generator().manual_seed(3)) * 50).to(device, dtype)
     kernels = FusedArithmetic(setting, torch.float32)
     first, again, seen = Witness(), Witness(), Witness()
     out = State(torch.empty_like(now), now)
@@ -134,22 +133,24 @@ def splitmix64(value: int) -> int:
 
 @pytest.mark.parametrize("place", [0, 1, 4097, 2**31 + 5, 2**40])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int32])
-def test_a_sum_weights_each_element_by_its_place(dtype: torch.dtype, place: int) -> None:
+def test_a_sum_weights_each_element_by_its_place(
+    dtype: torch.dtype, place: int, device: torch.device
+) -> None:
     value = (torch.randn(2500, generator=torch.Generator().manual_seed(5)) * 1000).to(dtype)
     sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = value.view(sizes[value.element_size()]).tolist()
     total = sum((splitmix64(place + i) | 1) * each for i, each in enumerate(bits)) % 2**64
-    for found in (weighted_bits(value.to(DEVICE), place), bit_sum(value, place)):
+    for found in (weighted_bits(value.to(device), place), bit_sum(value, place)):
         assert int(found) % 2**64 == total
 
 
-def test_sums_in_pieces_are_the_sum_of_the_whole() -> None:
+def test_sums_in_pieces_are_the_sum_of_the_whole(device: torch.device) -> None:
     value = torch.randn(6000, generator=torch.Generator().manual_seed(6), dtype=torch.bfloat16)
-    value = value.to(DEVICE)
+    value = value.to(device)
     whole = Witness()
     whole.again(value)
     kernels = FusedArithmetic(Setting(0.5, 0.5), torch.float32)
-    pieces, now = Witness(), states(6000, 1)
+    pieces, now = Witness(), states(6000, 1, device)
     for start, stop in ((0, 100), (100, 4000), (4000, 6000)):
         part = now[start:stop]
         out = State(torch.empty_like(part), part)
@@ -176,10 +177,12 @@ def changes(f: Tensor, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_change_of_an_output_is_seen_by_each_kernel(dtype: torch.dtype) -> None:
+def test_every_change_of_an_output_is_seen_by_each_kernel(
+    dtype: torch.dtype, device: torch.device
+) -> None:
     kernels = FusedArithmetic(Setting(0.5, 0.5), torch.float32)
-    f = torch.randn(2100, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
-    now, first = states(2100, 1), Witness()
+    f = torch.randn(2100, generator=torch.Generator().manual_seed(7)).to(device, dtype)
+    now, first = states(2100, 1, device), Witness()
     out = State(torch.empty_like(now), now)
     rest = kernels.advance(State(now, now), f, out, True, first)
     for seed in range(60):
@@ -210,7 +213,7 @@ class Placed:
 
 
 def test_kernels_are_launched_on_the_device_of_their_tensors(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     current: list[Tensor] = []
     log: list[bool] = []
@@ -226,7 +229,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(
     for name in kernels:
         monkeypatch.setattr(fused, name, Placed(getattr(fused, name), current, log))
     arithmetic = FusedArithmetic(Setting(0.5, 0.5), torch.float32)
-    state = arithmetic.start(torch.ones(9, device=DEVICE))
+    state = arithmetic.start(torch.ones(9, device=device))
     f = arithmetic.tokens(state.current, torch.float32)
     out = State(torch.empty_like(state.current), state.current)
     rest = arithmetic.advance(state, f, out, True, Witness())
@@ -237,10 +240,10 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6, -1e6])
-def test_what_is_not_allowed_is_noted(value: float) -> None:
+def test_what_is_not_allowed_is_noted(value: float, device: torch.device) -> None:
     kernels = FusedArithmetic(Setting(0.5, 0.5), torch.float32)
-    now = states(3000, 1)
-    f = torch.zeros(3000, device=DEVICE)
+    now = states(3000, 1, device)
+    f = torch.zeros(3000, device=device)
     f[2500] = value
     flags, seen = Flags(f.device), Witness()
     out = State(torch.empty_like(now), now)
@@ -250,15 +253,17 @@ def test_what_is_not_allowed_is_noted(value: float) -> None:
     assert bool(kernels.outside(out.current.view(3000, 1))[2500])
 
 
-def test_a_chain_on_kernels_trains_like_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_on_kernels_trains_like_one_without(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     results = []
     for kind in (ExactArithmetic, FusedArithmetic):
         monkeypatch.setattr(
             "dr2dist.reversible.segment.arithmetic_of",
             lambda setting, dtype, device, kind=kind: kind(setting, dtype),
         )
-        chain = make_chain(5, alpha=0.7, beta=0.3, chunk_size=2).to(DEVICE)
-        x = tokens(5).to(DEVICE).requires_grad_()
+        chain = make_chain(5, alpha=0.7, beta=0.3, chunk_size=2).to(device)
+        x = tokens(5).to(device).requires_grad_()
         output = chain(x)
         output.square().sum().backward()
         certificate = chain.certificate()

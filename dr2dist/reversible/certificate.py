@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dr2dist.reversible.setting import RANGE_BITS
 from dr2dist.reversible.state import State
+from dr2dist.reversible.transfer import to_device
 
 NEVER = 1 << 30
 """Stands for 'no function' in flags that hold the first function that failed."""
@@ -174,11 +175,10 @@ class Probe:
     """Float arithmetic: a fixed random sample of a chain's first state, to measure its drift."""
 
     def __init__(self, state: State) -> None:
-        size, device = state.current.numel(), state.current.device
-        generator = torch.Generator(device).manual_seed(size)
-        count = min(PROBE, size)
-        # Drawn on the device: the host would wait for a copy.
-        self._where = torch.randint(size, (count,), generator=generator, device=device)
+        generator = torch.Generator().manual_seed(state.current.numel())
+        count = min(PROBE, state.current.numel())
+        where = torch.randint(state.current.numel(), (count,), generator=generator)
+        self._where = to_device(where, state.current.device)
         self._values = self._sample(state)
 
     def drift(self, state: State) -> Tensor:
