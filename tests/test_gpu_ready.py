@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +163,15 @@ def test_workers_start_from_a_clean_process_where_there_is_a_gpu(
     for one, other in zip(here, found, strict=True):
         assert torch.equal(one["image"], other["image"])
         assert torch.equal(one["label"], other["label"]) and one["keys"] == other["keys"]
+
+
+@pytest.mark.parametrize("entry", ["launch/train.py", "dr2dist/training/main.py"])
+def test_a_workers_import_of_the_launchers_entry_starts_no_run(entry: str) -> None:
+    root = Path(__file__).parents[1]
+    code = f"import runpy, sys; runpy.run_path({str(root / entry)!r}, run_name='__mp_main__'); "
+    code += "sys.exit('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_on_the_device_already_is_not_copied() -> None:
