@@ -23,35 +23,16 @@ _BITS_AS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sum(value: Tensor, place: int = 0) -> Tensor:
-    """The sum of a tensor's bits, each element's times a weight: an int64 scalar on its device.
+    """The sum of a floating tensor's bits, read as integers: an int64 scalar on its device.
 
-    value: contiguous. Element i's bits, as a signed integer, count splitmix64(place + i) | 1
-    times, all modulo 2^64: odd weights see every change of one element, and weights that differ
-    by place see changes that cancel.
+    place: of its first element among all that are summed. On a GPU elements weigh by their place.
     """
     if value.device.type == "cuda":
+        # What kernels have summed in one run may be summed here in the other.
         from dr2dist.reversible.fused import weighted_bits
 
         return weighted_bits(value, place)
-    bits = value.reshape(-1).view(_BITS_AS[value.element_size()])
-    return (_weights(place, len(bits)) * bits).sum()
-
-
-def _weights(place: int, count: int) -> Tensor:
-    """splitmix64 | 1 of the places from `place` on: int64 [count]."""
-    mixed = torch.arange(place, place + count) + _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
-    return (mixed ^ _shifted(mixed, 31)) | 1
-
-
-def _shifted(value: Tensor, shift: int) -> Tensor:
-    """Shifted right, with zeros coming in."""
-    return (value >> shift) & ((1 << (64 - shift)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
+    return value.view(_BITS_AS[value.element_size()]).sum(dtype=torch.int64)
 
 
 class Witness:

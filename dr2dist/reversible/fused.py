@@ -124,7 +124,12 @@ class FusedArithmetic(ExactArithmetic):
 
 
 def weighted_bits(value: Tensor, place: int) -> Tensor:
-    """The sum of `dr2dist.reversible.certificate.bit_sum`, of a contiguous tensor on a GPU."""
+    """The sum of a contiguous tensor's bits, each element's times a weight: int64 scalar.
+
+    Element i's bits, as a signed integer, count splitmix64(place + i) | 1 times, all modulo 2^64:
+    odd weights see every change of one element, and weights that differ by place see two that
+    would cancel.
+    """
     sums, _ = _notes(value)
     _launch(_sum, value, value, sums, place, value.numel(), share=BYTES)
     return sums.sum()

@@ -14,6 +14,7 @@ from dr2dist.parallel.engine import ReversibleEngine, Work
 from dr2dist.parallel.verdict import Verdict, decide
 from dr2dist.reversible.transfer import to_device
 from tests import cases, stage_cases
+from tests.models import build
 
 ACCUMULATE = 2
 
@@ -75,7 +76,9 @@ def losses(zero: int, stages: int, bf16: bool, steps: int) -> list[float]:
     if stages > 1:
         engine = stage_cases.make_engine("vit", stages, zero, ACCUMULATE, bf16)
     else:
-        engine = cases.make_engine("vit", zero, bf16=bf16, accumulate=ACCUMULATE, sgd=True)
+        with pytest.MonkeyPatch.context() as patch:  # as deep as the one in stages
+            patch.setattr(cases, "build", lambda kind, depth: build(kind, depth=4))
+            engine = cases.make_engine("vit", zero, bf16=bf16, accumulate=ACCUMULATE, sgd=True)
     found = []
     for step in range(steps):
         verdict = engine.step(_work(engine, step), ACCUMULATE, [1e-2] * engine.num_groups)

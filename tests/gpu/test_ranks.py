@@ -7,8 +7,8 @@ import pytest
 from tests.pool import Pool
 
 CASE = "tests.gpu.cases:losses"
-FP32, BF16 = 1e-4, 2e-2
-"""Of a loss: sums over ranks in another order for four steps; bf16 rounds to 2^-9 in each."""
+FP32, BF16 = 1e-4, 5e-2
+"""Of a loss after some steps: sums are made in another order; weights in bf16 round to 2^-9."""
 
 
 def test_on_the_cpu_the_case_itself_runs(two_ranks: Pool) -> None:
