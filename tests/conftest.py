@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,11 @@ import pytest
 import torch
 
 from tests.pool import Pool
+
+GPU_SECONDS = 570
+"""After which no test with --gpu is begun, so that all end within ten minutes."""
+
+_begin = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,16 +46,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.config.getoption("gpu") and time.monotonic() - _begin > GPU_SECONDS:
+        pytest.skip("not run: no time was left")
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """With --gpu: one line for each test, and what the skipped ones lack."""
     if not config.getoption("gpu"):
         return
-    terminalreporter.section("on " + torch.cuda.get_device_name())
+    terminalreporter.section(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    terminalreporter.write_line("| outcome | seconds | test | why |\n|---|---|---|---|")
     for kind in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(kind, []):
             why = report.longrepr[2].removeprefix("Skipped: ") if kind == "skipped" else ""
             name = report.nodeid.partition("::")[2]
-            terminalreporter.write_line(f"| {kind} | {report.duration:.1f} s | {name} | {why} |")
+            terminalreporter.write_line(f"| {kind} | {report.duration:.1f} | {name} | {why} |")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,6 +173,19 @@ def test_a_workers_import_of_the_launchers_entry_starts_no_run(entry: str) -> No
     code += "sys.exit('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_gpus_tests_need_a_gpu() -> None:
+    root = Path(__file__).parents[1]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(root / "launch/test.sh"), "--gpu"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("test.sh: --gpu needs a GPU") and done.stderr.count("\n") == 1
 
 
 def test_what_is_on_the_device_already_is_not_copied() -> None:

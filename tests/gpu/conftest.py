@@ -1,22 +1,11 @@
-"""Tests on a GPU: what they need, their ten minutes, and their table."""
+"""What tests on a GPU need."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-SECONDS = 570
-"""After which no test is begun, so that all end within ten minutes."""
-
-_begin = time.monotonic()
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and time.monotonic() - _begin > SECONDS:
-        pytest.skip("not run: the time is over")
 
 
 @pytest.fixture(autouse=True)
