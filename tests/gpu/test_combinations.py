@@ -117,7 +117,8 @@ def test_gradients_are_those_of_stored_activations_in_every_bit(
     wanted, found = train(one, "store", device), train(one, one.memory, device)
     for name, value in wanted.items():
         assert torch.equal(value, found[name]), name
-    assert all(value.float().abs().sum() > 0 for value in found.values())
+    if not one.dropout:  # which may drop a branch of every sample
+        assert all(value.float().abs().sum() > 0 for value in found.values())
 
 
 @pytest.mark.parametrize(("device", "one"), CASES)

@@ -13,7 +13,7 @@ FP32, BF16 = 1e-4, 5e-2
 
 def test_on_the_cpu_the_case_itself_runs(two_ranks: Pool) -> None:
     one, other = (
-        two_ranks.run(CASE, zero=zero, stages=stages, bf16=False, steps=2)[0]
+        two_ranks.run(CASE, 500, zero=zero, stages=stages, bf16=False, steps=2)[0]
         for zero, stages in ((1, 1), (0, 2))
     )
     assert one == pytest.approx(other, rel=FP32)
