@@ -2,4 +2,5 @@
 
 from dr2dist.training.main import main
 
-main()
+if __name__ == "__main__":  # data workers import this file too
+    main()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dr2dist.bench.cases import CASES, Spec, build
+from benchmarks import gpu
+from dr2dist.bench.cases import CASES, ON_GPU, PER_BLOCK, Spec, build
 from dr2dist.bench.measure import largest
 from dr2dist.cli import main
 
@@ -59,9 +60,10 @@ def test_what_is_wrong_is_said_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "budget"])
-def test_every_case_trains_the_same_model(case: str) -> None:
-    spec = Spec(case, "vit_tiny_patch16_224", 32, 1, slices={"chunk_size": 1})
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("case", [case for case in (*CASES, *ON_GPU) if case != "budget"])
+def test_every_case_trains_the_same_model(case: str, bf16: bool) -> None:
+    spec = Spec(case, "vit_tiny_patch16_224", 32, 1, slices={"chunk_size": 1}, bf16=bf16)
     net = build(spec)
     output = net(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     output.square().mean().backward()
@@ -71,3 +73,30 @@ def test_every_case_trains_the_same_model(case: str) -> None:
 
 def test_the_largest_amount_is_where_the_line_meets_the_limit() -> None:
     assert largest({"peak_at_0": 100, "peak_slope": 10.0}, 205) == 10
+
+
+def gpu_benchmark(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
+    """The rows of its table, on the CPU."""
+    gpu.main(["--smoke", *arguments])
+    lines = capsys.readouterr().out.splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| vit")]
+
+
+def test_the_gpus_benchmark_prints_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = gpu_benchmark(capsys, "--cases", PER_BLOCK, "exact sliced")
+    assert first[:3] == ["vit_tiny_patch16_224", PER_BLOCK, "4"] and first[5] == "1.00"
+    assert second[1] == "exact sliced" and float(second[3]) > 0 and float(second[7]) > 0
+
+
+def test_the_gpus_benchmark_ends_in_time(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = gpu_benchmark(capsys, "--cases", "exact", "--minutes", "0.1")  # a second and SPARE
+    assert row[1] == "exact" and "no time was left" in row[3]
+    found = gpu_benchmark(capsys, "--minutes", "0")
+    assert [row[3] for row in found] == ["not run: no time was left"] * len(gpu.CASES)
+
+
+def test_the_gpus_benchmark_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        gpu.main([])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

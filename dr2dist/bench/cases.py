@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,13 +35,20 @@ LIBRARIES = ("revlib", "momentumnet")
 
 CASES = (CONVENTIONAL, PER_BLOCK, WHOLE_BLOCK, *CONVERTED, *LIBRARIES)
 
+OFFLOADED = "checkpoint per block, offloaded"
+"""What checkpoints keep goes to the host's memory, and comes back when it is needed."""
+COMPILED = "checkpoint per compiled block"
+ON_GPU = (OFFLOADED, COMPILED)
+"""Further cases, for `benchmarks/gpu.sh`: on a CPU they save nothing, or need a C++ compiler."""
+
 
 @dataclass(frozen=True)
 class Spec:
     """A model in one case, as plain values.
 
     size: pixels of a side. depth: blocks, None for the model's own. slices: of `convert`, for
-    cases that are sliced. memory_budget: bytes, for case budget.
+    cases that are sliced. memory_budget: bytes, for case budget. bf16: functions compute in it, by
+    autocast, with weights in fp32.
     """
 
     case: str
@@ -50,6 +59,7 @@ class Spec:
     beta: float = 0.5
     slices: dict[str, int] = field(default_factory=dict)
     memory_budget: int | None = None
+    bf16: bool = False
 
 
 def check_case(case: str) -> None:
@@ -63,12 +73,15 @@ def check_case(case: str) -> None:
 def build(spec: Spec) -> nn.Module:
     """The network of a case, with the same weights in all. Raises UserError if it cannot be."""
     torch.manual_seed(0)
-    model = _model(spec)
+    net = _network(_model(spec), spec)
+    return _Within(net, _autocast) if spec.bf16 else net
+
+
+def _network(model: nn.Module, spec: Spec) -> nn.Module:
     if spec.case == CONVENTIONAL:
         return model
-    if spec.case in (PER_BLOCK, WHOLE_BLOCK):
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-        return model if spec.case == PER_BLOCK else _WholeBlocks(model)
+    if spec.case in (PER_BLOCK, WHOLE_BLOCK, *ON_GPU):
+        return _checkpointed(model, spec.case)
     if spec.case in LIBRARIES:
         return _Foreign(model, spec)
     options = dict(CONVERTED[spec.case])
@@ -78,6 +91,31 @@ def build(spec: Spec) -> nn.Module:
         options["memory_budget"] = spec.memory_budget
     net: nn.Module = convert(model, spec.alpha, spec.beta, **options)
     return net
+
+
+def _checkpointed(model: nn.Module, case: str) -> nn.Module:
+    model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if case == COMPILED:
+        for block in model.blocks:  # type: ignore[union-attr]
+            gpu = next(block.parameters()).is_cuda
+            block.compile(backend="inductor" if gpu else "aot_eager")
+    if case == OFFLOADED:
+        return _Within(model, _on_host)
+    # A checkpoint remembers what was said when it was made.
+    return _Within(model, _to_the_end) if case == WHOLE_BLOCK else model
+
+
+def _to_the_end(images: Tensor) -> AbstractContextManager[Any]:
+    found: AbstractContextManager[Any] = set_checkpoint_early_stop(False)
+    return found
+
+
+def _on_host(images: Tensor) -> AbstractContextManager[Any]:
+    return torch.autograd.graph.save_on_cpu(pin_memory=images.is_cuda)
+
+
+def _autocast(images: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(images.device.type, torch.bfloat16)
 
 
 def _model(spec: Spec) -> nn.Module:
@@ -94,14 +132,18 @@ def _model(spec: Spec) -> nn.Module:
     return model
 
 
-class _WholeBlocks(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+class _Within(nn.Module):
+    """A model whose forward pass is run within a context, made for its images."""
+
+    def __init__(
+        self, model: nn.Module, context: Callable[[Tensor], AbstractContextManager[Any]]
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.context = model, context
 
     def forward(self, images: Tensor) -> Any:
-        """As the model's own; a checkpoint remembers what was said when it was made."""
-        with set_checkpoint_early_stop(False):
+        """As the model's own."""
+        with self.context(images):
             return self.model(images)
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -57,14 +58,19 @@ class Process:
             assert stream is not None
             stream.close()
 
-    def ask(self, measure: str, **values: Any) -> dict[str, Any]:
+    def ask(self, measure: str, seconds: float | None = None, **values: Any) -> dict[str, Any]:
         """One of the worker's measurements.
 
-        Raises UserError for a case that cannot be built, CaseError if the process ended.
+        seconds: after which the process is ended, None for never. Raises UserError for a case
+        that cannot be built, CaseError if the process ended.
         """
         self._send({"measure": measure, **values})
         assert self._process.stdout is not None
+        limit = threading.Timer(seconds or 0, self._process.kill)
+        if seconds is not None:
+            limit.start()
         line = self._process.stdout.readline()
+        limit.cancel()
         if not line:
             status = self._process.wait()
             self._errors.seek(0)

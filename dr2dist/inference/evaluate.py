@@ -14,6 +14,7 @@ from dr2dist.data.order import validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import ready
+from dr2dist.reversible.transfer import to_device
 from dr2dist.tasks.classification import Classification
 
 
@@ -68,8 +69,8 @@ def _measure(
             if not found["count"]:
                 continue
             samples += found["count"]
-            labels = found["label"].to(device)
-            output = net(found["image"].to(device))
+            labels = to_device(found["label"], device)
+            output = net(to_device(found["image"], device))
             metrics.update(output.float(), labels)
             loss.update(task.loss(output, labels), weight=len(labels))
     if not samples:

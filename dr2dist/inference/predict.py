@@ -17,6 +17,7 @@ from dr2dist.data.transforms import Transform
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import replaced
 from dr2dist.inference.exported import ready
+from dr2dist.reversible.transfer import to_device
 
 Row = dict[str, Any]
 """path, class, probability, and p_NAME for each class; or path and error."""
@@ -64,7 +65,7 @@ def predict(
             shares: Iterator[Any] = iter(())
             if tensors:
                 with torch.inference_mode():
-                    output = net(torch.stack(tensors).to(device))
+                    output = net(to_device(torch.stack(tensors), device))
                 shares = iter(output.float().softmax(-1).tolist())
             for image, value in zip(part, read, strict=True):
                 row = {"error": value} if isinstance(value, str) else _row(next(shares), cfg)

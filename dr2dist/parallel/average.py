@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dr2dist.parallel.masters import Fragment, Masters
 
@@ -22,7 +23,8 @@ class Average:
     """
 
     def __init__(self, masters: Masters, decay: float, group: Any = None) -> None:
-        self._masters, self._decay, self._group = masters, decay, group
+        self._masters, self._group = masters, group
+        self._take_in = get_ema_multi_avg_fn(decay)
         self._values = {key: values.clone() for key, values in self._master_shares()}
 
     def _master_shares(self) -> Iterator[tuple[tuple[str, int], Tensor]]:
@@ -36,8 +38,10 @@ class Average:
 
     def update(self) -> None:
         """Takes in the masters of the step that was just applied."""
-        for key, master in self._master_shares():
-            self._values[key].lerp_(master.float(), 1 - self._decay)
+        masters = dict(self._master_shares())
+        if self._values:
+            # All at once: on a GPU a kernel for each parameter takes longer to start than to run.
+            self._take_in(list(self._values.values()), [masters[key] for key in self._values], 0)
 
     def shares(self) -> list[tuple[tuple[str, int], Tensor]]:
         """((parameter, start), averages [n]) of this rank, themselves."""

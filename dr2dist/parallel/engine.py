@@ -25,6 +25,7 @@ from dr2dist.parallel.processes import slowest
 from dr2dist.parallel.sharding import shard
 from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
 from dr2dist.reversible import FunctionRunner, PlainRunner
+from dr2dist.reversible.transfer import to_device
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -219,7 +220,7 @@ class ReversibleEngine:
         """The network's output for images [B, C, H, W] of any float dtype and device."""
         assert images is not None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            return self._engine(images.to(self.device, self._held))
+            return self._engine(to_device(images, self.device, self._held))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

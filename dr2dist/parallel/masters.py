@@ -124,6 +124,8 @@ class Masters:
             return
         state = self._engine.basic_optimizer.state[owner]
         if value.dim() == 0:
+            if self._engine.basic_optimizer.defaults.get("fused"):
+                value = value.to(owner.device)  # a fused step counts where its values are
             # One scalar serves the whole owner: the largest count of updates in it.
             state[key] = value.clone() if key not in state else torch.maximum(state[key], value)
             return

@@ -9,12 +9,21 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from dr2dist.errors import UserError
+
 
 def join() -> torch.device:
-    """Joins the process group that the launcher describes; returns this rank's device."""
+    """Joins the process group that the launcher describes; returns this rank's device.
+
+    A rank's GPU becomes its process's current one, for all that names none. Raises UserError, on
+    all ranks of a node, if it has fewer GPUs than ranks.
+    """
     if torch.cuda.is_available():
+        device = torch.device("cuda", _own_gpu(torch.cuda.device_count()))
+        # Before the group is made, which DeepSpeed binds to the device of the local rank.
+        torch.cuda.set_device(device)
         deepspeed.init_distributed("nccl")
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return device
     # DeepSpeed would compile a shared-memory collective at first use, which takes a compiler
     # and a minute; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -22,11 +31,27 @@ def join() -> torch.device:
     return torch.device("cpu")
 
 
+def _own_gpu(gpus: int) -> int:
+    """The number of this rank's GPU among those of its node."""
+    own = int(os.environ["LOCAL_RANK"])
+    ranks = max(_local_ranks(), own + 1)
+    if ranks > gpus:
+        raise UserError(
+            f"this node has {ranks} ranks and {gpus} GPU(s), and NCCL needs one for each rank: "
+            f"start at most {gpus} here, or make more visible (CUDA_VISIBLE_DEVICES)"
+        )
+    return own
+
+
+def _local_ranks() -> int:
+    """Ranks of this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def share_cores() -> None:
     """Splits this node's cores among its ranks, unless the user has set the number of threads."""
     if "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_ranks()))
 
 
 def largest(value: float) -> float:

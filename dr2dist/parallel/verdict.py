@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dr2dist.reversible import Chain
 from dr2dist.reversible.certificate import NEVER, Flags, failure_messages, worst_drift
+from dr2dist.reversible.transfer import to_device
 
 Kind = Literal["disagreement", "mismatch", "range", "finite"]
 
@@ -53,7 +54,7 @@ class Report:
         device = self.loss.device
         head = torch.stack([self.loss.double(), self.gradient.double()])
         same = [*coefficients, step, *(chain.setting.fraction_bits for chain in self.chains)]
-        parts = [head, torch.tensor(same, dtype=torch.float64, device=device)]
+        parts = [head, to_device(torch.tensor(same, dtype=torch.float64), device)]
         for chain in self.chains:
             flags, drift = chain.ledger.take()
             flags = Flags(device).tensor if flags is None else flags

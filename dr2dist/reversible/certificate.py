@@ -12,6 +12,7 @@ from torch import Tensor
 from dr2dist.reversible.checksum import weighted_sums
 from dr2dist.reversible.setting import RANGE_BITS
 from dr2dist.reversible.state import State
+from dr2dist.reversible.transfer import to_device
 
 NEVER = 1 << 30
 """Stands for 'no function' in flags that hold the first function that failed."""
@@ -21,11 +22,13 @@ PROBE = 1024
 
 
 class Witness:
-    """What the slices of one function showed, gathered while they are in the cache anyway."""
+    """What the slices of one function showed, gathered while they are in the cache anyway.
+
+    place: how many elements of the function's output it has seen so far.
+    """
 
     def __init__(self) -> None:
         self.place = 0
-        """Elements of F's output that were seen so far."""
         self._sums: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._states: list[Tensor] = []
@@ -38,7 +41,7 @@ class Witness:
     def again(self, f: Tensor, scratch: Tensor | None = None) -> None:
         """The same from a recompute: the sum alone. scratch: as `weighted_sums` takes it."""
         self._sums.extend(weighted_sums(f, self.place, scratch))
-        self.place += f.numel()
+        self.advance(f.numel())
 
     def state(self, state: Tensor) -> None:
         """The fixed-point state made of F's output, in fp64, before it becomes integers.
@@ -47,9 +50,15 @@ class Witness:
         """
         self._states.extend(torch.aminmax(state))
 
-    def summed(self, bits: Tensor, extremes: Tensor | None = None) -> None:
-        """What kernels have gathered: int64 sums of F's bits, and a state's fp64 [low, high]."""
+    def advance(self, count: int) -> None:
+        """So many more elements of the output were seen."""
+        self.place += count
+
+    def summed(self, bits: Tensor, count: int, extremes: Tensor | None = None) -> None:
+        """What kernels have gathered of `count` elements, weighted from `place` on: int64 sums
+        of F's bits, and a state's fp64 [low, high]."""
         self._sums.append(bits.sum())
+        self.advance(count)
         if extremes is not None:
             self._states.extend(torch.aminmax(extremes))
 
@@ -83,7 +92,10 @@ class Flags:
     SIZE = 5
 
     def __init__(self, device: torch.device) -> None:
-        self.tensor = torch.tensor([NEVER, NEVER, -1, 0, 0], dtype=torch.int64, device=device)
+        # Filled there: a list of numbers would be copied there, and the host wait for it.
+        self.tensor = torch.zeros(self.SIZE, dtype=torch.int64, device=device)
+        self.tensor[:2].fill_(NEVER)
+        self.tensor[2].fill_(-1)
 
     def note_input(self, h: Tensor) -> None:
         """The tokens that enter a chain: they must be finite."""
@@ -136,9 +148,8 @@ class Probe:
     def __init__(self, state: State) -> None:
         generator = torch.Generator().manual_seed(state.current.numel())
         count = min(PROBE, state.current.numel())
-        self._where = torch.randint(state.current.numel(), (count,), generator=generator).to(
-            state.current.device
-        )
+        where = torch.randint(state.current.numel(), (count,), generator=generator)
+        self._where = to_device(where, state.current.device)
         self._values = self._sample(state)
 
     def drift(self, state: State) -> Tensor:

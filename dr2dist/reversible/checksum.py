@@ -45,8 +45,15 @@ def weighted_sums(value: Tensor, place: int = 0, scratch: Tensor | None = None) 
     """Weighted sums of parts of a contiguous tensor: int64 scalars on its device, to be added up.
 
     place: of its first element among all whose sums are added. However a tensor is cut, the sums
-    come to the same. scratch: 8-byte elements to overwrite, as many as the value or a block has.
+    come to the same; on a GPU the weights are those of the fused kernels. scratch: 8-byte elements
+    to overwrite, as many as the value or a block has.
     """
+    if value.device.type == "cuda":
+        # What a kernel has summed in one run may be summed here in the other.
+        from dr2dist.reversible.fused import weighted_bits
+
+        yield weighted_bits(value, place)
+        return
     flat = value.view(_BITS_AS[value.element_size()]).view(-1)
     weights, start = _weights(value.device), 0
     while start < len(flat):

@@ -30,7 +30,7 @@ INT32 = torch.iinfo(torch.int32)
 CPU_TILE = BLOCK
 """About how many elements elementwise work takes at a time on a CPU, to stay in a cache."""
 GPU_TILE = 1 << 22
-"""The same on a GPU, so that what it needs on its way stays small; not measured on one yet."""
+"""The same on a GPU, where kernels (`fused.py`) stand for this arithmetic, except in tests."""
 
 
 class ExactArithmetic:
@@ -52,27 +52,28 @@ class ExactArithmetic:
         """(X_0, X_{-1} = X_0) from the tokens h, whatever their float dtype."""
         state = torch.empty(h.shape, dtype=torch.int32, device=h.device)
         for target, source in _tiles(state, h.contiguous()):
-            target.copy_(_clamp(source.double().mul_(self.scale).round_()))
+            doubles = source.to(torch.float64, copy=True)  # h is not ours to write to
+            target.copy_(_clamp(doubles.mul_(self.scale).round_()))
         return State(state, state)
 
-    def tokens(self, state: Tensor) -> Tensor:
-        """x = X * 2^-K in the state dtype: a new tensor."""
+    def tokens(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        """x = X * 2^-K, rounded to the state dtype and then to `dtype`: a new tensor."""
         x = torch.empty(state.shape, dtype=self.dtype, device=state.device)
         for target, source in _tiles(x, state):
             target.copy_(source).mul_(1 / self.scale)
-        return x
+        return x.to(dtype)
 
     def hand_out(self, state: Tensor, dtype: torch.dtype) -> Tensor:
         """The tokens as a tensor that nothing here writes to again."""
-        return self.tokens(state).to(dtype)
+        return self.tokens(state, dtype)
 
-    def source(self, state: State) -> Tensor:
+    def source(self, state: State, dtype: torch.dtype) -> Tensor:
         """The tokens x_i that function i saw, from the state after it."""
-        return self.tokens(state.previous)
+        return self.tokens(state.previous, dtype)
 
-    def reached(self, state: State) -> Tensor:
+    def reached(self, state: State, dtype: torch.dtype) -> Tensor:
         """The same tokens once `retreat` has been there."""
-        return self.tokens(state.previous)
+        return self.tokens(state.previous, dtype)
 
     def target(self, state: State, in_place: bool) -> State:
         """Where `advance` shall write the next state: over X_{i-1} if that may be."""

@@ -26,9 +26,9 @@ class FloatArithmetic:
         x = h.to(self.dtype, copy=True).contiguous()
         return State(x, x * self.beta)
 
-    def tokens(self, state: Tensor) -> Tensor:
-        """x itself: the state is made of tokens."""
-        return state
+    def tokens(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        """x itself where it has the dtype: the state is made of tokens."""
+        return state.to(dtype)
 
     def hand_out(self, state: Tensor, dtype: torch.dtype) -> Tensor:
         """The tokens as a tensor that nothing here writes to again."""
@@ -44,13 +44,13 @@ class FloatArithmetic:
             return state
         return State(torch.empty_like(state.current), torch.empty_like(state.previous))
 
-    def source(self, state: State) -> Tensor:
+    def source(self, state: State, dtype: torch.dtype) -> Tensor:
         """The tokens x_i that function i saw, from the state after it."""
-        return state.previous / self.beta
+        return (state.previous / self.beta).to(dtype)
 
-    def reached(self, state: State) -> Tensor:
+    def reached(self, state: State, dtype: torch.dtype) -> Tensor:
         """The same tokens once `retreat` has been there."""
-        return state.previous
+        return state.previous.to(dtype)
 
     def advance(
         self, state: State, f: Tensor, out: State, keep: bool, seen: Witness | None
@@ -65,6 +65,6 @@ class FloatArithmetic:
 
     def retreat(self, state: State, f: Tensor) -> State:
         """(x_i, y_i) from (x_{i+1}, y_{i+1}), written over them."""
-        x = self.source(state)
+        x = self.source(state, self.dtype)
         before = state.current.sub_(f).sub_(x, alpha=self.alpha)
         return State(state.previous.copy_(x), before)

@@ -1,11 +1,12 @@
 """Exact arithmetic on a GPU: each step of a state is one Triton kernel, one read and one write.
 
 The same bits as the plain version (`dr2dist/reversible/exact.py`) for every state in range; only
-the layout of the packed remainders differs. Compared with it under Triton's interpreter; what
-these kernels save has not been measured on a GPU yet.
+the layout of the packed remainders differs. What of them was tried where: docs/memory.md.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -29,10 +30,17 @@ class FusedArithmetic(ExactArithmetic):
     Coefficients travel as fp32, which holds every multiple of 2^-16 up to 1, and every 2^k.
     """
 
-    def tokens(self, state: Tensor) -> Tensor:
+    def start(self, h: Tensor) -> State:
         """See ExactArithmetic."""
-        x = torch.empty(state.shape, dtype=self.dtype, device=state.device)
-        _tokens[_grid(x)](state, x, x.numel(), 1 / self.scale, block=ELEMENTS)
+        state = torch.empty(h.shape, dtype=torch.int32, device=h.device)
+        _launch(_start, state, h.contiguous(), state, state.numel(), self.scale, block=ELEMENTS)
+        return State(state, state)
+
+    def tokens(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        """See ExactArithmetic."""
+        x = torch.empty(state.shape, dtype=dtype, device=state.device)
+        wide = tl.float64 if self.dtype == torch.float64 else tl.float32
+        _launch(_tokens, x, state, x, x.numel(), 1 / self.scale, wide=wide, block=ELEMENTS)
         return x
 
     def advance(
@@ -43,7 +51,9 @@ class FusedArithmetic(ExactArithmetic):
         count = f.numel()
         remainders = f.new_empty(packed_bytes(bits, count), dtype=torch.uint8)
         sums, extremes = _notes(f)
-        _advance[_grid(f)](
+        _launch(
+            _advance,
+            f,
             state.previous,
             state.current,
             f,
@@ -51,6 +61,7 @@ class FusedArithmetic(ExactArithmetic):
             remainders,
             sums,
             extremes,
+            _place(seen),
             count,
             self.alpha,
             self.beta,
@@ -59,18 +70,21 @@ class FusedArithmetic(ExactArithmetic):
             share=BYTES,
         )
         if seen:
-            seen.summed(sums, extremes)
+            seen.summed(sums, count, extremes)
         return remainders if keep else None
 
     def retreat(self, state: State, f: Tensor, remainders: Tensor, seen: Witness) -> State:
         """See ExactArithmetic."""
         sums, _ = _notes(f)
-        _retreat[_grid(f)](
+        _launch(
+            _retreat,
+            f,
             state.current,
             state.previous,
             f,
             remainders,
             sums,
+            _place(seen),
             f.numel(),
             self.alpha,
             self.beta,
@@ -78,12 +92,64 @@ class FusedArithmetic(ExactArithmetic):
             bits=self.bits,
             share=BYTES,
         )
-        seen.summed(sums)
+        seen.summed(sums, f.numel())
         return State(state.previous, state.current)
+
+    def deviation(self, state: State, f: Tensor, seen: Witness) -> Tensor:
+        """See ExactArithmetic."""
+        sums, _ = _notes(f)
+        counts = torch.empty_like(sums)
+        _launch(
+            _deviation,
+            f,
+            state.current,
+            state.previous,
+            f,
+            counts,
+            sums,
+            _place(seen),
+            f.numel(),
+            self.alpha,
+            self.beta,
+            self.scale,
+            share=BYTES,
+        )
+        seen.summed(sums, f.numel())
+        return counts.sum()
+
+    def sums(self, state: State) -> Tensor:
+        """See ExactArithmetic; elements weigh by their place in each tensor."""
+        parts = state[:1] if state.previous is state.current else state
+        return torch.stack([weighted_bits(part, 0) for part in parts])
+
+
+def weighted_bits(value: Tensor, place: int) -> Tensor:
+    """The sum of a contiguous tensor's bits, each element's times a weight: int64 scalar.
+
+    Element i's bits, as a signed integer, count splitmix64(place + i) | 1 times, all modulo 2^64:
+    odd weights see every change of one element, and weights that differ by place see two that
+    would cancel.
+    """
+    sums, _ = _notes(value)
+    _launch(_sum, value, value, sums, place, value.numel(), share=BYTES)
+    return sums.sum()
+
+
+def _launch(kernel: Any, like: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Runs a kernel, a program for each ELEMENTS of `like`, on that tensor's device.
+
+    Triton itself takes the current device and its stream, wherever the tensors are.
+    """
+    with torch.cuda.device_of(like):
+        kernel[_grid(like)](*arguments, **constants)
 
 
 def _grid(tensor: Tensor) -> tuple[int]:
     return (triton.cdiv(tensor.numel(), ELEMENTS),)
+
+
+def _place(seen: Witness | None) -> int:
+    return 0 if seen is None else seen.place
 
 
 def _notes(f: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,13 +160,23 @@ def _notes(f: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _tokens(state, x, count, step, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _start(h, state, count, scale, block: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    value = tl.load(state + at, mask=at < count).to(x.dtype.element_ty)
-    tl.store(x + at, value * tl.cast(step, x.dtype.element_ty), mask=at < count)
+    value = tl.load(h + at, mask=at < count).to(tl.float64) * tl.cast(scale, tl.float64)
+    tl.store(state + at, _nearest(_held(value)).to(tl.int32), mask=at < count)
 
 
 @triton.jit
+def _tokens(  # type: ignore[no-untyped-def]
+    state, x, count, step, wide: tl.constexpr, block: tl.constexpr
+):
+    """Rounded to `wide` first, as everywhere, and then to x's own dtype."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    value = tl.load(state + at, mask=at < count).to(wide) * tl.cast(step, wide)
+    tl.store(x + at, value.to(x.dtype.element_ty), mask=at < count)
+
+
+@triton.jit(do_not_specialize=["place"])
 def _advance(  # type: ignore[no-untyped-def]
     before,
     now,
@@ -109,6 +185,7 @@ def _advance(  # type: ignore[no-untyped-def]
     remainders,
     sums,
     extremes,
+    place,
     count,
     alpha,
     beta,
@@ -121,25 +198,25 @@ def _advance(  # type: ignore[no-untyped-def]
     source = tl.load(before + at, mask=inside, other=0).to(tl.float64)
     x = tl.load(now + at, mask=inside, other=0).to(tl.float64)
     branch = tl.load(f + at, mask=inside, other=0)
-    image = tl.floor(source * tl.cast(beta, tl.float64) + 0.5)
+    image = _image(source, beta)
     total = _function(branch, x, alpha, scale) + image
     total = tl.where(total == total, total, float("inf"))
     _store_bits(source - _preimage(image, beta), octet, remainders, count, bits)
     program = tl.program_id(0)
-    tl.store(sums + program, tl.sum(_bits(branch)))
+    tl.store(sums + program, _weighted(branch, at, place))
     tl.store(extremes + program, tl.min(total))
     tl.store(extremes + tl.num_programs(0) + program, tl.max(total))
-    held = tl.minimum(tl.maximum(total, -2147483648.0), 2147483647.0)
-    tl.store(out + at, held.to(tl.int32), mask=inside)
+    tl.store(out + at, _held(total).to(tl.int32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["place"])
 def _retreat(  # type: ignore[no-untyped-def]
     after,
     now,
     f,
     remainders,
     sums,
+    place,
     count,
     alpha,
     beta,
@@ -154,8 +231,29 @@ def _retreat(  # type: ignore[no-untyped-def]
     branch = tl.load(f + at, mask=inside, other=0)
     before = _preimage(total - _function(branch, x, alpha, scale), beta)
     found = before.to(tl.int32) + _load_bits(octet, remainders, count, bits)
-    tl.store(sums + tl.program_id(0), tl.sum(_bits(branch)))
+    tl.store(sums + tl.program_id(0), _weighted(branch, at, place))
     tl.store(after + at, found, mask=inside)
+
+
+@triton.jit(do_not_specialize=["place"])
+def _deviation(  # type: ignore[no-untyped-def]
+    after, now, f, counts, sums, place, count, alpha, beta, scale, share: tl.constexpr
+):
+    _, at = _places(share)
+    inside = at < count
+    found = tl.load(after + at, mask=inside, other=0).to(tl.float64)
+    x = tl.load(now + at, mask=inside, other=0).to(tl.float64)
+    branch = tl.load(f + at, mask=inside, other=0)
+    total = _function(branch, x, alpha, scale) + _image(x, beta)
+    tl.store(counts + tl.program_id(0), tl.sum((total != found).to(tl.int64)))
+    tl.store(sums + tl.program_id(0), _weighted(branch, at, place))
+
+
+@triton.jit(do_not_specialize=["place"])
+def _sum(value, sums, place, count, share: tl.constexpr):  # type: ignore[no-untyped-def]
+    _, at = _places(share)
+    element = tl.load(value + at, mask=at < count, other=0)
+    tl.store(sums + tl.program_id(0), _weighted(element, at, place))
 
 
 @triton.jit
@@ -167,15 +265,51 @@ def _places(share: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _function(branch, x, alpha, scale):  # type: ignore[no-untyped-def]
-    """G in fp64. 1.5 * 2^52 leaves no room for a fraction: adding it rounds to nearest even."""
-    value = branch.to(tl.float64) * tl.cast(scale, tl.float64) + x * tl.cast(alpha, tl.float64)
+    """G in fp64."""
+    return _nearest(branch.to(tl.float64) * tl.cast(scale, tl.float64) + x * _double(alpha))
+
+
+@triton.jit
+def _nearest(value):  # type: ignore[no-untyped-def]
+    """1.5 * 2^52 leaves no room for a fraction: adding it rounds to nearest even."""
     return (value + 6755399441055744.0) - 6755399441055744.0
 
 
 @triton.jit
+def _image(source, beta):  # type: ignore[no-untyped-def]
+    return tl.floor(source * _double(beta) + 0.5)
+
+
+@triton.jit
 def _preimage(image, beta):  # type: ignore[no-untyped-def]
-    inverse = 1.0 / tl.cast(beta, tl.float64)
+    inverse = 1.0 / _double(beta)
     return tl.ceil(image * inverse - (inverse * 0.5 + 0.000003814697265625))
+
+
+@triton.jit
+def _double(value):  # type: ignore[no-untyped-def]
+    return tl.cast(value, tl.float64)
+
+
+@triton.jit
+def _held(total):  # type: ignore[no-untyped-def]
+    """What int32 can hold; NaN ends outside the range."""
+    total = tl.where(total == total, total, float("inf"))
+    most = tl.full([], 2147483647.0, tl.float64)  # a bare number would be one of fp32: 2^31
+    return tl.minimum(tl.maximum(total, -2147483648.0), most)
+
+
+@triton.jit
+def _weighted(branch, at, place):  # type: ignore[no-untyped-def]
+    """A program's sum of its elements' bits, each times the odd weight of its place.
+
+    What lies outside the tensor was loaded as zeros and adds nothing. Products wrap at 2^64.
+    """
+    mixed = (at + place).to(tl.uint64) + 0x9E3779B97F4A7C15
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB
+    weight = (mixed ^ (mixed >> 31)) | 1
+    return tl.sum(_bits(branch) * weight.to(tl.int64, bitcast=True))
 
 
 @triton.jit

@@ -171,17 +171,18 @@ class _Step:
         """x_i of a part that is not reversed yet."""
         if self.tape.mode(self.index) == "checkpoint":
             views = part.views(self.tape.inputs[self.index])
-            tokens = [self.arithmetic.tokens(view) for view in views]
+            tokens = [self.arithmetic.tokens(view, self.tape.dtype) for view in views]
         else:
-            tokens = [self.arithmetic.source(state) for state in self._states(part)]
-        return joined(tokens).to(self.tape.dtype)
+            states = self._states(part)
+            tokens = [self.arithmetic.source(state, self.tape.dtype) for state in states]
+        return joined(tokens)
 
     def _reached(self, part: Part) -> Tensor:
         """x_i of a part that is reversed."""
         if self.tape.mode(self.index) == "checkpoint":
             return self._tokens(part)
-        tokens = [self.arithmetic.reached(state) for state in self._states(part)]
-        return joined(tokens).to(self.tape.dtype)
+        states = self._states(part)
+        return joined([self.arithmetic.reached(state, self.tape.dtype) for state in states])
 
     def _states(self, part: Part) -> list[State]:
         assert self.reversal.state is not None

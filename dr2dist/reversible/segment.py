@@ -318,7 +318,7 @@ class _Advance:
 
 
 def _tokens(arithmetic: Arithmetic, state: State, dtype: torch.dtype, part: Part) -> Tensor:
-    return joined([arithmetic.tokens(view) for view in part.views(state.current)]).to(dtype)
+    return joined([arithmetic.tokens(view, dtype) for view in part.views(state.current)])
 
 
 def _ambient(key: tuple[int, ...]) -> AbstractContextManager[Any]:

@@ -15,6 +15,8 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
 )
 
+from dr2dist.reversible.transfer import to_device
+
 
 class Classification:
     """Cross entropy over `num_classes` classes.
@@ -59,9 +61,14 @@ class Classification:
         The mean divides by B, not by the weights in the batch, so that it does not depend on
         which samples share a micro-batch.
         """
-        weights = None if self._weights is None else self._weights.to(output.device)
+        if self._weights is not None:
+            self._weights = to_device(self._weights, output.device)  # stays there
         each = functional.cross_entropy(
-            output.float(), targets, weights, reduction="none", label_smoothing=self._smoothing
+            output.float(),
+            targets,
+            self._weights,
+            reduction="none",
+            label_smoothing=self._smoothing,
         )
         return each.mean()
 

@@ -11,8 +11,6 @@ import torch.distributed as dist
 
 from dr2dist.config import load_config
 from dr2dist.errors import UserError
-from dr2dist.parallel.engine import UnprovenStepError
-from dr2dist.training.run import run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--local_rank", help="given by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other values")
     given = parser.parse_args(arguments)
+    # Not above: each data worker imports this module, and needs no engine.
+    from dr2dist.parallel.engine import UnprovenStepError
+    from dr2dist.training.run import run
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("DeepSpeed", "torch", "timm"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -17,7 +17,6 @@ from dr2dist.backbones.build import build_deferred, build_model
 from dr2dist.backbones.network import convert
 from dr2dist.config import Config, dump_config
 from dr2dist.config.coefficients import Guarded
-from dr2dist.config.optim import Optim
 from dr2dist.data.order import train_batches, validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.data.transforms import eval_transform, train_transform
@@ -118,13 +117,13 @@ def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, 
     net = convert(model, **setting, on_failure="record", compile=compiled).train()
     precision, ema = config.train.precision, config.train.ema
     if plan.grid.stages == 1:
-        optimizer = _optimizer(config.optim, groups)
+        optimizer = _optimizer(config, groups)
         engine = ReversibleEngine(net, optimizer, plan.deepspeed, precision, ema, weights)
     else:
         own = plan.parts[plan.grid.place(dist.get_rank())[0]]
         keep_only(net, plan.layers, own, weights)
         groups = kept_groups(groups, net)
-        optimizer = _optimizer(config.optim, groups)
+        optimizer = _optimizer(config, groups)
         engine = StagedEngine(
             net, optimizer, plan.deepspeed, plan.grid, plan.layers, own, precision, ema
         )
@@ -142,13 +141,16 @@ def _model(config: Config) -> tuple[torch.nn.Module, Callable[[str], Tensor] | N
     return build_model(part.name, weights=part.weights, **options), None
 
 
-def _optimizer(optim: Optim, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+def _optimizer(config: Config, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+    """Over groups; fused, one pass over memory, on GPUs and for what is offloaded from them."""
+    optim = config.optim
+    fused = True if torch.cuda.is_available() or config.parallel.offload_optimizer else None
     options = [
         {"params": list(group.parameters), "weight_decay": group.weight_decay} for group in groups
     ]
     if optim.name == "sgd":
-        return torch.optim.SGD(options, optim.lr, momentum=optim.momentum)
-    return torch.optim.AdamW(options, optim.lr, betas=optim.betas)
+        return torch.optim.SGD(options, optim.lr, momentum=optim.momentum, fused=fused)
+    return torch.optim.AdamW(options, optim.lr, betas=optim.betas, fused=fused)
 
 
 def _facts(config: Config, plan: Plan) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError, Work
 from dr2dist.parallel.processes import total
 from dr2dist.parallel.verdict import Verdict
 from dr2dist.reversible.certificate import worst_drift
+from dr2dist.reversible.transfer import to_device
 from dr2dist.tasks.classification import Classification
 from dr2dist.training.keeper import Keeper, Progress
 from dr2dist.training.profile import Profile
@@ -160,7 +161,7 @@ class Trainer:
 
         def loss(number: int, output: Tensor) -> Tensor:
             self._checked.append((batches[number], output.detach().isfinite().flatten(1).all(1)))
-            return self.task.training_loss(output, mixed(number)[1].to(self.engine.device))
+            return self.task.training_loss(output, to_device(mixed(number)[1], self.engine.device))
 
         return Work(begin, lambda number: mixed(number)[0], loss)
 

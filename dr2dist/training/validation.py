@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric, SumMetric
 
 from dr2dist.data.stream import Batch
 from dr2dist.parallel.engine import ReversibleEngine
+from dr2dist.reversible.transfer import to_device
 from dr2dist.tasks.classification import Classification
 
 SHOWN = 8
@@ -48,7 +49,7 @@ def validate(
                 continue
             skipped.update(batch["skipped"])
             if batch["count"]:
-                targets = batch["label"].to(device)
+                targets = to_device(batch["label"], device)
                 metrics.update(output.float(), targets)
                 loss.update(task.loss(output, targets), weight=batch["count"])
                 count.update(batch["count"])

@@ -30,6 +30,7 @@ from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.parallel.pipeline.link import Handed, Link, Returned
 from dr2dist.parallel.pipeline.stage import Pass, Stage
 from dr2dist.parallel.verdict import Report, Verdict, decide
+from dr2dist.reversible.transfer import to_device
 
 
 class StagedEngine(ReversibleEngine):
@@ -134,7 +135,7 @@ class StagedEngine(ReversibleEngine):
         return None
 
     def _here(self, images: Tensor) -> Tensor:
-        return images.to(self.device, self._held)
+        return to_device(images, self.device, self._held)
 
     def _neighbour(self, step: int) -> int | None:
         """The rank of the next (1) or the previous (-1) stage of the same replica, if there is."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dr2dist.parallel.pipeline.layers import Layer, Shared
 from dr2dist.parallel.pipeline.stage import Pass, Stage
+from dr2dist.reversible.transfer import to_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of what functions share, by the number that tells of it."""
@@ -88,7 +89,7 @@ class Link:
     def send_any(self, message: Handed) -> None:
         """As send_forward, for any number of samples."""
         batch = message.value.shape[1 if self.stage.gives_state else 0]
-        self._send(torch.tensor([batch], device=self.device), self.next)
+        self._send(to_device(torch.tensor([batch]), self.device), self.next)
         self.send_forward(message)
 
     def _receive_shared(self) -> dict[str, Tensor]:
@@ -108,7 +109,7 @@ class Link:
         values = [shared[each.name].detach() for each in _shared(self.after)]
         if not self._told and values:
             codes = [DTYPES.index(value.dtype) for value in values]
-            self._send(torch.tensor(codes, device=self.device), self.next)
+            self._send(to_device(torch.tensor(codes), self.device), self.next)
             self._told = True
         for value in values:
             self._send(value, self.next)
