@@ -38,7 +38,7 @@ def make_engine(
     a network are that is too large to be held.
     """
     torch.manual_seed(0)
-    net = dr2dist.convert(build(kind, depth=3) if kind != "swin" else build(kind), **setting)
+    net = dr2dist.convert(build(kind, depth=3), **setting)
     ranks = dist.get_world_size()
     config = deepspeed_config(
         zero=zero,

@@ -41,7 +41,7 @@ def make_engine(
     """
     torch.manual_seed(0)
     grid = Grid.of(dist.get_world_size(), stages)
-    options: dict[str, Any] = {} if kind == "swin" else {"depth": 4}
+    options: dict[str, Any] = {"depth": 4}
     if noisy:
         options |= {"drop_path_rate": 0.3, "proj_drop_rate": 0.1}
     net = dr2dist.convert(build(kind, **options), **setting).train()

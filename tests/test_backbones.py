@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import dr2dist
+from tests.bounds import float_bound
 from tests.chain_helpers import error
-from tests.models import MODELS, build, images
+from tests.models import DEPTH, MODELS, build, images
 
 CONVENTIONAL: dict[str, Any] = {
     "alpha": 1.0,
@@ -24,10 +25,11 @@ CONVENTIONAL: dict[str, Any] = {
 
 
 def assert_close(found: Any, wanted: Any) -> None:
-    """Equal structure, tensors within 1e-6 of the larger of 1 and the largest value."""
+    """Equal structure, tensors within fp32's roundings of 1 or the largest value, if larger."""
     if isinstance(wanted, Tensor):
         assert found.shape == wanted.shape
-        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max().clamp(min=1)
+        bound = float_bound(2 * DEPTH)
+        assert (found - wanted).abs().max() <= bound * wanted.abs().max().clamp(min=1)
     elif isinstance(wanted, dict):
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
@@ -93,7 +95,7 @@ def test_masks_reach_the_functions_and_are_cut_with_the_batch() -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_slices_of_tokens_compute_what_timm_does(kind: str) -> None:
     # In fp64: post-norm models amplify what fp32 rounds off.
-    model = build(kind).train().double()
+    model = build(kind, depth=4).train().double()
     x = images(2).double().requires_grad_()
     wanted = model(x)
     total = sum(wanted) if isinstance(wanted, tuple) else wanted
@@ -152,7 +154,7 @@ def _step(model: nn.Module, memory: str, chunk_size: int | None, bf16: bool = Fa
 @pytest.mark.parametrize("kind", MODELS)
 def test_reversal_is_exact_with_dropout_and_slices(kind: str) -> None:
     rates = {"proj_drop_rate": 0.1, "drop_path_rate": 0.2}
-    model = build(kind, **rates)
+    model = build(kind, depth=4, **rates)
     for chunk_size, bf16 in ((None, False), (2, False), (1, True)):
         output, of_input, grads, certificate, rng = _step(model, "reverse", chunk_size, bf16)
         assert certificate.failures == 0 and certificate.remainder_bytes > 0
@@ -174,7 +176,7 @@ def test_intermediates_carry_gradients() -> None:
     for memory in ("reverse", "store"):
         net = dr2dist.convert(model, memory=memory)
         net.zero_grad()
-        final, taken = net.forward_intermediates(images(), indices=[2, 7])
+        final, taken = net.forward_intermediates(images(), indices=[2, 4])
         (final.sum() + sum(part.square().sum() for part in taken)).backward()
         grads.append([p.grad.clone() for n, p in net.named_parameters() if "blocks" in n])
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))

@@ -14,7 +14,8 @@ import pytest
 
 from dr2dist.cli import free_port
 from tests.images import make_small_shards
-from tests.pool import wait_for
+from tests.lost_case import exchange
+from tests.pool import start_rank, wait_for
 
 LIMIT = 60
 """Seconds until all other ranks have ended."""
@@ -40,25 +41,24 @@ output: OUTPUT
         ("error", 1, "rank 1 ended: the disk is full"),
     ],
 )
-def test_ranks_end_and_name_the_one_that_is_lost(fault: str, who: int, message: str) -> None:
-    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "tests.lost_case", fault, str(who)]
+def test_ranks_end_and_name_the_one_that_is_lost(
+    fault: str, who: int, message: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    outputs = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
     ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **places, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        start_rank(rank, 2, port, output, exchange, fault, who)
+        for rank, output in enumerate(outputs)
     ]
+    other = 1 - who
     try:
-        _, said = ranks[1 - who].communicate(timeout=LIMIT)
+        ranks[other].join(timeout=LIMIT)
     finally:
         for rank in ranks:
             rank.kill()
-    assert ranks[1 - who].returncode == 4
-    assert f"dr2dist: rank {1 - who}: {message}" in said
+            rank.join()
+    assert ranks[other].exitcode == 4
+    assert f"dr2dist: rank {other}: {message}" in outputs[other].read_text()
 
 
 def test_a_run_whose_stage_is_killed_names_it_and_goes_on(tmp_path: Path) -> None:
