@@ -40,3 +40,10 @@ def chain_bound(setting: Setting, num_functions: int, dtype: torch.dtype = torch
     return (
         rounded * growth(setting.alpha, setting.beta, num_functions) / setting.beta**num_functions
     )
+
+
+def mean_bound(num_functions: int, dtype: torch.dtype) -> float:
+    """Relative error of a loss that is the mean over samples: independent roundings of half an
+    epsilon add up in quadrature.
+    """
+    return (num_functions * ROUNDINGS) ** 0.5 * torch.finfo(dtype).eps / 2

@@ -1,10 +1,12 @@
-"""One pool of processes for each number of ranks, reused over all tests."""
+"""One pool of processes for each number of ranks, reused over all tests; a seed for each test."""
 
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.pool import Pool
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """No test sees where another one left the random streams, in whatever order they run."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ def work(engine: StagedEngine, step: int, accumulate: int) -> Work:
     return Work(lambda: None, lambda number: own(images, number), loss)
 
 
-def curve(kind: str, stages: int, steps: int = 20, accumulate: int = 4, **options: Any) -> Any:
+def curve(kind: str, stages: int, steps: int = 8, accumulate: int = 4, **options: Any) -> Any:
     """(losses, weights on rank 0, gradient norms, layers of each stage) of a short run."""
     engine = make_engine(kind, stages, accumulate=accumulate, **options)
     losses, norms = [], []
