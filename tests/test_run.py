@@ -23,6 +23,10 @@ from tests.pool import Pool
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SMALLER = {
+    "vit_giant_patch14_224": ["model.options={embed_dim: 128, num_heads: 4, depth: 8}"],
+    "vit_small_patch14_dinov2": ["model.options={depth: 4}"],
+}
 TINY = """
 model: {name: vit_tiny_patch16_224, image_size: 32}
 reversible: {chunk_size: 3}
@@ -108,7 +112,7 @@ def test_every_shipped_config_starts(
         "train.epochs=null",
         "train.steps=2",
         "train.micro_batch=2",
-        *(["model.options={depth: 4}"] if "vit_small" in config.name else []),
+        *SMALLER.get(yaml.safe_load(config.read_text())["model"]["name"], []),
         f"parallel.deepspeed={ROOT / yaml.safe_load(config.read_text())['parallel']['deepspeed']}",
     ]
     results = pool.run("tests.cases:run_config", path=str(config), overrides=overrides)
