@@ -47,7 +47,7 @@ def make_engine(
     own settings of DeepSpeed. seed: of the weights.
     """
     torch.manual_seed(0)
-    model = build(kind, seed, depth=3) if kind != "swin" else build(kind, seed)
+    model = build(kind, seed, depth=3)
     freeze_parameters(model, freeze)
     net = dr2dist.convert(model, **setting)
     ranks = dist.get_world_size()

@@ -1,4 +1,4 @@
-"""One pool of processes for each number of ranks, reused over all tests; tests that need a GPU.
+"""One pool of processes for each number of ranks, reused over all tests; a seed for each test.
 
 `--gpu` runs the tests marked `gpu` and no others. All others run on the CPU, on any machine.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +70,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where a test runs: on the CPU, and with --gpu on the GPU."""
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """No test sees where another one left the random streams, in whatever order they run."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

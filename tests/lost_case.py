@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 
 import torch
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from dr2dist.parallel.watch import Watch
 
 
-def main(fault: str, who: int) -> None:
+def exchange(fault: str, who: int) -> None:
     """fault: what befalls rank `who` after a second: the name of a signal, or `error`."""
     dist.init_process_group("gloo")
     with Watch(silence=4.0):
@@ -24,7 +23,3 @@ def main(fault: str, who: int) -> None:
                 if fault == "error":
                     raise ValueError("the disk is full")
                 os.kill(os.getpid(), signal.Signals[fault])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

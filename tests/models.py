@@ -20,7 +20,7 @@ from timm.models.vision_transformer import (
 )
 from torch import nn
 
-DEPTH = 12
+DEPTH = 6
 _size: dict[str, Any] = {"img_size": 32, "num_classes": 5}
 _plain: dict[str, Any] = {**_size, "patch_size": 8, "embed_dim": 48, "num_heads": 3}
 
@@ -56,15 +56,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     ),
     "beit": partial(_beit, use_rel_pos_bias=True, use_abs_pos_emb=False),
     "beit-shared-bias": partial(_beit, use_shared_rel_pos_bias=True),
-    "swin": partial(_swin, depths=(2, 2, 8)),
+    "swin": partial(_swin, depths=(2, 2, 2)),
 }
 
 
 def build(kind: str, seed: int = 0, depth: int = DEPTH, **options: Any) -> nn.Module:
-    """A model whose layer scales lie in 0.1 to 1 and whose biases are not zero."""
+    """A model whose layer scales lie in 0.1 to 1 and whose biases are not zero.
+
+    depth: number of blocks; Swin's three stages have two each at least.
+    """
     torch.manual_seed(seed)
-    if kind != "swin":
-        options["depth"] = depth
+    options |= {"depths": (2, 2, max(2, depth - 4))} if kind == "swin" else {"depth": depth}
     model = MODELS[kind](**options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

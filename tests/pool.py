@@ -11,18 +11,54 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dr2dist.cli import free_port
 
+_context = multiprocessing.get_context("forkserver")
+# Ranks are forked from a process that has imported everything and holds no thread: an import of
+# torch, timm and DeepSpeed would take each of them seconds.
+_context.set_forkserver_preload(["tests.cases", "tests.stage_cases", "tests.lost_case"])
 
-def wait_for(what: Callable[[], bool], name: str, seconds: float = 120) -> None:
-    """Until something is there; fails with its name if it never is."""
+
+def wait_for(what: Callable[[], bool], name: str, seconds: float = 300) -> None:
+    """Until something is there, on a busy machine too; fails with its name if it never is."""
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, f"{name} is not there after {seconds} s"
         time.sleep(0.01)
+
+
+def start_rank(
+    rank: int, ranks: int, port: int, output: Path, function: Callable[..., None], *arguments: Any
+) -> ForkServerProcess:
+    """Calls a module's function in a process that is a rank; what it prints goes to a file."""
+    process = _context.Process(target=_enter, args=(rank, ranks, port, output, function, arguments))
+    process.start()
+    return process
+
+
+def _enter(
+    rank: int, ranks: int, port: int, output: Path, function: Callable[..., None], arguments: Any
+) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.dup2(descriptor, sys.stderr.fileno())
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)  # as the variable says to processes that a rank starts
+    function(*arguments)
 
 
 class Pool:
@@ -36,19 +72,14 @@ class Pool:
         ranks = self._ranks
         self._folder = tempfile.TemporaryDirectory()
         self.outputs = [Path(self._folder.name) / f"rank{rank}.txt" for rank in range(ranks)]
-        context = multiprocessing.get_context("spawn")
         port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank, output in enumerate(self.outputs):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=_serve,
-                args=(rank, ranks, port, str(output), there),
-            )
-            process.start()
+            here, there = _context.Pipe()
+            self._processes.append(start_rank(rank, ranks, port, output, _serve, there))
+            there.close()  # so that a rank's end is noticed
             self._pipes.append(here)
-            self._processes.append(process)
 
     def run(self, case: str, timeout: float = 240, **arguments: Any) -> list[Any]:
         """Calls `module:function` in every rank; their results by rank.
@@ -84,19 +115,7 @@ class Pool:
             process.join()
 
 
-def _serve(rank: int, ranks: int, port: int, output: str, pipe: Connection) -> None:
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, sys.stdout.fileno())
-    os.dup2(descriptor, sys.stderr.fileno())
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
+def _serve(pipe: Connection) -> None:
     from dr2dist.parallel.processes import join
 
     join()
@@ -105,6 +124,7 @@ def _serve(rank: int, ranks: int, port: int, output: str, pipe: Connection) -> N
             case, arguments = pipe.recv()
         except EOFError:
             return
+        torch.manual_seed(0)  # whatever ran before
         module, _, function = case.partition(":")
         try:
             result = getattr(importlib.import_module(module), function)(**arguments)

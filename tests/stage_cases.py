@@ -41,7 +41,7 @@ def make_engine(
     """
     torch.manual_seed(0)
     grid = Grid.of(dist.get_world_size(), stages)
-    options: dict[str, Any] = {} if kind == "swin" else {"depth": 4}
+    options: dict[str, Any] = {"depth": 4}
     if noisy:
         options |= {"drop_path_rate": 0.3, "proj_drop_rate": 0.1}
     net = dr2dist.convert(build(kind, **options), **setting).train()
@@ -80,7 +80,7 @@ def work(engine: StagedEngine, step: int, accumulate: int) -> Work:
     return Work(lambda: None, lambda number: own(images, number), loss)
 
 
-def curve(kind: str, stages: int, steps: int = 20, accumulate: int = 4, **options: Any) -> Any:
+def curve(kind: str, stages: int, steps: int = 8, accumulate: int = 4, **options: Any) -> Any:
     """(losses, weights on rank 0, gradient norms, layers of each stage) of a short run."""
     engine = make_engine(kind, stages, accumulate=accumulate, **options)
     losses, norms = [], []

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import dr2dist
+from tests.bounds import float_bound
 from tests.chain_helpers import error
-from tests.models import MODELS, build, images
+from tests.models import DEPTH, MODELS, build, images
 
 CONVENTIONAL: dict[str, Any] = {
     "alpha": 1.0,
@@ -24,10 +25,11 @@ CONVENTIONAL: dict[str, Any] = {
 
 
 def assert_close(found: Any, wanted: Any) -> None:
-    """Equal structure, tensors within 1e-6 of the larger of 1 and the largest value."""
+    """Equal structure, tensors within fp32's roundings of 1 or the largest value, if larger."""
     if isinstance(wanted, Tensor):
         assert found.shape == wanted.shape
-        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max().clamp(min=1)
+        bound = float_bound(2 * DEPTH)
+        assert (found - wanted).abs().max() <= bound * wanted.abs().max().clamp(min=1)
     elif isinstance(wanted, dict):
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
@@ -99,8 +101,9 @@ def test_masks_reach_the_functions_and_are_cut_with_the_batch() -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_slices_of_tokens_compute_what_timm_does(kind: str) -> None:
-    # In fp64: post-norm models amplify what fp32 rounds off.
-    model = build(kind).train().double()
+    # In fp64: post-norm models amplify what fp32 rounds off. The last slice is shorter.
+    chunk_tokens = 48 if kind == "swin" else 5
+    model = build(kind, depth=4).train().double()
     x = images(2).double().requires_grad_()
     wanted = model(x)
     total = sum(wanted) if isinstance(wanted, tuple) else wanted
@@ -109,7 +112,7 @@ def test_slices_of_tokens_compute_what_timm_does(kind: str) -> None:
     of_input, x.grad = x.grad, None
     for memory in ("store", "checkpoint"):
         settings = {**CONVENTIONAL, "memory": memory}
-        net = dr2dist.convert(model, **settings, chunk_size=1, chunk_tokens=5)
+        net = dr2dist.convert(model, **settings, chunk_size=1, chunk_tokens=chunk_tokens)
         model.zero_grad()
         output = net(x)
         assert_close(output, wanted)
@@ -142,10 +145,9 @@ def test_slices_of_tokens_are_taken_where_functions_allow_it(kind: str, most: in
     assert net.certificate().failures == 0
 
 
-def _step(model: nn.Module, memory: str, chunk_size: int | None, bf16: bool = False) -> Any:
-    tokens = 6 if chunk_size == 1 else None
-    net = dr2dist.convert(model, memory=memory, chunk_size=chunk_size, chunk_tokens=tokens).train()
-    x = images().requires_grad_()
+def _step(model: nn.Module, bf16: bool, **setting: Any) -> Any:
+    net = dr2dist.convert(model, **setting).train()
+    x = images(3).requires_grad_()
     net.zero_grad(set_to_none=True)
     torch.manual_seed(3)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -159,13 +161,14 @@ def _step(model: nn.Module, memory: str, chunk_size: int | None, bf16: bool = Fa
 @pytest.mark.parametrize("kind", MODELS)
 def test_reversal_is_exact_with_dropout_and_slices(kind: str) -> None:
     rates = {"proj_drop_rate": 0.1, "drop_path_rate": 0.2}
-    model = build(kind, **rates)
-    for chunk_size, bf16 in ((None, False), (2, False), (1, True)):
-        output, of_input, grads, certificate, rng = _step(model, "reverse", chunk_size, bf16)
+    model = build(kind, depth=4, **rates)
+    in_tokens = {"chunk_size": 1, "chunk_tokens": 48 if kind == "swin" else 6}
+    for slices, bf16 in (({}, False), ({"chunk_size": 2}, False), (in_tokens, True)):
+        output, of_input, grads, certificate, rng = _step(model, bf16, **slices)
         assert certificate.failures == 0 and certificate.remainder_bytes > 0
         assert all(chain.verified for chain in certificate.chains)
         for memory in ("store", "checkpoint"):
-            other = _step(model, memory, chunk_size, bf16)
+            other = _step(model, bf16, memory=memory, **slices)
             assert torch.equal(output, other[0])
             assert torch.equal(of_input, other[1])
             assert torch.equal(rng, other[4])
@@ -181,7 +184,7 @@ def test_intermediates_carry_gradients() -> None:
     for memory in ("reverse", "store"):
         net = dr2dist.convert(model, memory=memory)
         net.zero_grad()
-        final, taken = net.forward_intermediates(images(), indices=[2, 7])
+        final, taken = net.forward_intermediates(images(), indices=[2, 4])
         (final.sum() + sum(part.square().sum() for part in taken)).backward()
         grads.append([p.grad.clone() for n, p in net.named_parameters() if "blocks" in n])
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))

@@ -20,7 +20,8 @@ from tests.pool import Pool, wait_for
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, drop_path: 0.1, dropout: 0.1}
+model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 4}, drop_path: 0.1,
+  dropout: 0.1}
 coefficients: {kind: conserve, beta: [0.1, 0.5], every: 2}
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, val: SHARDS/val, num_workers: 0}
@@ -59,7 +60,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def assert_same_run(one: Path, other: Path) -> None:
     assert metrics(one) == metrics(other)
     ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys() and len(ours) > 100
+    assert ours.keys() == theirs.keys() and len(ours) > 50
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
 
@@ -84,11 +85,13 @@ def test_a_run_that_breaks_off_anywhere_goes_on_to_the_same_bits(
 @pytest.mark.parametrize(
     "zero", [2, *(pytest.param(zero, marks=pytest.mark.slow) for zero in (0, 1, 3))]
 )
-def test_a_killed_run_goes_on_by_the_same_command(zero: int, tmp_path: Path, shards: Path) -> None:
+def test_a_killed_run_goes_on_by_the_same_command(
+    zero: int, tmp_path: Path, shards: Path, two_ranks: Pool
+) -> None:
     """SIGKILL to the whole tree of processes, at times that nobody chose."""
     quiet, broken = (write_config(tmp_path, shards, name) for name in ("quiet", "broken"))
     more = [f"parallel.zero={zero}", "train.checkpoint_every=1", "data.num_workers=1"]
-    _command(quiet, more).wait(240)
+    two_ranks.run("tests.cases:run_config", path=str(quiet), overrides=more)
     for lines in (2, 6):
         process = _command(broken, more)
         _wait_for_lines(tmp_path / "broken" / "metrics.jsonl", lines)
@@ -116,7 +119,7 @@ def _wait_for_lines(path: Path, count: int) -> None:
     wait_for(there, f"{path} with {count} lines")
 
 
-PLAIN = CONFIG.replace(", drop_path: 0.1, dropout: 0.1", "").replace("steps: 8", "steps: 20")
+PLAIN = CONFIG.replace("drop_path: 0.1,\n  dropout: 0.1", "").replace("steps: 8", "steps: 12")
 
 
 def test_another_layout_goes_on_along_the_same_curve(
@@ -131,7 +134,7 @@ def test_another_layout_goes_on_along_the_same_curve(
 
     go(two_ranks, "quiet", 2, 3)
     for name, pool, ranks, zero in (("one", one_rank, 1, 0), ("three", three_ranks, 3, 1)):
-        go(two_ranks, name, 2, 3, step=7)
+        go(two_ranks, name, 2, 3, step=5)
         go(pool, name, ranks, zero)
         for line, wanted in zip(metrics(tmp_path / name), metrics(tmp_path / "quiet"), strict=True):
             for key in ("loss", "val_loss", "lr", "alpha"):

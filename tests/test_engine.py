@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import dr2dist
+from tests.bounds import mean_bound
 from tests.models import build
 from tests.pool import Pool
 
@@ -59,7 +60,9 @@ def test_slices_and_accumulation_under_sgd_give_the_same_weights(
 def test_memory_modes_agree_in_every_bit_of_the_weights(
     zero: int, kind: str, two_ranks: Pool
 ) -> None:
-    for bf16 in (False, True):
+    # Slices of a rank's four samples and, in bf16, of tokens; the last one is shorter.
+    in_tokens = {"chunk_size": 1, "chunk_tokens": 48 if kind == "swin" else 9}
+    for bf16, slices in ((False, {"chunk_size": 3}), (True, in_tokens)):
         found = [
             two_ranks.run(
                 "tests.cases:curve",
@@ -67,10 +70,9 @@ def test_memory_modes_agree_in_every_bit_of_the_weights(
                 zero=zero,
                 steps=2,
                 bf16=bf16,
-                chunk_size=1,
-                chunk_tokens=5,
                 memory=memory,
                 memory_budget=150_000 if memory == "budget" else None,
+                **slices,
             )[0]
             for memory in ("reverse", "store", "checkpoint", "budget")
         ]
@@ -111,11 +113,13 @@ def test_conventional_finetuning_is_that_of_the_plain_model(zero: int, two_ranks
 
 
 def test_bf16_on_every_stage_follows_fp32(reference: Any, two_ranks: Pool) -> None:
+    # Six functions, stem and head. A model that is not trained is a tenth off and more.
+    bound = mean_bound(8, torch.bfloat16)
     for zero in STAGES:
         (losses, weights, _), _ = two_ranks.run(
             "tests.cases:curve", kind="vit", zero=zero, bf16=True, steps=10
         )
-        assert losses == pytest.approx(reference[0][:10], abs=0.05)
+        assert losses == pytest.approx(reference[0][:10], rel=bound)
         assert {value.dtype for value in weights.values()} == {torch.float32}
 
 

@@ -69,8 +69,10 @@ def test_the_worst_drift_since_the_last_decision_counts_and_nan_turns_back() -> 
     assert walk([1.0] * 4, [1e-4, float("nan"), 1e-4, 1e-4])[0] == ["back", "move"]
 
 
+# 24 functions drift by 1e-6 at beta 0.9 and by more than the bound on the way to 0.5.
 GUARDED = (
-    "parallel.stages=2", "model.drop_path=0.1", "reversible.arithmetic=float", "train.steps=12",
+    "parallel.stages=2", "model.options={depth: 12}", "model.drop_path=0.1",
+    "reversible.arithmetic=float", "train.steps=12",
     "coefficients={kind: guarded, beta: [0.9, 0.5], every: 1, drift: [1.0e-4, 1.0e-2]}",
 )  # fmt: skip
 
@@ -80,35 +82,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+@pytest.fixture(scope="module")
+def guarded(folder: Path, shards: Path, two_ranks: Pool) -> Path:  # noqa: F811
+    train(two_ranks, folder, shards, "guarded", *GUARDED)
+    return folder / "guarded"
+
+
 def betas(run: Path) -> list[float]:
     return [line["beta"] for line in metrics(run) if "beta" in line]
 
 
 def test_a_run_stays_where_its_drift_allows_and_says_why(
-    folder: Path, shards: Path, two_ranks: Pool  # noqa: F811
+    guarded: Path, folder: Path, shards: Path, two_ranks: Pool  # noqa: F811
 ) -> None:  # fmt: skip
-    train(two_ranks, folder, shards, "guarded", *GUARDED)
     free = "coefficients={kind: conserve, beta: [0.9, 0.5], every: 1}"
     train(two_ranks, folder, shards, "free", *GUARDED[:-1], free)
-    held, moved = betas(folder / "guarded"), betas(folder / "free")
+    held, moved = betas(guarded), betas(folder / "free")
     stop = next(step for step in range(12) if held[step] != moved[step])
     assert 1 < stop < 10 and held[:stop] == moved[:stop]
     # It stays at the first beta that drifts by more than the bound, where the other goes on.
     assert held[stop:] == [held[stop - 1]] * (12 - stop)
     drifts = [line["drift"] for line in metrics(folder / "free") if "drift" in line]
     assert drifts[stop - 2] < 1e-4 < drifts[stop - 1] < drifts[-1]
-    decisions = [line for line in metrics(folder / "guarded") if "guard" in line]
+    decisions = [line for line in metrics(guarded) if "guard" in line]
     assert [line["guard"] for line in decisions] == ["move"] * (stop - 1) + ["hold"] * (13 - stop)
     assert decisions[-1]["guard_reason"].startswith("drift ")
 
 
 def test_a_guarded_run_that_breaks_off_goes_on_to_the_same_bits(
-    folder: Path, shards: Path, two_ranks: Pool  # noqa: F811
+    guarded: Path, folder: Path, shards: Path, two_ranks: Pool  # noqa: F811
 ) -> None:  # fmt: skip
     train(two_ranks, folder, shards, "broken", *GUARDED, step=8)
     train(two_ranks, folder, shards, "broken", *GUARDED)
-    assert metrics(folder / "broken") == metrics(folder / "guarded")
-    ours, theirs = weights(folder / "broken"), weights(folder / "guarded")
+    assert metrics(folder / "broken") == metrics(guarded)
+    ours, theirs = weights(folder / "broken"), weights(guarded)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -171,13 +168,13 @@ def test_plain_timm_would_be_wrong_and_the_file_says_so(exported: Path) -> None:
 def test_a_conventional_run_exports_plain_timm_weights(
     tmp_path: Path, shards: Path, one_rank: Pool
 ) -> None:
-    more = ["reversible={arithmetic: float, memory: store}"]
+    more = ["reversible={arithmetic: float, memory: store}", "model.options={depth: 4}"]
     _run(tmp_path, shards, one_rank, "{kind: constant, alpha: 1, beta: 0}", *more)
     path = tmp_path / "plain.safetensors"
     export(tmp_path / "run", path)
     with safe_open(path, "pt") as file:
         assert "WARNING" not in file.metadata()
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=32).eval()
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=32, depth=4).eval()
     model.load_state_dict(load_file(path), strict=True)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -252,7 +249,9 @@ def test_an_unreadable_image_is_named_or_gets_a_row(
     assert status == 2 and "nowhere: does not exist" in err
 
 
-def test_the_readmes_way_from_a_folder_to_predictions_works(tmp_path: Path) -> None:
+def test_the_readmes_way_from_a_folder_to_predictions_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     """Its five lines as they stand; only the model is made small and random."""
     root = Path(__file__).parent.parent
     generator = np.random.default_rng(0)
@@ -270,17 +269,11 @@ def test_the_readmes_way_from_a_folder_to_predictions_works(tmp_path: Path) -> N
     assert [line[1] for line in lines] == ["shards", "train", "export", "evaluate", "predict"]
     lines[1] += ["model.name=vit_tiny_patch16_224", "model.weights=null", "model.image_size=32"]
     lines[1] += ["train.micro_batch=4"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for line in lines:
-        done = subprocess.run(
-            [sys.executable, "-m", "dr2dist.cli", *line[1:]],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        status, out, err = command(capfd, *line[1:])
+        assert status == 0, out + err
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     assert len(rows) == 12 and {"path", "class", "p_class4"} <= rows[0].keys()
 

@@ -130,7 +130,7 @@ def test_a_budget_is_shared_by_the_chains_of_a_network() -> None:
         kept = [values["kept"] for values in net.planner.state().values()]
         assert len(kept) == 3 and net.certificate().failures == 0
         sizes.append(sum(map(len, kept)))
-    assert sizes[0] == 0 < sizes[1] < sizes[2] == 24
+    assert sizes[0] == 0 < sizes[1] < sizes[2] == 12
 
 
 def _gradients(net: Any, times: int) -> dict[str, list[float]]:

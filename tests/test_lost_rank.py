@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,13 +13,14 @@ import pytest
 
 from dr2dist.cli import free_port
 from tests.images import make_small_shards
-from tests.pool import wait_for
+from tests.lost_case import exchange
+from tests.pool import Pool, start_rank, wait_for
 
 LIMIT = 60
 """Seconds until all other ranks have ended."""
 
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32}
+model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 6}}
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, num_workers: 0}
 optim: {name: sgd, lr: 1.0e-2}
@@ -40,28 +40,29 @@ output: OUTPUT
         ("error", 1, "rank 1 ended: the disk is full"),
     ],
 )
-def test_ranks_end_and_name_the_one_that_is_lost(fault: str, who: int, message: str) -> None:
-    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "tests.lost_case", fault, str(who)]
+def test_ranks_end_and_name_the_one_that_is_lost(
+    fault: str, who: int, message: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    outputs = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
     ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **places, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        start_rank(rank, 2, port, output, exchange, fault, who)
+        for rank, output in enumerate(outputs)
     ]
+    other = 1 - who
     try:
-        _, said = ranks[1 - who].communicate(timeout=LIMIT)
+        ranks[other].join(timeout=LIMIT)
     finally:
         for rank in ranks:
             rank.kill()
-    assert ranks[1 - who].returncode == 4
-    assert f"dr2dist: rank {1 - who}: {message}" in said
+            rank.join()
+    assert ranks[other].exitcode == 4
+    assert f"dr2dist: rank {other}: {message}" in outputs[other].read_text()
 
 
-def test_a_run_whose_stage_is_killed_names_it_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_whose_stage_is_killed_names_it_and_goes_on(
+    tmp_path: Path, three_ranks: Pool
+) -> None:
     shards = make_small_shards(tmp_path / "shards")
     path, output = tmp_path / "run.yaml", tmp_path / "run"
     path.write_text(CONFIG.replace("SHARDS", str(shards)).replace("OUTPUT", str(output)))
@@ -86,8 +87,6 @@ def test_a_run_whose_stage_is_killed_names_it_and_goes_on(tmp_path: Path) -> Non
     said = log.read_text()
     assert status != 0 and not alive, said
     assert "rank 1 (stage 1, replica 0) was lost" in said
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert again.returncode == 0, again.stderr
-    assert "going on from" in again.stderr + again.stdout
-    summary = json.loads((output / "summary.json").read_text())
+    summary, *_ = three_ranks.run("tests.cases:run_config", path=str(path), overrides=[])
+    assert f"going on from {output}" in three_ranks.outputs[0].read_text()
     assert (summary["steps"], summary["certificate_failures"]) == (40, 0)

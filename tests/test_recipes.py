@@ -28,9 +28,10 @@ from tests.images import make_small_shards
 from tests.models import build
 from tests.pool import Pool
 
-STEPS, BATCH, DECAY, LAYER_DECAY = 6, 6, 0.7, 0.6
+STEPS, BATCH, DECAY, LAYER_DECAY, DEPTH = 6, 6, 0.7, 0.6, 4
+MODEL, SIZE = "vit_tiny_patch16_224", {"img_size": (32, 32), "depth": DEPTH}
 CONFIG = f"""
-model: {{name: vit_tiny_patch16_224, image_size: 32}}
+model: {{name: {MODEL}, image_size: 32, options: {{depth: {DEPTH}}}}}
 coefficients: {{kind: constant, alpha: 0.9, beta: 0.1}}
 task: {{name: classification, num_classes: 2}}
 data: {{train: SHARDS/train, val: SHARDS/val, hflip: false, scale: [1.0, 1.0]}}
@@ -61,19 +62,19 @@ def run(pool: Pool, path: Path, *overrides: str) -> dict[str, Any]:
 
 
 def scale_of(name: str) -> float:
-    """BEiT's layer decay by hand for a ViT of 12 blocks: stem 0, blocks 1 to 12, head 13."""
+    """BEiT's layer decay by hand for a ViT: stem 0, blocks 1 to DEPTH, then the head."""
     if name.startswith("blocks."):
         layer = int(name.split(".")[1]) + 1
     else:
         # timm counts the last norm with the last block.
-        layer = {"head": 13, "norm": 12}.get(name.partition(".")[0], 0)
-    return float(LAYER_DECAY ** (13 - layer)) * (3 if layer == 13 else 1)
+        layer = {"head": DEPTH + 1, "norm": DEPTH}.get(name.partition(".")[0], 0)
+    return float(LAYER_DECAY ** (DEPTH + 1 - layer)) * (3 if layer == DEPTH + 1 else 1)
 
 
 def plain_loop(shards: Path) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
     """(weights, averages, gradient norms) by one process, SGD and EMA written out."""
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 32), num_classes=2)
+    model = timm.create_model(MODEL, num_classes=2, **SIZE)
     net = dr2dist.convert(model, 0.9, 0.1, memory="store").train()
     dataset = ShardDataset(shards / "train", eval_transform((32, 32), *NORMAL))
     items = train_batches(len(dataset), 64, 0, micro_batch=BATCH, accumulate=1, rank=0, ranks=1)
@@ -117,7 +118,7 @@ def test_layer_decay_groups_and_averages_equal_a_plain_loop_on_every_stage(
     logged = [line for line in lines if "loss" in line]
     assert [line["gradient_norm"] for line in logged] == pytest.approx(norms, rel=1e-4)
     assert logged[0]["lr_highest"] == pytest.approx(3 * logged[0]["lr"])
-    assert logged[0]["lr_lowest"] == pytest.approx(LAYER_DECAY**13 * logged[0]["lr"])
+    assert logged[0]["lr_lowest"] == pytest.approx(LAYER_DECAY ** (DEPTH + 1) * logged[0]["lr"])
     assert summary["state_bytes"]["average"] < 0.6 * sum(4 * v.numel() for v in weights.values())
     # What is validated and exported is the average.
     dr2dist_file = tmp_path / "out.safetensors"
@@ -170,18 +171,18 @@ def test_frozen_parameters_stay_and_cost_no_state(
     tmp_path: Path, shards: Path, two_ranks: Pool
 ) -> None:
     path = write_config(tmp_path, shards, "run")
-    frozen = '["blocks.[0-5].*", pos_embed, "patch_embed.*", cls_token]'
+    frozen = '["blocks.[0-1].*", pos_embed, "patch_embed.*", cls_token]'
     summary = run(two_ranks, path, f"model.freeze={frozen}", "train.steps=2", "parallel.zero=2")
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 32), num_classes=2)
+    model = timm.create_model(MODEL, num_classes=2, **SIZE)
     saved = Checkpoint(checkpoints(tmp_path / "run")[-1])
     moved = {
         name: not torch.equal(saved.tensor("master", name), value)
         for name, value in model.named_parameters()
     }
     still = [name for name, changed in moved.items() if not changed]
-    assert {"pos_embed", "cls_token", "blocks.5.mlp.fc2.weight"} <= set(still)
-    assert moved["blocks.6.mlp.fc2.weight"] and moved["head.weight"]
+    assert {"pos_embed", "cls_token", "blocks.1.mlp.fc2.weight"} <= set(still)
+    assert moved["blocks.2.mlp.fc2.weight"] and moved["head.weight"]
     assert set(saved.names("ema")).isdisjoint(still)
     trained = sum(v.numel() for n, v in model.named_parameters() if moved[n])
     assert summary["state_bytes"]["moments"] == pytest.approx(4 * trained / 2, rel=0.01)

@@ -23,6 +23,10 @@ from tests.pool import Pool
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SMALLER = {
+    "vit_giant_patch14_224": ["model.options={embed_dim: 128, num_heads: 4, depth: 8}"],
+    "vit_small_patch14_dinov2": ["model.options={depth: 4}"],
+}
 TINY = """
 model: {name: vit_tiny_patch16_224, image_size: 32}
 reversible: {chunk_size: 3}
@@ -108,6 +112,7 @@ def test_every_shipped_config_starts(
         "train.epochs=null",
         "train.steps=2",
         "train.micro_batch=2",
+        *SMALLER.get(yaml.safe_load(config.read_text())["model"]["name"], []),
         f"parallel.deepspeed={ROOT / yaml.safe_load(config.read_text())['parallel']['deepspeed']}",
     ]
     results = pool.run("tests.cases:run_config", path=str(config), overrides=overrides)
@@ -117,31 +122,38 @@ def test_every_shipped_config_starts(
         assert results[0]["worst_drift"] > 1e-2
 
 
-def command(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dr2dist.cli", *arguments],
+def call(capfd: Any, *arguments: str) -> tuple[int, str, str]:
+    """The command line in this process: its exit status and what it printed."""
+    from dr2dist.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    found = capfd.readouterr()
+    return int(ended.value.code or 0), found.out, found.err
+
+
+def test_train_runs_under_the_launcher_and_leaves_a_finished_run_alone(
+    tmp_path: Path, shards: Path, capfd: Any
+) -> None:
+    path = write_config(tmp_path, shards)
+    line = ("train", str(path), "--ranks", "2")
+    done = subprocess.run(
+        [sys.executable, "-m", "dr2dist.cli", *line, "train.steps=2"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=240,
         check=False,
     )
-
-
-def test_train_runs_under_the_launcher_and_leaves_a_finished_run_alone(
-    tmp_path: Path, shards: Path
-) -> None:
-    path = write_config(tmp_path, shards)
-    done = command("train", str(path), "--ranks", "2", "train.steps=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "launch        deepspeed --num_accelerators 2" in done.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2
-    again = command("train", str(path), "--ranks", "2", "train.steps=2")
-    assert again.returncode == 0 and "is finished: nothing is left to do" in again.stdout
-    other = command("train", str(path), "--ranks", "2", "--dry-run")
-    assert other.returncode == 2
-    assert "holds a run with train.steps: 2, now it is 12" in other.stderr.splitlines()[-1]
+    status, out, _ = call(capfd, *line, "train.steps=2")
+    assert status == 0 and "is finished: nothing is left to do" in out
+    status, _, err = call(capfd, *line, "--dry-run")
+    assert status == 2
+    assert "holds a run with train.steps: 2, now it is 12" in err.splitlines()[-1]
 
 
 def test_the_launchers_own_entry_reports_a_users_error_once(tmp_path: Path, shards: Path) -> None:
@@ -182,58 +194,43 @@ def test_the_launchers_own_entry_reports_a_users_error_once(tmp_path: Path, shar
 def test_a_dry_run_finds_what_cannot_work(
     overrides: list[str], message: str, tmp_path: Path, shards: Path, capfd: Any
 ) -> None:
-    from dr2dist.cli import main
-
     path = write_config(tmp_path, shards)
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(path), "--dry-run", *overrides])
-    assert ended.value.code == 2
-    last = capfd.readouterr().err.strip().splitlines()[-1]
+    status, _, err = call(capfd, "train", str(path), "--dry-run", *overrides)
+    assert status == 2
+    last = err.strip().splitlines()[-1]
     assert last.startswith("dr2dist: ") and message in last
     assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_describes_the_run(tmp_path: Path, shards: Path, capfd: Any) -> None:
-    from dr2dist.cli import main
-
     path = write_config(tmp_path, shards)
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(path), "--dry-run", "--ranks", "2", "train.steps=7"])
-    assert ended.value.code == 0
-    text = capfd.readouterr().out
+    status, text, _ = call(capfd, "train", str(path), "--dry-run", "--ranks", "2", "train.steps=7")
+    assert status == 0
     assert "7 of 8 samples on 2 rank(s)" in text
     assert "blocks: 24 functions" in text
     assert "deepspeed --num_accelerators 2" in text
 
 
 def test_other_commands(tmp_path: Path, shards: Path, capfd: Any) -> None:
-    from dr2dist.cli import main
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        found = capfd.readouterr()
-        return int(ended.value.code or 0), found.out, found.err
-
     images = str(shards.parent / "images")
     source = ("--source", images, "--output", str(tmp_path / "made"))
-    status, out, _ = call("shards", "make", "--from", "imagefolder", *source)
+    status, out, _ = call(capfd, "shards", "make", "--from", "imagefolder", *source)
     assert status == 0 and "60 samples of 2 classes" in out
-    assert call("shards", "verify", str(tmp_path / "made"))[0] == 0
-    status, _, err = call("shards", "make", "--from", "imagefolder", *source)
+    assert call(capfd, "shards", "verify", str(tmp_path / "made"))[0] == 0
+    status, _, err = call(capfd, "shards", "make", "--from", "imagefolder", *source)
     assert status == 2 and "exists already" in err
-    status, out, _ = call("doctor", "--model", "vit_tiny_patch16_224", "--image-size", "32")
+    status, out, _ = call(capfd, "doctor", "--model", "vit_tiny_patch16_224", "--image-size", "32")
     assert status == 0 and "24 functions on" in out and "bit for bit" in out
-    status, out, _ = call("train", "--settings")
+    status, out, _ = call(capfd, "train", "--settings")
     assert status == 0 and "optim.lr" in out
     for arguments in ((), ("train",), ("shards",), ("shards", "make"), ("doctor",)):
-        status, out, _ = call(*arguments, "--help")
+        status, out, _ = call(capfd, *arguments, "--help")
         assert status == 0 and (not arguments or "example: dr2dist" in out)
     hosts = tmp_path / "hosts"
     hosts.write_text("one slots=2\ntwo slots=two\n")
     path = write_config(tmp_path, shards)
     for name, message in ((str(hosts), "found 'two slots=two'"), ("nowhere", "does not exist")):
-        status, _, err = call("train", str(path), "--hostfile", name, "--dry-run")
+        status, _, err = call(capfd, "train", str(path), "--hostfile", name, "--dry-run")
         assert status == 2 and message in err
 
 
