@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "braceexpand",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19.8,<0.20",
         "matplotlib",
         "numpy",
         "pillow",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dr2dist
-from dr2dist.reversible import Layout
+from dr2dist.reversible import Layout, PlainRunner
 from dr2dist.reversible.costs import Meter, Watermark
 from dr2dist.reversible.tape import Sides
 from tests.models import build
@@ -38,8 +38,12 @@ def growth(net: Any, images: Tensor) -> int:
 
 
 def network(device: torch.device, depth: int, beta: float, **options: Any) -> Any:
+    """As in an engine, which takes each function's gradients as they come."""
     model = build("vit", depth=depth, **SIZES[device.type])
-    return dr2dist.convert(model, 1 - beta, beta, **options).to(device).train()
+    net = dr2dist.convert(model, 1 - beta, beta, **options).to(device).train()
+    for user in (*net.chains, *net.pieces):
+        user.runner = PlainRunner(nested=True)
+    return net
 
 
 def images(device: torch.device) -> Tensor:
