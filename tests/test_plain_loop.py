@@ -11,6 +11,7 @@ import torch
 from timm.layers import Mlp
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 import dr2dist
@@ -138,6 +139,32 @@ def test_every_memory_mode_gives_the_same_bits(kind: str, pair: tuple[float, flo
     wanted = found(memory="store")
     for mode in MODES:
         assert_same(found(**mode), wanted)
+
+
+@pytest.mark.parametrize("memory", ["reverse", "checkpoint", "store"])
+def test_parametrized_and_tied_weights_train(memory: str) -> None:
+    def found(conv: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
+        net = conv(small("vit"))
+        weight_norm(net.blocks[0].attn.qkv)
+        net.blocks[1].mlp.fc1.weight = net.blocks[2].mlp.fc1.weight
+        return outcomes(net)
+
+    wanted = found(lambda model: model)
+    for name, value in found(
+        lambda model: dr2dist.convert(model, 1, 2**-16, fraction_bits=22, memory=memory)
+    ).items():
+        assert torch.allclose(value, wanted[name], rtol=1e-2, atol=1e-3 * wanted[name].abs().max())
+
+
+@pytest.mark.parametrize("memory", ["reverse", "store"])
+def test_parameters_exchanged_before_the_backward_pass_are_told(memory: str) -> None:
+    net = dr2dist.convert(small("vit"), memory=memory)
+    others = {
+        name: value.detach().clone().requires_grad_() for name, value in net.named_parameters()
+    }
+    output = torch.func.functional_call(net, others, (images(3),))
+    with pytest.raises(RuntimeError, match="other tensors than in the forward pass"):
+        loss_of(output).backward()
 
 
 def cut_short(net: Any) -> None:

@@ -183,6 +183,14 @@ class Segment:
                 "this reversible pass was already reversed and its remainders are freed; "
                 "pass retain_graph=True to the first backward"
             )
+        if not self.runner.nested and list(map(id, self.trained(tape.first))) != list(
+            map(id, tape.parameters)
+        ):
+            raise RuntimeError(
+                "the functions' trained parameters are other tensors than in the forward pass "
+                "(torch.func.functional_call ends too early, or requires_grad was changed): "
+                "differentiate before they are exchanged"
+            )
         if keep and state is not None:
             state = state.copy()
         reversal = Reversal(self.functions, self.runner, tape, state, grad)
