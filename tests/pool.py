@@ -57,6 +57,8 @@ def _enter(
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
+    # A rank starts its loaders' workers as one under the launcher does.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)  # as the variable says to processes that a rank starts
     function(*arguments)
 
