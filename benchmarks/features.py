@@ -31,7 +31,7 @@ def main() -> None:
     plan = make_plan(config, 1)
     transform = eval_transform(plan.image_size, plan.mean, plan.std)
     data = ShardDataset(root / str(config.data.val), transform)
-    images = torch.stack([data[[(0, index)]]["image"][0] for index in range(32)])
+    images = torch.stack([data[0, index]["image"] for index in range(32)])
     model = build_model(
         config.model.name, weights=config.model.weights, image_size=plan.image_size, num_classes=2
     ).eval()
