@@ -43,7 +43,7 @@ def assert_close(found: Any, wanted: Any) -> None:
 def assert_state_is_of(net: nn.Module, model: nn.Module) -> None:
     """The model's own names in their order; the coefficients besides."""
     names = list(net.state_dict())
-    names.remove("reversible_coefficients")
+    names.remove("reversible_alpha_beta")
     assert names == list(model.state_dict())
 
 

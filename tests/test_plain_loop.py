@@ -242,7 +242,7 @@ def test_copies_that_follow_weights_follow_coefficients(kind: str) -> None:
 def test_a_state_brings_its_coefficients() -> None:
     net = dr2dist.convert(small("vit"), 0.7, 0.3)
     state = copy.deepcopy(net.state_dict())
-    assert set(state) - set(small("vit").state_dict()) == {"reversible_coefficients"}
+    assert set(state) - set(small("vit").state_dict()) == {"reversible_alpha_beta"}
     other = dr2dist.convert(small("vit", seed=3))
     other.load_state_dict(state)
     assert other.coefficients == net.coefficients

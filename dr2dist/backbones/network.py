@@ -57,7 +57,7 @@ class Certificate:
         return worst_drift(chain.drift for chain in self.chains)
 
 
-COEFFICIENTS_NAME = "reversible_coefficients"
+COEFFICIENTS_NAME = "reversible_alpha_beta"
 """The buffer that a converted network has beside its model's: alpha and beta, as int64 multiples of
 2^-32. Copies that follow a network's state, such as averaged weights, so follow them too."""
 
