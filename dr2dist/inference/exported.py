@@ -114,9 +114,7 @@ def export(run: str | Path, output: str | Path, which: Literal["best", "last"] =
         name: saved.tensor(EMA if name in averaged else "master", name)
         for name in saved.names("master")
     }
-    known = timm_model(facts, on_meta=True).state_dict()
-    buffers = (name for name in saved.names("buffer") if name in known)
-    tensors |= {name: saved.tensor("buffer", name) for name in buffers}
+    tensors |= {name: saved.tensor("buffer", name) for name in saved.names("buffer")}
     with replaced(output) as aside:
         save_file(tensors, aside, facts.metadata())
     return facts
