@@ -90,7 +90,9 @@ def test_a_chain_forth_and_back_makes_the_host_wait_for_nothing(
     fake_gpu: Waits, arithmetic: str, slices: dict[str, int]
 ) -> None:
     with GPU:
-        chain: Chain = make_chain(4, dropout=0.1, arithmetic=arithmetic, **slices)
+        chain: Chain = make_chain(
+            4, dropout=0.1, arithmetic=arithmetic, on_failure="record", **slices
+        )
     x = torch.empty(5, 7, 32, device=GPU)
     fake_gpu.found.clear()
     recorded = chain.record(x)

@@ -220,7 +220,7 @@ class Config(Section):
     def _conventional_or_reversible(self) -> Self:
         path = self.coefficients
         if isinstance(path, Constant):
-            Setting(path.alpha, path.beta, **self.reversible.model_dump())
+            Setting(path.alpha, path.beta, **self.reversible.of_chains())
         if isinstance(path, Guarded) and path.drift and self.reversible.arithmetic == "exact":
             raise ValueError(
                 "coefficients.drift has no effect with reversible.arithmetic exact, which does "

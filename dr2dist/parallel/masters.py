@@ -58,7 +58,8 @@ class Masters:
     ) -> None:
         self._engine, self._zero, self._group = engine, zero, group
         self._frozen: Originals = {}
-        self._take(originals or {})
+        if originals:
+            self._take(originals)
 
     def _take(self, originals: Originals) -> None:
         held = {name: p.dtype for name, p in self._engine.module.named_parameters()}

@@ -77,7 +77,7 @@ def losses(zero: int, stages: int, bf16: bool, steps: int) -> list[float]:
         engine = stage_cases.make_engine("vit", stages, zero, ACCUMULATE, bf16)
     else:
         with pytest.MonkeyPatch.context() as patch:  # as deep as the one in stages
-            patch.setattr(cases, "build", lambda kind, depth: build(kind, depth=4))
+            patch.setattr(cases, "build", lambda kind, seed, depth: build(kind, seed, 4))
             engine = cases.make_engine("vit", zero, bf16=bf16, accumulate=ACCUMULATE, sgd=True)
     found = []
     for step in range(steps):
