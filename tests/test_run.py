@@ -24,6 +24,7 @@ from tests.pool import Pool
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 SMALLER = {
+    "swin_tiny_patch4_window7_224": ["model.image_size=112"],
     "vit_giant_patch14_224": ["model.options={embed_dim: 128, num_heads: 4, depth: 8}"],
     "vit_small_patch14_dinov2": ["model.options={depth: 4}"],
 }
