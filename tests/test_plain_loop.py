@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from timm.layers import Mlp
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
@@ -167,6 +169,55 @@ def test_parameters_exchanged_before_the_backward_pass_are_told(memory: str) -> 
         loss_of(output).backward()
 
 
+class AtHand(nn.Module):
+    """Has a weight at hand that is no parameter of the module that uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.weights = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weights[0].T)
+
+
+@pytest.mark.parametrize("memory", ["reverse", "checkpoint", "store"])
+def test_weights_reached_in_other_ways_train_too(memory: str) -> None:
+    torch.manual_seed(0)
+    functions = [AtHand(), AtHand()]
+    chain = dr2dist.Chain(functions, alpha=0.5, beta=0.5, fraction_bits=24, memory=memory)
+    chain(torch.ones(3, 8)).square().sum().backward()
+    found = [function.layer.weight.grad for function in functions]
+    weights = [function.layer.weight for function in functions]
+    x = torch.ones(3, 8)
+    y = 0.5 * x
+    for function in functions:
+        x, y = function(x) + 0.5 * x + y, 0.5 * x
+    for grad, wanted in zip(found, torch.autograd.grad(x.square().sum(), weights), strict=True):
+        assert torch.allclose(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_cached_parametrisations_train_too() -> None:
+    def found(cache: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        functions = [nn.Sequential(weight_norm(nn.Linear(8, 8)), nn.Tanh()) for _ in range(3)]
+        chain = dr2dist.Chain(functions)
+        with parametrize.cached() if cache else nullcontext():
+            chain(torch.ones(2, 8)).sum().backward()
+        return [parameter.grad for parameter in chain.parameters()]
+
+    assert_same(found(True), found(False))
+
+
+def test_a_head_that_was_written_to_is_told() -> None:
+    net = dr2dist.convert(small("vit"))
+    output = net(images(3))
+    with torch.no_grad():
+        net.head.weight.mul_(3)
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        loss_of(output).backward()
+
+
 def cut_short(net: Any) -> None:
     """Fewer blocks, in a list of their own."""
     if hasattr(net, "blocks"):
@@ -234,6 +285,10 @@ def test_copies_that_follow_weights_follow_coefficients(kind: str) -> None:
     net.set_coefficients(0.5, 0.5)
     followers[0].update(net)
     followers[1].update_parameters(net)
+    followers.append(nn.Module())  # as many loops write it
+    followers[2].module = copy.deepcopy(followers[0].module)
+    for own, new in zip(followers[2].module.buffers(), net.buffers(), strict=True):
+        own.data.copy_(new.data)
     for follower in followers:
         assert follower.module.coefficients == (0.5, 0.5)
         assert torch.equal(follower.module(images()), net(images()))
@@ -255,6 +310,30 @@ def test_a_state_brings_its_coefficients() -> None:
     conventional = dr2dist.convert(small("vit"), **CONVENTIONAL)
     with pytest.raises(dr2dist.UserError, match="beta is 0"):
         net.load_state_dict(conventional.state_dict())
+
+
+def test_a_state_may_be_loaded_into_a_network_that_was_on_meta() -> None:
+    state = small("vit").state_dict()
+    for assign in (False, True):
+        with torch.device("meta"):
+            net = dr2dist.convert(build("vit", depth=3), 0.7, 0.3)
+        net = net.to_empty(device="cpu")
+        net.load_state_dict(copy.deepcopy(state), assign=assign)
+        assert net.coefficients == dr2dist.convert(small("vit"), 0.7, 0.3).coefficients
+        wanted = dr2dist.convert(small("vit"), 0.7, 0.3).eval()
+        assert torch.equal(net.eval()(images()), wanted(images()))
+
+
+def test_exported_programs_have_what_was_replaced() -> None:
+    net = dr2dist.convert(small("vit")).eval()
+    net(images())
+    replace(net)
+    net.state_dict()["reversible_alpha_beta"].copy_(
+        dr2dist.convert(small("vit"), 0.5, 0.5).state_dict()["reversible_alpha_beta"]
+    )
+    program = torch.export.export(net.eval(), (images(),)).module()
+    assert net.coefficients == (0.5, 0.5)
+    assert torch.allclose(program(images()), net(images()), rtol=1e-3, atol=1e-4)
 
 
 def test_training_is_not_compiled_around_a_chain() -> None:

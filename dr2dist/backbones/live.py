@@ -12,13 +12,13 @@ from dr2dist.errors import UserError
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def structure_of(net: nn.Module) -> tuple[int, ...]:
-    """Which modules the network is made of: another one in any place gives another result."""
-    found: list[int] = []
+def structure_of(net: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that the network is made of: another one in any place gives another result."""
+    found: list[nn.Module] = []
     waiting = [net]
     while waiting:
         children = [child for child in waiting.pop()._modules.values() if child is not None]
-        found += map(id, children)
+        found += children
         waiting += children
     return tuple(found)
 
@@ -32,18 +32,18 @@ def bypassed(net: nn.Module, blocks: Iterable[nn.Module]) -> list[tuple[str, nn.
     return [(name, net.get_submodule(name)) for name in sorted(inside)]
 
 
-def refuse_unseen(net: nn.Module, unseen: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raises UserError where hooks would never be called, or parameters are sharded by FSDP2.
+def refuse_sharded(modules: Iterable[nn.Module]) -> None:
+    """Raises UserError if FSDP has sharded one of them."""
+    if any("_is_fsdp_managed_module" in module.__dict__ for module in modules):
+        raise UserError(
+            "the network is sharded by FSDP (fully_shard), which gathers parameters around modules "
+            "that a reversible network does not call: use DistributedDataParallel, or ZeRO by "
+            "dr2dist train"
+        )
 
-    unseen: what `bypassed` gives.
-    """
-    for name, module in (("the network", net), *unseen):
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            raise UserError(
-                f"{name} is sharded by fully_shard, which gathers parameters around modules that "
-                "a reversible network does not call: use DistributedDataParallel, or ZeRO by "
-                "dr2dist train"
-            )
+
+def refuse_hooks(unseen: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises UserError where hooks would never be called. unseen: what `bypassed` gives."""
     for name, module in unseen:
         if any(module.__dict__.get(kind) for kind in _HOOKS):
             raise UserError(

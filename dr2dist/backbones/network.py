@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dr2dist.backbones.beit import BeitFamily
 from dr2dist.backbones.eva import EvaFamily
 from dr2dist.backbones.family import Branch, Family, Stem, part_of
-from dr2dist.backbones.live import bypassed, refuse_unseen, structure_of
+from dr2dist.backbones.live import bypassed, refuse_hooks, refuse_sharded, structure_of
 from dr2dist.backbones.swin import SwinFamily
 from dr2dist.backbones.vit import VitFamily
 from dr2dist.errors import UserError
@@ -96,26 +96,34 @@ class ReversibleNetwork(nn.Module):
 
     def _note_coefficients(self) -> None:
         """Writes the coefficients in force to the buffer; by kernels, so that no host waits."""
-        setting, buffer = self.chains[0].setting, self._buffers[COEFFICIENTS_NAME]
+        buffer = self._buffers[COEFFICIENTS_NAME]
         assert buffer is not None
         with torch.no_grad():
-            for place, value in enumerate((setting.alpha, setting.beta)):
-                buffer[place].fill_(round(value * _UNIT))
+            for place, value in enumerate(self._units):
+                buffer[place].fill_(value)
         self._noted = _version(buffer)
+
+    @property
+    def _units(self) -> list[int]:
+        """The coefficients in force as the buffer holds them."""
+        setting = self.chains[0].setting
+        return [round(value * _UNIT) for value in (setting.alpha, setting.beta)]
 
     def _take_coefficients(self) -> None:
         """Takes what others have written to the buffer: a loaded state, a copy's update."""
         buffer = self._buffers[COEFFICIENTS_NAME]
         assert buffer is not None
-        if buffer.is_meta or _version(buffer) == self._noted:
+        # On a GPU a read makes the host wait, so that in training only what torch counts as a
+        # write is looked at; writes through .data and by collectives are not.
+        seen = buffer.is_cuda and torch.is_grad_enabled() and _version(buffer) == self._noted
+        if buffer.is_meta or seen:
             return
-        alpha, beta = (round_coefficient(value / _UNIT) for value in buffer.tolist())
-        setting = self.chains[0].setting
-        if (alpha, beta) == (setting.alpha, setting.beta):
-            self._noted = _version(buffer)
+        self._noted = _version(buffer)
+        values = buffer.tolist()
+        if values == self._units:
             return
         try:
-            self.set_coefficients(alpha, beta)
+            self.set_coefficients(*(round_coefficient(value / _UNIT) for value in values))
         except ValueError as error:
             raise UserError(f"{COEFFICIENTS_NAME} in the loaded state: {error}") from None
 
@@ -180,11 +188,13 @@ class ReversibleNetwork(nn.Module):
 
     def set_input_size(self, *args: Any, **options: Any) -> None:
         """As the model's own."""
+        self._refuse_in_engine()
         super().set_input_size(*args, **options)  # type: ignore[misc]
         self._cut()
 
     def prune_intermediate_layers(self, *args: Any, **options: Any) -> Any:
         """As the model's own."""
+        self._refuse_in_engine()
         kept = super().prune_intermediate_layers(*args, **options)  # type: ignore[misc]
         self._cut()
         return kept
@@ -192,36 +202,47 @@ class ReversibleNetwork(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As any module's."""
         super().train(mode)
-        self._renew_functions()
+        self._renew()
         return self
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """As any module's. A state without coefficients, as timm's are, leaves them as they are."""
         result = super().load_state_dict(*args, **options)
-        self._take_coefficients()
+        self._renew()
         return result
 
     def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        own = {prefix + COEFFICIENTS_NAME: self._buffers[COEFFICIENTS_NAME]}
+        own = {prefix + COEFFICIENTS_NAME: torch.tensor(self._units, device="cpu")}
         super()._load_from_state_dict({**own, **state}, prefix, *rest)
 
+    @torch.compiler.disable
     def _renew(self) -> None:
-        """Takes up what was changed in the network since its last pass."""
-        if torch.compiler.is_compiling():
-            return  # what is traced stays as it was
-        if not self.chains[0].runner.nested:  # an engine has hooks, and keeps the modules it knows
-            refuse_unseen(self, self._bypassed)
-            if structure_of(self) != self._structure:
-                self._cut()
-                refuse_unseen(self, self._bypassed)
-        self._renew_functions()
-        self._take_coefficients()
+        """Takes up what was changed in the network since its last pass.
 
-    def _renew_functions(self) -> None:
+        Raises UserError for what a reversible network cannot do.
+        """
+        structure = structure_of(self)
+        changed = structure != self._structure
+        if self.chains[0].runner.nested:  # an engine has hooks of its own
+            self._refuse_in_engine(changed)
+        else:
+            refuse_sharded((self, *structure))
+            if changed:
+                self._cut()
+            refuse_hooks(self._bypassed)
         for chain in self.chains:
             for function in chain.functions:
                 if isinstance(function, Branch):
                     function.renew()
+        if not torch.compiler.is_compiling():  # what torch.export traces has no values
+            self._take_coefficients()
+
+    def _refuse_in_engine(self, changed: bool = True) -> None:
+        if changed and self.chains[0].runner.nested:
+            raise UserError(
+                "modules were replaced after the engine was made, which keeps those that it knows; "
+                "replace them before"
+            )
 
     def _cut(self, options: Mapping[str, Any] | None = None) -> None:
         """(Re)builds the chains from the model's present modules; known ones stay the same.
@@ -252,7 +273,8 @@ class ReversibleNetwork(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles name the model's own class, since this one is made at run time."""
         base = type(self).__bases__[1]
-        return _blank, (base,), self.__dict__.copy()
+        # A copy cuts anew: its functions do not know their blocks.
+        return _blank, (base,), {**self.__dict__, "_structure": ()}
 
 
 class _Tail(nn.Module):
@@ -341,7 +363,7 @@ def convert(
     net.family = family
     net.chains = ()
     net._cut({**asdict(setting), "on_failure": on_failure, "compile": compile})
-    values = torch.empty(2, dtype=torch.int64)
+    values = torch.empty(2, dtype=torch.int64, device="cpu")
     net.register_buffer(COEFFICIENTS_NAME, values)
     net._note_coefficients()
     # Every rank sets its own; a broadcast of them would make the host wait at each pass.

@@ -49,15 +49,17 @@ def save(
     network computes, or if it is none that `load` could build.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"save: {path} is a folder, a file is needed")
     _check_kind(net)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         image = _example(net)
-        wanted = _output(net, image)
-        facts = _facts(net, wanted.shape[1], classes, mean, std, options)
+        wanted = _outputs(net, image)
+        facts = _facts(net, wanted[-1].shape[1], classes, mean, std, options)
         tensors = _tensors(net, path, facts)
         with replaced(path) as aside:
             write_tensors(aside, tensors, facts.metadata())
-            _check_same(path, facts, _output(_again(net, aside), image), wanted)
+            _check_same(path, facts, _outputs(_again(net, aside), image), wanted)
 
 
 def _check_kind(net: nn.Module) -> None:
@@ -91,11 +93,11 @@ def _example(net: Any) -> Tensor:
     return torch.randn(1, 3, *_size(net)[1], generator=generator).to(first.device, first.dtype)
 
 
-def _output(net: nn.Module, image: Tensor) -> Tensor:
-    """Logits [1, classes] in evaluation mode. Raises UserError if there are none."""
+def _outputs(net: Any, image: Tensor) -> tuple[Tensor, Tensor]:
+    """(features, logits [1, classes]) in evaluation mode. Raises UserError if there are none."""
     try:
         with _evaluating(net), torch.autocast(image.device.type, enabled=False):
-            output = net(image)
+            features, output = net.forward_features(image), net(image)
     except RuntimeError as error:
         shape = list(image.shape)
         raise UserError(f"save: the network fails on images {shape}: {one_line(error)}") from None
@@ -103,7 +105,7 @@ def _output(net: nn.Module, image: Tensor) -> Tensor:
         raise UserError("save: the network gives no logits [batch, classes]; it needs a classifier")
     if not output.isfinite().all():
         raise UserError("save: the network's output on a random image is not finite")
-    return output
+    return features, output
 
 
 @contextmanager
@@ -201,10 +203,14 @@ def _again(net: Any, path: Path) -> Any:
     return again
 
 
-def _check_same(path: Path, facts: Facts, found: Tensor, wanted: Tensor) -> None:
-    difference = float((found - wanted).abs().max() / wanted.abs().max())
-    if difference > (0 if wanted.device.type == "cpu" else TOLERANCE):
-        raise UserError(
-            f"{path}: {_named(facts)} computes other outputs with these weights, by "
-            f"{difference:.2g} of the largest; {_GIVE}"
-        )
+def _check_same(
+    path: Path, facts: Facts, found: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        limit = other.abs().max() * (0 if other.device.type == "cpu" else TOLERANCE)
+        difference = (one - other).abs().max()
+        if not difference <= limit:
+            raise UserError(
+                f"{path}: {_named(facts)} computes other outputs with these weights, by up to "
+                f"{float(difference):.2g}; {_GIVE}"
+            )

@@ -170,7 +170,7 @@ class ReversibleEngine:
     def _whole_norm(self) -> Tensor:
         """Of gradients that every rank holds whole, where DeepSpeed keeps no norm."""
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        return torch.nn.utils.get_total_norm(gradients).to(self.device)
 
     @property
     def coefficients(self) -> tuple[float, float]:

@@ -148,7 +148,7 @@ class Probe:
     def __init__(self, state: State) -> None:
         generator = torch.Generator().manual_seed(state.current.numel())
         count = min(PROBE, state.current.numel())
-        where = torch.randint(state.current.numel(), (count,), generator=generator)
+        where = torch.randint(state.current.numel(), (count,), generator=generator, device="cpu")
         self._where = to_device(where, state.current.device)
         self._values = self._sample(state)
 

@@ -146,7 +146,8 @@ class Chain(nn.Module):
         taps = [range(len(segment.functions))[tap] for tap in taps]
         shared = Sides(sides, batched)
         layout = self._layout(segment, x, shared)
-        if not torch.is_grad_enabled() or not self._anything_to_train(segment, shared, x):
+        trains = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        if not trains or not self._anything_to_train(segment, shared, x):
             output, tapped = segment.infer(x, shared, self.setting, layout, taps)
         else:
             if torch.compiler.is_dynamo_compiling() and self.setting.memory != "store":

@@ -26,7 +26,7 @@ _BITS_AS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _weights(device: torch.device) -> Tensor:
     """Odd random numbers, int64 [BLOCK]; always the same ones."""
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.randint(-(1 << 63), (1 << 63) - 1, (BLOCK,), generator=generator)
+    drawn = torch.randint(-(1 << 63), (1 << 63) - 1, (BLOCK,), generator=generator, device="cpu")
     return (drawn | 1).to(device)
 
 

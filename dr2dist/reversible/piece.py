@@ -16,6 +16,7 @@ from dr2dist.reversible.runner import (
     HandOver,
     LiveFunction,
     PlainRunner,
+    check_unchanged,
     gradients,
     run,
     trainable,
@@ -47,7 +48,7 @@ class Piece:
         chunk_size: samples per slice, None for all at once.
         """
         needed = x.requires_grad or bool(trainable(self.module))
-        if torch.is_grad_enabled() and needed:
+        if torch.is_grad_enabled() and needed and not torch.compiler.is_exporting():
             outputs = self._train(x, self._slices(x, chunk_size))
         else:
             with torch.no_grad(), self.runner.open(self.module, trained=False) as live:
@@ -81,7 +82,7 @@ class _PieceFunction(torch.autograd.Function):
         x: Tensor,
         *parameters: nn.Parameter,
     ) -> tuple[Tensor, ...]:
-        ctx.parameters = parameters
+        ctx.parameters, ctx.versions = parameters, [p._version for p in parameters]
         ctx.piece, ctx.slices, ctx.x_needs_grad = piece, slices, x.requires_grad
         ctx.kernels, ctx.randomness = Kernels.current(x.device), Randomness(x.device)
         ctx.save_for_backward(x)
@@ -100,6 +101,8 @@ class _PieceFunction(torch.autograd.Function):
             raise RuntimeError("double backward is not possible; call without create_graph")
         (x,) = ctx.saved_tensors
         piece: Piece = ctx.piece
+        if not piece.runner.nested:
+            check_unchanged(trainable(piece.module), ctx.parameters, ctx.versions)
         found = torch.empty_like(x) if ctx.x_needs_grad else None
         hand_over = HandOver([piece.module], piece.runner.nested)
         kept = kept_statistics(piece.module)

@@ -34,7 +34,7 @@ class Randomness:
             self._generators.append(torch.cuda.default_generators[device.index or 0])
         self._before: Tensor | None = torch.default_generator.get_state()
         # Read as host memory: it never was on a device, so nothing has to wait for one.
-        self._seed = int(torch.randint(2**62, (1,)).numpy()[0])
+        self._seed = int(torch.randint(2**62, (1,), device="cpu").numpy()[0])
         self._drawn = torch.default_generator.get_state()
 
     @contextmanager

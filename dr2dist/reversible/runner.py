@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dr2dist.reversible.compiled import CompiledFunctions
@@ -30,12 +31,14 @@ class Call(NamedTuple):
     """A run of F on one slice whose graph is still there.
 
     inputs: the tokens and the differentiable sides, detached. leaves: what stands for the
-    function's trainable parameters. outputs: F's raw output, or what it gives for a context.
+    function's trainable parameters. originals: those themselves, which a function may have at hand
+    in other ways than as a module's. outputs: F's raw output, or what it gives for a context.
     roots: where the outputs' graph begins, once they were dropped.
     """
 
     inputs: list[Tensor]
     leaves: list[Tensor]
+    originals: list[nn.Parameter]
     outputs: tuple[Tensor, ...]
     roots: tuple[Root | None, ...] = ()
 
@@ -110,10 +113,21 @@ class PlainRunner:
         compiled = self.compile and trained
         call = partial(self._compiled.call, function) if compiled else function
         try:
-            yield LiveFunction(call, list(leaves.values()), parameters)
+            with _without_cache():
+                yield LiveFunction(call, list(leaves.values()), parameters)
         finally:
             for held, name, parameter in places:
                 held[name] = parameter
+
+
+@contextmanager
+def _without_cache() -> Iterator[None]:
+    """Parametrisations are computed anew: a cached one would hang on the leaves of another run."""
+    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
 
 
 def trainable(function: nn.Module) -> list[nn.Parameter]:
@@ -129,7 +143,8 @@ def run(
     sides = tree_map(_leaf, sides)
     output = live.call(x, **sides, **told)
     inputs = [x, *(leaf for _, leaf in differentiable(sides))]
-    return Call(inputs, live.leaves, output if isinstance(output, tuple) else (output,))
+    outputs = output if isinstance(output, tuple) else (output,)
+    return Call(inputs, live.leaves, live.parameters, outputs)
 
 
 def without_saved() -> AbstractContextManager[None]:
@@ -148,7 +163,8 @@ def gradients(
     call: Call, grads: Sequence[Tensor | None], keep_graph: bool
 ) -> tuple[list[Tensor | None], ...]:
     """(gradients of the inputs, gradients of the leaves) given those of the outputs."""
-    wanted = [leaf for leaf in (*call.inputs, *call.leaves) if leaf.requires_grad]
+    tensors = (*call.inputs, *call.leaves, *call.originals)
+    wanted = [leaf for leaf in tensors if leaf.requires_grad]
     roots = call.roots or [Root(o, o.dtype) if o.requires_grad else None for o in call.outputs]
     known = [
         (root.edge, grad.to(root.dtype))
@@ -162,11 +178,37 @@ def gradients(
             outputs, wanted, given, allow_unused=True, retain_graph=keep_graph
         )
         found = {id(leaf): result for leaf, result in zip(wanted, results, strict=True)}
-    return [found.get(id(x)) for x in call.inputs], [found.get(id(x)) for x in call.leaves]
+    of_leaves = [
+        _sum(found.get(id(leaf)), found.get(id(original)))
+        for leaf, original in zip(call.leaves, call.originals, strict=True)
+    ]
+    return [found.get(id(x)) for x in call.inputs], of_leaves
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one + other
 
 
 def _root(output: Tensor) -> Root | None:
     return Root(get_gradient_edge(output), output.dtype) if output.requires_grad else None
+
+
+def check_unchanged(
+    now: Sequence[Tensor], then: Sequence[Tensor], versions: Sequence[int] | None = None
+) -> None:
+    """Raises RuntimeError if trained parameters are others than in the forward pass, or, where
+    their versions are given, were written to."""
+    if list(map(id, now)) != list(map(id, then)):
+        raise RuntimeError(
+            "the trained parameters are other tensors than in the forward pass "
+            "(torch.func.functional_call ends too early, or requires_grad was changed): "
+            "differentiate before they are exchanged"
+        )
+    if versions is not None and [tensor._version for tensor in now] != list(versions):
+        raise RuntimeError(
+            "a trained parameter was changed by an in-place operation between the forward and the "
+            "backward pass"
+        )
 
 
 def needs_grad(value: Any) -> bool:

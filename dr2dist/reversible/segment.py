@@ -18,7 +18,13 @@ from dr2dist.reversible.exact import ExactArithmetic
 from dr2dist.reversible.kernels import Kernels
 from dr2dist.reversible.replay import Randomness
 from dr2dist.reversible.reversal import Backward, Reversal
-from dr2dist.reversible.runner import FunctionRunner, differentiable, trainable, without_saved
+from dr2dist.reversible.runner import (
+    FunctionRunner,
+    check_unchanged,
+    differentiable,
+    trainable,
+    without_saved,
+)
 from dr2dist.reversible.setting import Setting
 from dr2dist.reversible.slices import Layout, Part, joined, parts_of
 from dr2dist.reversible.state import Gradient, State
@@ -183,14 +189,8 @@ class Segment:
                 "this reversible pass was already reversed and its remainders are freed; "
                 "pass retain_graph=True to the first backward"
             )
-        if not self.runner.nested and list(map(id, self.trained(tape.first))) != list(
-            map(id, tape.parameters)
-        ):
-            raise RuntimeError(
-                "the functions' trained parameters are other tensors than in the forward pass "
-                "(torch.func.functional_call ends too early, or requires_grad was changed): "
-                "differentiate before they are exchanged"
-            )
+        if not self.runner.nested:
+            check_unchanged(self.trained(tape.first), tape.parameters)
         if keep and state is not None:
             state = state.copy()
         reversal = Reversal(self.functions, self.runner, tape, state, grad)

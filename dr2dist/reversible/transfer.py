@@ -14,4 +14,5 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     """
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
-    return tensor.to(device, dtype or tensor.dtype, non_blocking=True)
+    # Another dtype would be made on the host first, in memory that is not pinned.
+    return tensor.to(device, non_blocking=True).to(dtype or tensor.dtype)
