@@ -234,14 +234,19 @@ def passing_fault(zero: int, accumulate: int) -> Any:
     return results
 
 
-def ddp_gradients() -> dict[str, Tensor]:
-    """Gradients of a chain inside DistributedDataParallel on this rank's half of a batch."""
-    net = dr2dist.convert(build("vit", depth=3), chunk_size=2).train()
-    wrapped = nn.parallel.DistributedDataParallel(net)
+def ddp_gradients(kind: str, passes: int = 1, **options: bool) -> dict[str, Tensor]:
+    """Gradients of a network inside DistributedDataParallel on this rank's half of a batch.
+
+    passes: forward passes, each on a part, before one backward pass. options: of the wrapper.
+    """
+    net = dr2dist.convert(build(kind, depth=3), chunk_size=2).train()
+    wrapped = nn.parallel.DistributedDataParallel(net, **options)
     ((images, labels),) = micro_batches(0, 1)
     for _ in range(2):
         wrapped.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(wrapped(images), labels).backward()
+        parts = zip(images.chunk(passes), labels.chunk(passes), strict=True)
+        losses = [nn.functional.cross_entropy(wrapped(x), y) for x, y in parts]
+        (sum(losses) / passes).backward()  # type: ignore[union-attr]
     assert net.certificate().failures == 0
     return {name: parameter.grad for name, parameter in net.named_parameters()}
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dr2dist
-from tests.bounds import mean_bound
+from tests.bounds import chain_bound, mean_bound
 from tests.models import build
 from tests.pool import Pool
 
@@ -171,13 +171,30 @@ def test_drift_of_float_arithmetic_reaches_the_verdict(two_ranks: Pool) -> None:
     assert all(result[2] is None for result in exact)
 
 
-def test_distributed_data_parallel_gives_the_gradients_of_one_process(two_ranks: Pool) -> None:
-    results = two_ranks.run("tests.cases:ddp_gradients")
-    net = dr2dist.convert(build("vit", depth=3), memory="store").train()
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("vit", {}),
+        ("vit", {"find_unused_parameters": True}),
+        ("vit", {"static_graph": True}),
+        ("vit", {"passes": 2}),
+        ("eva-rope", {"find_unused_parameters": True, "passes": 2}),
+        ("beit-shared-bias", {"find_unused_parameters": True, "passes": 2}),
+        ("swin", {"find_unused_parameters": True, "passes": 2}),
+    ],
+)
+def test_distributed_data_parallel_gives_the_gradients_of_one_process(
+    two_ranks: Pool, kind: str, way: dict[str, Any]
+) -> None:
+    results = two_ranks.run("tests.cases:ddp_gradients", kind=kind, **way)
+    net = dr2dist.convert(build(kind, depth=3), memory="store").train()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(8, 3, 32, 32, generator=generator)
     labels = torch.randint(0, 5, (8,), generator=generator)
     nn.functional.cross_entropy(net(images), labels).backward()
     for name, parameter in net.named_parameters():
         for result in results:
-            assert torch.allclose(result[name], parameter.grad, rtol=1e-4, atol=1e-6), name
+            # Other shapes round otherwise, and so does the grid after them: chain_bound, forth and
+            # back, times what a mean over 8 samples may cancel.
+            off = (result[name] - parameter.grad).norm() / parameter.grad.norm()
+            assert off < 2 * 8 * chain_bound(net.chains[0].setting, 6), (name, float(off))

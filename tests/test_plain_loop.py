@@ -356,11 +356,16 @@ def test_training_is_not_compiled_around_a_chain() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{}, pytest.param({"memory": "checkpoint"}, marks=pytest.mark.slow)]
+    ("kind", "setting"),
+    [
+        ("vit", {}),
+        pytest.param("vit", {"memory": "checkpoint"}, marks=pytest.mark.slow),
+        *(pytest.param(kind, {}, marks=pytest.mark.slow) for kind in FAMILIES[1:]),
+    ],
 )
-def test_compiled_functions_recompute_their_own_bits(setting: dict[str, Any]) -> None:
+def test_compiled_functions_recompute_their_own_bits(kind: str, setting: dict[str, Any]) -> None:
     def found(**options: Any) -> dict[str, Tensor]:
-        model = build("vit", depth=2, proj_drop_rate=0.1).train()
+        model = build(kind, depth=2, proj_drop_rate=0.1).train()
         net = dr2dist.convert(model, chunk_size=2, compile=True, **options)
         torch.manual_seed(3)
         output = net(images(3))
