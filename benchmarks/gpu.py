@@ -17,11 +17,18 @@ from dataclasses import dataclass
 
 import torch
 
-from dr2dist.bench.cases import COMPILED, CONVENTIONAL, OFFLOADED, PER_BLOCK, Spec
+from dr2dist.bench.cases import (
+    COMPILED,
+    CONVENTIONAL,
+    EXACT_COMPILED,
+    OFFLOADED,
+    PER_BLOCK,
+    Spec,
+)
 from dr2dist.bench.process import CaseError, Process
 from dr2dist.errors import UserError
 
-CASES = (PER_BLOCK, CONVENTIONAL, "exact", "exact sliced", OFFLOADED, COMPILED)
+CASES = (PER_BLOCK, CONVENTIONAL, "exact", "exact sliced", EXACT_COMPILED, OFFLOADED, COMPILED)
 """Checkpointing first, for all others are told as multiples of it."""
 ROUNDS = 7
 WARM = 2

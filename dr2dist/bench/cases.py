@@ -16,6 +16,7 @@ from dr2dist.backbones.network import convert
 from dr2dist.errors import UserError, nearest
 
 CONVENTIONAL, PER_BLOCK, BUDGET = "conventional", "checkpoint per block", "budget"
+EXACT_COMPILED = "exact compiled"
 WHOLE_BLOCK = "checkpoint per block, no early stop"
 """Torch's checkpointing ends a recompute at the last tensor that gradients need, before a block's
 last matrix product, whose output no reversal can do without. This runs all of it again."""
@@ -27,6 +28,7 @@ CONVERTED: dict[str, dict[str, Any]] = {
     "exact": {},
     "exact sliced": {"sliced": True},
     BUDGET: {"memory": "budget"},
+    EXACT_COMPILED: {"compile": True},
 }
 """Cases that `convert` makes, with its options; `sliced` stands for the slices asked for."""
 
@@ -34,6 +36,9 @@ LIBRARIES = ("revlib", "momentumnet")
 """Packages from PyPI that reverse a run of functions, by other couplings than Dr2Net's."""
 
 CASES = (CONVENTIONAL, PER_BLOCK, WHOLE_BLOCK, *CONVERTED, *LIBRARIES)
+
+USUAL = tuple(case for case in CASES if case != EXACT_COMPILED)
+"""What is measured where nothing is asked for: compiling needs a C++ compiler on a CPU."""
 
 OFFLOADED = "checkpoint per block, offloaded"
 """What checkpoints keep goes to the host's memory, and comes back when it is needed."""

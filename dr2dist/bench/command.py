@@ -108,11 +108,11 @@ def _check(given: argparse.Namespace) -> None:
 
 def _cases(asked: list[str] | None) -> list[str]:
     """Those asked for, checked, or all; libraries must be installed if they are compared."""
-    from dr2dist.bench.cases import CASES, LIBRARIES, check_case
+    from dr2dist.bench.cases import CASES, LIBRARIES, USUAL, check_case
 
     for case in asked or []:
         check_case(case)
-    cases = [case for case in CASES if asked is None or case in asked]
+    cases = [case for case in CASES if case in (USUAL if asked is None else asked)]
     missing = [c for c in cases if c in LIBRARIES and importlib.util.find_spec(c) is None]
     if missing:
         raise UserError(
