@@ -101,7 +101,7 @@ class ReversibleNetwork(nn.Module):
         with torch.no_grad():
             for place, value in enumerate(self._units):
                 buffer[place].fill_(value)
-        self._noted = _version(buffer)
+        self._noted, self._written = _version(buffer), self._units
 
     @property
     def _units(self) -> list[int]:
@@ -118,10 +118,9 @@ class ReversibleNetwork(nn.Module):
         seen = buffer.is_cuda and torch.is_grad_enabled() and _version(buffer) == self._noted
         if buffer.is_meta or seen:
             return
-        self._noted = _version(buffer)
-        values = buffer.tolist()
-        if values == self._units:
-            return
+        self._noted, values = _version(buffer), buffer.tolist()
+        if values == self._written:
+            return  # a chain alone may have others
         try:
             self.set_coefficients(*(round_coefficient(value / _UNIT) for value in values))
         except ValueError as error:
