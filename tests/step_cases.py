@@ -22,9 +22,9 @@ MICRO_BATCHES = 2
 STATISTICS = "blocks.1.norm2.running_mean"
 
 
-def with_norms(kind: str, **options: Any) -> nn.Module:
+def with_norms(kind: str, seed: int = 0, **options: Any) -> nn.Module:
     """A tiny ViT with running statistics in its stem and in a function."""
-    model: Any = build(kind, **options)
+    model: Any = build(kind, seed, **options)
     model.patch_embed.norm = nn.BatchNorm1d(16)
     model.blocks[1].norm2 = nn.BatchNorm1d(17)
     return model
