@@ -5,56 +5,25 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from dr2dist.backbones.beit import BeitFamily
+from dr2dist.backbones.certificate import Certificate
 from dr2dist.backbones.eva import EvaFamily
 from dr2dist.backbones.family import Branch, Family, Stem, part_of
 from dr2dist.backbones.live import bypassed, refuse_hooks, refuse_sharded, structure_of
 from dr2dist.backbones.swin import SwinFamily
 from dr2dist.backbones.vit import VitFamily
 from dr2dist.errors import UserError
-from dr2dist.reversible import Chain, ChainCertificate, Piece, Planner, Setting
-from dr2dist.reversible.certificate import worst_drift
+from dr2dist.reversible import Chain, Piece, Planner, Setting
 from dr2dist.reversible.failure import OnFailure
 from dr2dist.reversible.setting import Arithmetic, Memory, round_coefficient
 
 _families: list[Family] = [VitFamily(), EvaFamily(), BeitFamily(), SwinFamily()]
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What the last backward pass verified, over all chains.
-
-    chains: one record each. failures: their sum, 0 proves the reversal in exact arithmetic.
-    remainder_bytes: held for the pass, all chains. drift: the worst, float arithmetic only.
-    """
-
-    chains: tuple[ChainCertificate, ...]
-
-    @property
-    def failures(self) -> int:
-        """How many failures were found."""
-        return sum(chain.failures for chain in self.chains)
-
-    @property
-    def messages(self) -> tuple[str, ...]:
-        """One line for each failure."""
-        return tuple(line for chain in self.chains for line in chain.messages)
-
-    @property
-    def remainder_bytes(self) -> int:
-        """Bytes of remainders that the pass held."""
-        return sum(chain.remainder_bytes for chain in self.chains)
-
-    @property
-    def drift(self) -> float | None:
-        """Largest relative error of a reconstructed start; None where nothing drifts."""
-        return worst_drift(chain.drift for chain in self.chains)
 
 
 COEFFICIENTS_NAME = "reversible_alpha_beta"
