@@ -59,8 +59,9 @@ def plain(net: Any) -> Any:
     """A copy of a converted network in evaluation mode, with plain chains; weights are shared."""
     copied = copy.copy(net)
     copied.__dict__.update(_modules=dict(net._modules))
-    copied.chains = tuple(PlainChain(chain) for chain in net.chains)
-    return copied.eval()
+    copied.eval()  # cuts its chains first
+    copied.chains = tuple(PlainChain(chain) for chain in copied.chains)
+    return copied
 
 
 def export_portable(source: str | Path, output: str | Path) -> float:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from dr2dist.reversible.certificate import ChainCertificate, Ledger, failure_messages
 from dr2dist.reversible.costs import Meter
 from dr2dist.reversible.failure import FailureWatch, OnFailure, check_on_failure
+from dr2dist.reversible.nodes import Pass
 from dr2dist.reversible.planner import Planner
-from dr2dist.reversible.runner import FunctionRunner, PlainRunner, SideKey, differentiable
+from dr2dist.reversible.runner import FunctionRunner, PlainRunner
 from dr2dist.reversible.segment import Segment
 from dr2dist.reversible.setting import Setting
 from dr2dist.reversible.slices import Layout
-from dr2dist.reversible.state import Gradient, State
-from dr2dist.reversible.tape import Sides, Tape, state_dtype
+from dr2dist.reversible.state import State
+from dr2dist.reversible.tape import Sides, Tape
 
 
 class Recorded(NamedTuple):
@@ -159,18 +160,17 @@ class Chain(nn.Module):
     def _train(
         self, segment: Segment, sides: Sides, layout: Layout, taps: Sequence[int], x: Tensor
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The pass as a node of autograd's graph: (output, taps)."""
+        """The pass as nodes of autograd's graph: (output, taps)."""
         self._failures.poll(self.on_failure)
-        tensors = [value for _, value in differentiable(sides.values)]
-        first = segment.first_trained(sides, x.requires_grad)
-        parameters = [] if self.runner.nested else segment.trained(first)
-        # Without an input that requires a gradient autograd would never come back here.
-        anchor = x.new_empty(0, requires_grad=True)
-        box: list[Tensor] = []
-        ticket, *tapped = _ChainFunction.apply(
-            self, segment, sides, layout, taps, box, anchor, x, *tensors, *parameters
-        )
-        return _HandOut.apply(box, ticket), tapped
+        with torch.no_grad():
+            state, tape, handed = segment.forward(
+                x, sides, self.setting, layout, x.requires_grad, taps
+            )
+            output = tape.arithmetic.hand_out(state.current, tape.dtype)
+        self.open(tape)
+        last = state if tape.mode(len(segment.functions) - 1) == "reverse" else None
+        path = Pass(self.name, segment, tape, last, taps, self.enter)
+        return path.nodes(x, output, [handed[tap] for tap in taps])
 
     def _check_inputs(
         self,
@@ -262,99 +262,3 @@ def _refuse_compiling() -> None:
         "their recompute: compile the functions themselves by compile=True (convert, or "
         "reversible.compile), or use memory='store'"
     )
-
-
-class _ChainFunction(torch.autograd.Function):
-    """Ties a segment's explicit passes to autograd."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        chain: Chain,
-        segment: Segment,
-        sides: Sides,
-        layout: Layout,
-        taps: Sequence[int],
-        box: list[Tensor],
-        anchor: Tensor,
-        x: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        state, tape, handed = segment.forward(
-            x, sides, chain.setting, layout, x.requires_grad, taps
-        )
-        chain.open(tape)
-        ctx.chain, ctx.segment, ctx.tape = chain, segment, tape
-        ctx.state = state if tape.mode(len(segment.functions) - 1) == "reverse" else None
-        ctx.taps, ctx.box, ctx.x_dtype = taps, box, x.dtype
-        ctx.set_materialize_grads(False)
-        box.append(tape.arithmetic.hand_out(state.current, tape.dtype))
-        return x.new_zeros(()), *(handed[tap] for tap in taps)
-
-    @staticmethod
-    def backward(ctx: Any, ticket: Tensor | None, *tap_grads: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{ctx.chain.name}: double backward through a reversible chain is not possible; "
-                "call backward without create_graph"
-            )
-        tape: Tape = ctx.tape
-        taps = _sum_taps(ctx.taps, tap_grads)
-        if not ctx.box and not taps:
-            return (None,) * len(ctx.needs_input_grad)
-        if not ctx.box:
-            tap = next(iter(taps.values()))
-            ctx.box.append(torch.zeros_like(tap, dtype=state_dtype(tap)))
-        remainder_bytes = tape.remainder_bytes
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        state, grad = ctx.state, ctx.box.pop()
-        if not keep:
-            ctx.state = None
-        result = ctx.segment.backward(tape, state, Gradient(grad, None), taps, keep)
-        del grad
-        ctx.chain.enter(tape, remainder_bytes)
-        sides = _side_grads(tape, result.sides)
-        return (None,) * 7 + (_input_grad(ctx, result.grad), *sides, *result.parameters)
-
-
-class _HandOut(torch.autograd.Function):
-    """Takes a chain's output out of the box, and brings its gradient there.
-
-    What autograd hands to a node's backward stays alive until that has returned; a tensor in a
-    box can be overwritten. The ticket stands for the output between the two nodes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, box: list[Tensor], ticket: Tensor) -> Tensor:
-        ctx.box = box
-        ctx.set_materialize_grads(False)
-        return box.pop()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
-        if grad is None:
-            return None, None
-        dtype = state_dtype(grad)
-        ctx.box.append(grad.to(dtype, copy=True, memory_format=torch.contiguous_format))
-        return None, grad.new_zeros(())
-
-
-def _sum_taps(taps: Sequence[int], grads: Sequence[Tensor | None]) -> dict[int, Tensor]:
-    sums: dict[int, Tensor] = {}
-    for tap, grad in zip(taps, grads, strict=True):
-        if grad is not None:
-            sums[tap] = sums[tap] + grad if tap in sums else grad
-    return sums
-
-
-def _input_grad(ctx: Any, grad: Gradient) -> Tensor | None:
-    if not ctx.tape.x_needs_grad:
-        return None
-    return grad.of_tokens(ctx.tape.setting.beta).to(ctx.x_dtype)
-
-
-def _side_grads(tape: Tape, found: dict[SideKey, Tensor]) -> list[Tensor | None]:
-    return [
-        found[key].to(value.dtype) if key in found else None
-        for key, value in differentiable(tape.sides.values)
-    ]

@@ -28,19 +28,19 @@ from dr2dist.reversible.work import Work
 
 class Backward(NamedTuple):
     """What reversing a segment gives: its first state if that was reached, that state's
-    gradient if one was asked for, the sides', and those of the tape's parameters that were not
-    handed over yet."""
+    gradient if one was asked for, and the sides'."""
 
     state: State | None
     grad: Gradient | None
     sides: dict[SideKey, Tensor]
-    parameters: list[Tensor | None]
 
 
 class Reversal:
     """Takes a segment's last state and gradient back to its first; both buffers are reused.
 
     state: None where the last function keeps its activations. grad: None to reverse only.
+    taps: gradients of tapped tokens by function. keep: the tape is left as it is.
+    hand_over: has the gradients of parameters, unless the runner is nested.
     """
 
     def __init__(
@@ -50,25 +50,37 @@ class Reversal:
         tape: Tape,
         state: State | None,
         grad: Gradient | None,
+        taps: Mapping[int, Tensor] | None = None,
+        keep: bool = False,
     ) -> None:
         self.functions, self.runner, self.tape = functions, runner, tape
-        self.state, self.grad = state, grad
+        self.state, self.grad, self.taps, self.keep = state, grad, dict(taps or {}), keep
         self.arithmetic = tape.arithmetic
         self.sides: dict[SideKey, Tensor] = {}
         self.hand_over = HandOver(functions[tape.first :], runner.nested)
+        self.left = len(functions)
+        tape.used = tape.used or not keep
 
-    def run(self, taps: Mapping[int, Tensor], keep: bool) -> Backward:
-        """taps: gradients of tapped tokens by function. keep: the tape is left as it is."""
-        for index in reversed(range(self.tape.first, len(self.functions))):
-            if self.grad is not None and index in taps:
-                self.grad.x.add_(taps[index])
-            self._step(index, keep)
-            if not keep:
-                self.tape.free(index)
+    def step(self) -> None:
+        """Reverses the last function that is left."""
+        self.left -= 1
+        tap = self.taps.pop(self.left, None)
+        if self.grad is not None and tap is not None:
+            self.grad.x.add_(tap)
+        with self.tape.kernels.restored():
+            self._step(self.left, self.keep)
+        if not self.keep:
+            self.tape.free(self.left)
+
+    def finish(self) -> Backward:
+        """Reverses all functions that are left."""
+        while self.left > self.tape.first:
+            self.step()
         if self.tape.setting.memory in ("reverse", "budget"):
             self.tape.flags.note_done()
-        parameters = self.hand_over.take(self.tape.parameters)
-        return Backward(self.state, self.grad, self.sides, parameters)
+        if not self.keep:
+            self.tape.close()
+        return Backward(self.state, self.grad, self.sides)
 
     def _step(self, index: int, keep: bool) -> None:
         mode, seen = self.tape.mode(index), Witness()

@@ -55,8 +55,16 @@ class Segment:
 
     def trained(self, first: int) -> list[nn.Parameter]:
         """The trained parameters of the functions from `first` on, each once."""
-        found = (p for function in self.functions[first:] for p in trainable(function))
-        return list(dict.fromkeys(found))
+        return [parameter for parameters in self.owned(first) for parameter in parameters]
+
+    def owned(self, first: int) -> list[list[nn.Parameter]]:
+        """By function from `first` on: its trained parameters that none before it uses."""
+        known: set[nn.Parameter] = set()
+        owned = []
+        for function in self.functions[first:]:
+            owned.append([p for p in trainable(function) if p not in known])
+            known.update(owned[-1])
+        return owned
 
     @torch.no_grad()
     def infer(
@@ -170,21 +178,25 @@ class Segment:
         tape.randomness.close()
         return state, tape, handed
 
-    def backward(
+    def backward(self, tape: Tape, state: State | None, grad: Gradient) -> Backward:
+        """Reverses the segment from its last state at once; see `reversal`."""
+        return self.reversal(tape, state, grad).finish()
+
+    def reversal(
         self,
         tape: Tape,
         state: State | None,
         grad: Gradient,
         taps: Mapping[int, Tensor] | None = None,
         keep: bool = False,
-    ) -> Backward:
-        """Reverses the segment from its last state, which is consumed unless `keep`.
+    ) -> Reversal:
+        """The way back from the segment's last state, which is consumed unless `keep`.
 
         state: None where the last function keeps its activations. grad: of the last state, in
         the state dtype and contiguous; consumed. taps: gradients of tapped tokens by function.
-        Parameters get their gradients here, once each. Raises RuntimeError on a used tape.
+        Raises RuntimeError on a used tape.
         """
-        if not tape.open:
+        if tape.used:
             raise RuntimeError(
                 "this reversible pass was already reversed and its remainders are freed; "
                 "pass retain_graph=True to the first backward"
@@ -193,18 +205,11 @@ class Segment:
             check_unchanged(self.trained(tape.first), tape.parameters)
         if keep and state is not None:
             state = state.copy()
-        reversal = Reversal(self.functions, self.runner, tape, state, grad)
-        with tape.kernels.restored():
-            result = reversal.run(taps or {}, keep)
-        if not keep:
-            tape.close()
-        return result
+        return Reversal(self.functions, self.runner, tape, state, grad, taps, keep)
 
     def reverse(self, tape: Tape, state: State) -> State:
         """The first state of the segment, from its last one, without any gradient."""
-        reversal = Reversal(self.functions, self.runner, tape, state.copy(), None)
-        with tape.kernels.restored():
-            found = reversal.run({}, keep=True)
+        found = Reversal(self.functions, self.runner, tape, state.copy(), None, keep=True).finish()
         assert found.state is not None
         return found.state
 

@@ -79,6 +79,7 @@ class Tape:
     By function, as far as its memory mode needs them: parts, its slices; remainders, one entry
     for each part's range; inputs, its state; kept, its graphs; states, what reversal goes on from
     below functions that keep theirs; starts, what it must find where a reversed stretch began.
+    used: whether a reversal that frees all this has begun. open: whether none has ended.
     """
 
     setting: Setting
@@ -101,6 +102,7 @@ class Tape:
     states: dict[int, State] = field(default_factory=dict)
     starts: dict[int, Tensor | Probe] = field(default_factory=dict)
     drift: Tensor | None = None
+    used: bool = False
     open: bool = True
 
     def mode(self, index: int) -> Memory:
