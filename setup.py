@@ -50,6 +50,7 @@ setup(
             "psutil",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "revlib",
             "ruff",
             "types-PyYAML",

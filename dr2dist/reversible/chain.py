@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dr2dist.reversible.certificate import ChainCertificate, Ledger, failure_messages
 from dr2dist.reversible.costs import Meter
 from dr2dist.reversible.failure import FailureWatch, OnFailure, check_on_failure
-from dr2dist.reversible.nodes import Pass
+from dr2dist.reversible.nodes import ChainPass
 from dr2dist.reversible.planner import Planner
 from dr2dist.reversible.runner import FunctionRunner, PlainRunner
 from dr2dist.reversible.segment import Segment
@@ -45,8 +45,9 @@ class Chain(nn.Module):
         addition; called as function(x, **sides). A function whose attribute `sides` names some
         sides gets only these.
     name: how the certificate calls the chain. on_failure: what happens at a backward pass whose
-        reversal is not proven: "raise" ReversalError (on the CPU from that pass, on a GPU from a
-        later forward pass, so that the host never waits), "warn", or "record" for `certificate`.
+        reversal is not proven: "raise" ReversalError (on the CPU from that pass, before the
+        function that failed gives a gradient; on a GPU from a later forward pass, so that the host
+        never waits), "warn", or "record" for `certificate`.
     compile: run the functions by torch.compile, the first time and in their recompute.
     setting: alpha, beta and the other fields of Setting.
 
@@ -169,7 +170,7 @@ class Chain(nn.Module):
             output = tape.arithmetic.hand_out(state.current, tape.dtype)
         self.open(tape)
         last = state if tape.mode(len(segment.functions) - 1) == "reverse" else None
-        path = Pass(self.name, segment, tape, last, taps, self.enter)
+        path = ChainPass(self.name, segment, tape, last, taps, self._look, self.enter)
         return path.nodes(x, output, [handed[tap] for tap in taps])
 
     def _check_inputs(
@@ -219,6 +220,14 @@ class Chain(nn.Module):
         """Takes note of a pass of the chain, or of a part of it: until it is reversed, the
         coefficients stay."""
         self._tapes.add(tape)
+
+    def _look(self, tape: Tape, remainder_bytes: int) -> None:
+        """Ends a backward pass where it is known to have failed: no more gradients shall leave."""
+        if self.on_failure != "raise" or not tape.setting.proves:
+            return
+        flags = tape.flags.tensor
+        if flags.device.type != "cuda" and failure_messages(self.name, flags.tolist()):
+            self.enter(tape, remainder_bytes)
 
     def enter(self, tape: Tape, remainder_bytes: int) -> None:
         """Enters what a finished backward pass has verified into the records.

@@ -19,12 +19,12 @@ from dr2dist.reversible.state import Gradient, State
 from dr2dist.reversible.tape import Tape, state_dtype
 
 
-class Pass:
+class ChainPass:
     """One forward pass in autograd's graph: what its nodes share.
 
     name: of the chain, for messages. state: the last one, None where the last function keeps its
-    activations. taps: functions whose tokens were handed out. done: called with the tape and its
-    bytes of remainders when the pass is reversed.
+    activations. taps: functions whose tokens were handed out. look, done: called with the tape and
+    its bytes of remainders after each function, and when the pass is reversed.
     """
 
     def __init__(
@@ -34,10 +34,11 @@ class Pass:
         tape: Tape,
         state: State | None,
         taps: Sequence[int],
+        look: Callable[[Tape, int], None],
         done: Callable[[Tape, int], None],
     ) -> None:
         self.name, self.segment, self.tape, self.state = name, segment, tape, state
-        self.taps, self.done = taps, done
+        self.taps, self.look, self.done = taps, look, done
         self.reversal: Reversal | None = None
         self.remainder_bytes = 0
 
@@ -83,11 +84,18 @@ class Pass:
             grad = grad.to(state_dtype(grad), copy=True, memory_format=layout)
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         self.remainder_bytes = self.tape.remainder_bytes
+        self.look(self.tape, self.remainder_bytes)
         state = self.state
         if not keep:
             self.state = None
         self.reversal = self.segment.reversal(self.tape, state, Gradient(grad, None), taps, keep)
         return grad.new_zeros(())
+
+    def step(self) -> None:
+        """Reverses the last function that is left."""
+        assert self.reversal is not None
+        self.reversal.step()
+        self.look(self.tape, self.remainder_bytes)
 
     def finish(self) -> Backward:
         """Reverses what is left, and has the certificate written."""
@@ -102,7 +110,7 @@ class _Start(torch.autograd.Function):
     """Where the tokens and the sides come in."""
 
     @staticmethod
-    def forward(ctx: Any, path: Pass, anchor: Tensor, x: Tensor, *sides: Tensor) -> Tensor:
+    def forward(ctx: Any, path: ChainPass, anchor: Tensor, x: Tensor, *sides: Tensor) -> Tensor:
         ctx.path, ctx.x_dtype = path, x.dtype
         ctx.set_materialize_grads(False)
         return x.new_zeros(())
@@ -122,7 +130,7 @@ class _Function(torch.autograd.Function):
     """One residual function: its parameters come in, but for those that an earlier one uses too."""
 
     @staticmethod
-    def forward(ctx: Any, path: Pass, ticket: Tensor, *parameters: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, path: ChainPass, ticket: Tensor, *parameters: nn.Parameter) -> Tensor:
         ctx.path, ctx.parameters = path, parameters
         ctx.set_materialize_grads(False)
         return ticket.new_zeros(())
@@ -132,7 +140,7 @@ class _Function(torch.autograd.Function):
         if ticket is None:
             return (None,) * len(ctx.needs_input_grad)
         reversal = ctx.path.reversal
-        reversal.step()
+        ctx.path.step()
         before, _ = ctx.next_functions[0]
         if not torch._C._will_engine_execute_node(before):
             # No more gradients are asked for (torch.autograd.grad), but what was is to be proven.
@@ -144,7 +152,7 @@ class _End(torch.autograd.Function):
     """Where output and taps go out, and the reversal begins with their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, path: Pass, box: list[Tensor], ticket: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, path: ChainPass, box: list[Tensor], ticket: Tensor) -> tuple[Tensor, ...]:
         ctx.path = path
         ctx.set_materialize_grads(False)
         outputs = tuple(box)
