@@ -9,13 +9,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from dr2dist.cli import free_port
 
@@ -121,6 +124,8 @@ def _serve(pipe: Connection) -> None:
     from dr2dist.parallel.processes import join
 
     join()
+    dist.barrier()
+    shared = set(dist.distributed_c10d._world.pg_map)
     while True:
         try:
             case, arguments = pipe.recv()
@@ -133,3 +138,15 @@ def _serve(pipe: Connection) -> None:
             pipe.send((True, result))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        _end_groups(shared)
+
+
+def _end_groups(shared: Collection[Any]) -> None:
+    """Ends the groups that a case has made, but for those that DeepSpeed goes on to use.
+
+    Threads of gloo's wake up a hundred times a second for each group.
+    """
+    used = tree_leaves(list(vars(deepspeed.utils.groups).values()))
+    for group in set(dist.distributed_c10d._world.pg_map) - shared:
+        if not any(group is other for other in used):
+            dist.destroy_process_group(group)
