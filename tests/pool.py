@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -124,7 +125,7 @@ def _serve(pipe: Connection) -> None:
     from dr2dist.parallel.processes import join
 
     join()
-    dist.barrier()
+    gc.freeze()  # DeepSpeed's engines collect garbage, which takes half a second of all imports
     shared = set(dist.distributed_c10d._world.pg_map)
     while True:
         try:

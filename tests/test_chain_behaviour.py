@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 
 import pytest
@@ -74,6 +75,60 @@ class Counted(Mlp):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         self.calls += 1
         return super().forward(x, bias)
+
+
+@pytest.mark.parametrize("memory", ["reverse", "checkpoint"])
+def test_gradients_leave_the_graph_function_by_function(memory: str) -> None:
+    chain = make_chain(count=4, memory=memory, chunk_size=None)
+    seen: list[tuple[str, int]] = []
+    output = chain(tokens())
+    for place, function in enumerate(chain.functions):
+        function.register_forward_pre_hook(lambda *_, place=place: seen.append(("run", place)))
+        for parameter in function.parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, place=place: seen.append(("gradient", place))
+            )
+    output.sum().backward()
+    assert [event for event, _ in itertools.groupby(seen)] == [
+        (event, place) for place in (3, 2, 1, 0) for event in ("run", "gradient")
+    ]
+
+
+@pytest.mark.parametrize("function", range(4))
+@pytest.mark.parametrize("memory", ["reverse", "checkpoint", "store"])
+def test_gradients_of_one_function_are_proven_to_the_start(function: int, memory: str) -> None:
+    chain = make_chain(count=4, memory=memory)
+    chain(tokens()).sin().sum().backward()
+    wanted = list(chain.functions[function].parameters())
+    output = chain(tokens())
+    chain.ledger.last = None
+    found = torch.autograd.grad(output.sin().sum(), wanted)
+    for parameter, gradient in zip(wanted, found, strict=True):
+        assert torch.equal(gradient, parameter.grad)
+    assert chain.certificate().failures == 0
+    assert chain.certificate().verified == (memory == "reverse")
+    chain.set_coefficients(0.5, 0.5)  # no pass is open any more
+
+
+def test_an_optimizer_may_step_inside_of_the_backward_pass() -> None:
+    """As each gradient arrives, so that none is kept: the weights are those of a step at the end."""
+    inside, after = make_chain(count=4), make_chain(count=4)
+
+    def step(parameter: Tensor) -> None:
+        with torch.no_grad():
+            parameter.sub_(parameter.grad, alpha=0.1)
+        parameter.grad = None
+
+    for parameter in inside.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    optimizer = torch.optim.SGD(after.parameters(), 0.1)
+    for seed in range(3):
+        inside(tokens(seed=seed)).square().mean().backward()
+        after(tokens(seed=seed)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for one, other in zip(inside.parameters(), after.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("memory", ["reverse", "store", "checkpoint"])
