@@ -111,7 +111,7 @@ def test_gradients_of_one_function_are_proven_to_the_start(function: int, memory
 
 
 def test_an_optimizer_may_step_inside_of_the_backward_pass() -> None:
-    """As each gradient arrives, so that none is kept: the weights are those of a step at the end."""
+    """As each gradient arrives, so that none is kept: a step at the end gives the same weights."""
     inside, after = make_chain(count=4), make_chain(count=4)
 
     def step(parameter: Tensor) -> None:
