@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dr2dist.reversible import Setting
-from dr2dist.reversible.setting import growth
+from dr2dist.reversible.arithmetic.setting import growth
 
 ROUNDINGS = 8
 """Of a residual function on a value's way: a norm's statistics, its quotient, its scale, two

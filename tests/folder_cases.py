@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dr2dist.config import load_config
 from dr2dist.parallel.agreement import AgreedError
 from dr2dist.parallel.average import Average
-from dr2dist.reversible.costs import Watermark
+from dr2dist.reversible.budget.costs import Watermark
 from dr2dist.training.checkpoint import Checkpoint, checkpoints
 from dr2dist.training.keeper import Keeper, Progress
 from dr2dist.training.run import run

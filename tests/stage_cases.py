@@ -17,7 +17,7 @@ from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only, layers_of
 from dr2dist.parallel.pipeline.partition import partition
-from dr2dist.reversible.costs import Watermark
+from dr2dist.reversible.budget.costs import Watermark
 from tests.cases import GLOBAL_BATCH, full_state
 from tests.models import build
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from dr2dist.reversible.budget import choose, extra_bytes
-from dr2dist.reversible.costs import Cost
+from dr2dist.reversible.budget.costs import Cost
+from dr2dist.reversible.budget.kept import choose, extra_bytes
 
 
 def saved(chains: list[list[Cost]], plan: Sequence[frozenset[int]]) -> int:

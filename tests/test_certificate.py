@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import dr2dist
 from dr2dist.parallel.verdict import failure_kinds
 from dr2dist.reversible import Chain, Layout, Segment, Setting, Sides
+from dr2dist.reversible.calls.replay import stable_seed
 from dr2dist.reversible.certificate import worst_drift
 from dr2dist.reversible.failure import ReversalError
-from dr2dist.reversible.replay import stable_seed
 from tests.functions import WIDTH, make_chain, tokens
 from tests.models import build
 
@@ -257,7 +257,9 @@ def test_switches_of_the_process_are_those_of_the_forward_pass() -> None:
 
 
 def test_seeds_are_the_same_in_every_process() -> None:
-    program = "from dr2dist.reversible.replay import stable_seed; print(stable_seed(1, -2, 3))"
+    program = (
+        "from dr2dist.reversible.calls.replay import stable_seed; print(stable_seed(1, -2, 3))"
+    )
     found = {
         subprocess.run(
             [sys.executable, "-c", program],

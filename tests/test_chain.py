@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dr2dist.reversible import Chain
-from dr2dist.reversible.setting import growth
+from dr2dist.reversible.arithmetic.setting import growth
 from tests.bounds import chain_bound, float_bound
 from tests.chain_helpers import Storages, error, plain
 from tests.functions import PAIRS, WIDTH, Mlp, assert_same, make_chain, run, smooth, tokens

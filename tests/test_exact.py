@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dr2dist.reversible import Chain, Setting, State
-from dr2dist.reversible.certificate import Witness
-from dr2dist.reversible.exact import CPU_TILE, ExactArithmetic
-from dr2dist.reversible.packing import pack, packed_bytes, unpack
-from dr2dist.reversible.setting import growth, round_coefficient
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum
+from dr2dist.reversible.arithmetic.exact import CPU_TILE, ExactArithmetic
+from dr2dist.reversible.arithmetic.packing import pack, packed_bytes, unpack
+from dr2dist.reversible.arithmetic.setting import growth, round_coefficient
 from tests.chain_helpers import Liar
 from tests.functions import Mlp, make_chain, tokens
 
@@ -34,7 +34,7 @@ def test_a_step_is_undone_bit_for_bit_with_the_least_bits(beta: float) -> None:
     before, now = states(200_000, 1), states(200_000, 2)
     f = torch.zeros(now.shape)
     out = State(torch.empty_like(now), now)
-    remainders = arithmetic.advance(State(now, before), f, out, True, Witness())
+    remainders = arithmetic.advance(State(now, before), f, out, True, OutputChecksum())
     assert remainders is not None
     exact = Fraction(round_coefficient(beta))
     bits = (math.ceil(1 / exact) - 1).bit_length()
@@ -47,7 +47,9 @@ def test_a_step_is_undone_bit_for_bit_with_the_least_bits(beta: float) -> None:
     assert rest < 1 / exact
     if beta > 0.01:  # 200,000 random values meet every remainder
         assert rest == math.ceil(1 / exact) - 1
-    state = arithmetic.retreat(State(out.current.clone(), now.clone()), f, remainders, Witness())
+    state = arithmetic.retreat(
+        State(out.current.clone(), now.clone()), f, remainders, OutputChecksum()
+    )
     assert torch.equal(state.current, now)
     assert torch.equal(state.previous, before)
 
@@ -58,10 +60,10 @@ def test_a_step_over_several_tiles_is_undone(count: int) -> None:
     before, now = states(count, 1) // 4, states(count, 2) // 4
     f = torch.randn(now.shape)
     out = State(torch.empty_like(now), now)
-    remainders = arithmetic.advance(State(now, before), f, out, True, Witness())
+    remainders = arithmetic.advance(State(now, before), f, out, True, OutputChecksum())
     assert remainders is not None
     assert remainders.nbytes == 4 * math.ceil(len(now) / 8)
-    state = arithmetic.retreat(State(out.current, now.clone()), f, remainders, Witness())
+    state = arithmetic.retreat(State(out.current, now.clone()), f, remainders, OutputChecksum())
     assert torch.equal(state.previous, before)
 
 
@@ -72,9 +74,9 @@ def test_a_step_is_undone_for_any_multiple_of_the_coefficients_step() -> None:
     for step in torch.randint(1, 2**16 + 1, (200,), generator=generator).tolist():
         arithmetic = ExactArithmetic(Setting(0.0, step * 2.0**-16), torch.float32)
         out = State(torch.empty_like(now), now)
-        remainders = arithmetic.advance(State(now, before), f, out, True, Witness())
+        remainders = arithmetic.advance(State(now, before), f, out, True, OutputChecksum())
         assert remainders is not None
-        state = arithmetic.retreat(State(out.current, now.clone()), f, remainders, Witness())
+        state = arithmetic.retreat(State(out.current, now.clone()), f, remainders, OutputChecksum())
         assert torch.equal(state.previous, before), step
 
 

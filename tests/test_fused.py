@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from dr2dist.reversible import Setting, State, fused
-from dr2dist.reversible.certificate import NEVER, Flags, Witness
-from dr2dist.reversible.costs import Watermark
-from dr2dist.reversible.exact import ExactArithmetic
-from dr2dist.reversible.fused import ELEMENTS, FusedArithmetic, weighted_bits
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum
+from dr2dist.reversible.arithmetic.exact import ExactArithmetic
+from dr2dist.reversible.arithmetic.fused import ELEMENTS, FusedArithmetic, weighted_bits
+from dr2dist.reversible.budget.costs import Watermark
+from dr2dist.reversible.certificate import NEVER, Flags
 from tests.functions import make_chain, tokens
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -43,7 +44,7 @@ def test_a_step_forth_and_back_has_the_plain_versions_bits(
         f = (torch.randn(count, generator=torch.Generator().manual_seed(3)) * 50).to(device, dtype)
         found = []
         for arithmetic in (plain, kernels):
-            seen, again = Witness(), Witness()
+            seen, again = OutputChecksum(), OutputChecksum()
             out = State(torch.empty_like(now), now.clone())
             remainders = arithmetic.advance(State(now, before), f, out, True, seen)
             assert remainders.nbytes == setting.remainder_bits * -(-count // 8)
@@ -88,7 +89,7 @@ def test_a_chains_start_is_compared_in_one_pass(
     now, count = states(5003, 2, device), 5003
     f = (torch.randn(count, generator=torch.Generator().manual_seed(3)) * 50).to(device, dtype)
     kernels = FusedArithmetic(setting, torch.float32)
-    first, again, seen = Witness(), Witness(), Witness()
+    first, again, seen = OutputChecksum(), OutputChecksum(), OutputChecksum()
     out = State(torch.empty_like(now), now)
     kernels.advance(State(now, now), f, out, False, first)
     reached = State(out.current, now)
@@ -98,7 +99,7 @@ def test_a_chains_start_is_compared_in_one_pass(
         out.current[index] += 1
     assert int(kernels.deviation(reached, f, seen)) == 3
     plain = ExactArithmetic(setting, torch.float32)
-    assert int(plain.deviation(reached, f, Witness())) == 3
+    assert int(plain.deviation(reached, f, OutputChecksum())) == 3
 
 
 def test_nothing_as_large_as_the_tensors_is_made_on_the_way(
@@ -111,11 +112,11 @@ def test_nothing_as_large_as_the_tensors_is_made_on_the_way(
     kernels, state = FusedArithmetic(Setting(0.5, 0.5), torch.float32), State(now, before)
     rest = torch.empty(count // 8, dtype=torch.uint8, device="meta")
     for call in (
-        lambda: kernels.deviation(state, f, Witness()),
-        lambda: kernels.retreat(state, f, rest, Witness()),
+        lambda: kernels.deviation(state, f, OutputChecksum()),
+        lambda: kernels.retreat(state, f, rest, OutputChecksum()),
         lambda: kernels.sums(state),
         lambda: weighted_bits(f, 0),
-        lambda: kernels.advance(state, f, State(before, now), False, Witness()),
+        lambda: kernels.advance(state, f, State(before, now), False, OutputChecksum()),
     ):
         with Watermark() as mark:
             call()
@@ -148,7 +149,7 @@ def test_sums_in_pieces_are_the_sum_of_the_whole(device: torch.device) -> None:
     value = torch.randn(6000, generator=torch.Generator().manual_seed(6), dtype=torch.bfloat16)
     value = value.to(device)
     kernels = FusedArithmetic(Setting(0.5, 0.5), torch.float32)
-    pieces, now = Witness(), states(6000, 1, device)
+    pieces, now = OutputChecksum(), states(6000, 1, device)
     for start, stop in ((0, 100), (100, 4000), (4000, 6000)):
         part = now[start:stop]
         out = State(torch.empty_like(part), part)
@@ -180,12 +181,12 @@ def test_every_change_of_an_output_is_seen_by_each_kernel(
 ) -> None:
     kernels = FusedArithmetic(Setting(0.5, 0.5), torch.float32)
     f = torch.randn(2100, generator=torch.Generator().manual_seed(7)).to(device, dtype)
-    now, first = states(2100, 1, device), Witness()
+    now, first = states(2100, 1, device), OutputChecksum()
     out = State(torch.empty_like(now), now)
     rest = kernels.advance(State(now, now), f, out, True, first)
     for seed in range(60):
         changed = changes(f, seed)
-        seen = Witness()
+        seen = OutputChecksum()
         if seed % 3 == 0:
             kernels.retreat(State(out.current.clone(), now), changed, rest, seen)
         elif seed % 3 == 1:
@@ -230,9 +231,9 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(
     state = arithmetic.start(torch.ones(9, device=device))
     f = arithmetic.tokens(state.current, torch.float32)
     out = State(torch.empty_like(state.current), state.current)
-    rest = arithmetic.advance(state, f, out, True, Witness())
-    arithmetic.deviation(out, f, Witness())
-    arithmetic.retreat(out, f, rest, Witness())
+    rest = arithmetic.advance(state, f, out, True, OutputChecksum())
+    arithmetic.deviation(out, f, OutputChecksum())
+    arithmetic.retreat(out, f, rest, OutputChecksum())
     weighted_bits(f, 0)
     assert log == [True] * len(kernels)
 
@@ -243,7 +244,7 @@ def test_what_is_not_allowed_is_noted(value: float, device: torch.device) -> Non
     now = states(3000, 1, device)
     f = torch.zeros(3000, device=device)
     f[2500] = value
-    flags, seen = Flags(f.device), Witness()
+    flags, seen = Flags(f.device), OutputChecksum()
     out = State(torch.empty_like(now), now)
     kernels.advance(State(now, now), f, out, False, seen)
     flags.note_function(3, seen)

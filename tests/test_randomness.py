@@ -16,7 +16,7 @@ from PIL import Image
 from dr2dist.config.data import RandAugment
 from dr2dist.data.randomness import keyed, seed_device
 from dr2dist.data.transforms import train_transform
-from dr2dist.reversible.replay import stable_seed
+from dr2dist.reversible.calls.replay import stable_seed
 from dr2dist.tasks.classification import Classification
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import layers_of
 from dr2dist.parallel.pipeline.partition import partition
 from dr2dist.parallel.pipeline.stage import Stage
-from dr2dist.reversible.costs import Watermark
+from dr2dist.reversible.budget.costs import Watermark
 from tests.models import build
 from tests.pool import Pool
 

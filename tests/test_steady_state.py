@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dr2dist
-from dr2dist.reversible.costs import Watermark
+from dr2dist.reversible.budget.costs import Watermark
 from tests.functions import make_chain, tokens
 from tests.models import build
 

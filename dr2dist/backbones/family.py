@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dr2dist.backbones.slicing import Factor, Slicing, drop_paths, replaced_modules
 from dr2dist.errors import UserError
-from dr2dist.reversible.slices import Ranges, TokenSlice
+from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
 
 @dataclass

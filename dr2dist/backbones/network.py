@@ -20,8 +20,8 @@ from dr2dist.backbones.swin import SwinFamily
 from dr2dist.backbones.vit import VitFamily
 from dr2dist.errors import UserError
 from dr2dist.reversible import Chain, Piece, Planner, Setting
+from dr2dist.reversible.arithmetic.setting import Arithmetic, Memory, round_coefficient
 from dr2dist.reversible.failure import OnFailure
-from dr2dist.reversible.setting import Arithmetic, Memory, round_coefficient
 
 _families: list[Family] = [VitFamily(), EvaFamily(), BeitFamily(), SwinFamily()]
 

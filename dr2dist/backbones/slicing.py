@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from dr2dist.reversible.slices import Ranges, TokenSlice
+from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
 MLPS = (Mlp, GluMlp, SwiGLU)
 ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention)

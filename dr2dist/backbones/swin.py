@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dr2dist.backbones.compute import match_buffer
 from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Given, Run, Slicing, Tokenwise
-from dr2dist.reversible.slices import Ranges, TokenSlice
+from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
 
 def _attention(block: Any, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from dr2dist.backbones.network import ReversibleNetwork, convert
 from dr2dist.bench.cases import COMPILED, Spec, build
 from dr2dist.errors import UserError
 from dr2dist.reversible import State
-from dr2dist.reversible.certificate import Witness
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.tape import arithmetic_of
 
 
@@ -111,7 +111,7 @@ def _chain_inputs(net: ReversibleNetwork, images: Tensor) -> Any:
 def _coupling_seconds(arithmetic: Any, tokens: Tensor, now: Any) -> float:
     """The median of five: one function's arithmetic, forth and back."""
     previous = arithmetic.start(torch.randn_like(tokens)).current
-    f, seen, times = torch.randn_like(tokens), Witness(), []
+    f, seen, times = torch.randn_like(tokens), OutputChecksum(), []
     state = State(arithmetic.start(tokens.contiguous()).current, previous)
     for _ in range(6):
         start = now()

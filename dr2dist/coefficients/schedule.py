@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from dr2dist.reversible.setting import Setting, round_coefficient
+from dr2dist.reversible.arithmetic.setting import Setting, round_coefficient
 
 Shape = Literal["linear", "cosine"]
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from dr2dist.coefficients import Bounds, Knot, Limits, Schedule
 from dr2dist.config.section import Section
-from dr2dist.reversible.setting import COEFFICIENT_STEP
+from dr2dist.reversible.arithmetic.setting import COEFFICIENT_STEP
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Alpha = Annotated[float, Field(ge=0, le=1)]

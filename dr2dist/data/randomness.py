@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from dr2dist.reversible.replay import stable_seed
+from dr2dist.reversible.calls.replay import stable_seed
 
 
 @contextmanager

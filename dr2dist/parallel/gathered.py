@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dr2dist.reversible.runner import LiveFunction
+from dr2dist.reversible.calls.runner import LiveFunction
 
 
 class GatheredRunner:

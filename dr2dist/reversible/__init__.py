@@ -1,14 +1,14 @@
 """The reversible mathematics: exact and floating arithmetic, segments, chains, certificates."""
 
+from dr2dist.reversible.arithmetic.setting import Setting, round_coefficient
+from dr2dist.reversible.arithmetic.state import Gradient, State
+from dr2dist.reversible.budget.planner import Planner
+from dr2dist.reversible.calls.runner import FunctionRunner, PlainRunner
+from dr2dist.reversible.calls.slices import Layout
 from dr2dist.reversible.certificate import ChainCertificate
 from dr2dist.reversible.chain import Chain, Recorded
 from dr2dist.reversible.piece import Piece
-from dr2dist.reversible.planner import Planner
-from dr2dist.reversible.runner import FunctionRunner, PlainRunner
 from dr2dist.reversible.segment import Segment
-from dr2dist.reversible.setting import Setting, round_coefficient
-from dr2dist.reversible.slices import Layout
-from dr2dist.reversible.state import Gradient, State
 from dr2dist.reversible.tape import Sides, Tape
 
 __all__ = [

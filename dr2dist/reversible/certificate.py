@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dr2dist.reversible.checksum import weighted_sums
-from dr2dist.reversible.setting import RANGE_BITS
-from dr2dist.reversible.state import State
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum
+from dr2dist.reversible.arithmetic.setting import RANGE_BITS
+from dr2dist.reversible.arithmetic.state import State
 from dr2dist.reversible.transfer import to_device
 
 NEVER = 1 << 30
@@ -19,65 +19,6 @@ NEVER = 1 << 30
 
 PROBE = 1024
 """Elements of a chain's first state that float arithmetic keeps, to measure its drift."""
-
-
-class Witness:
-    """What the slices of one function showed, gathered while they are in the cache anyway.
-
-    place: how many elements of the function's output it has seen so far.
-    """
-
-    def __init__(self) -> None:
-        self.place = 0
-        self._sums: list[Tensor] = []
-        self._outputs: list[Tensor] = []
-        self._states: list[Tensor] = []
-
-    def output(self, f: Tensor) -> None:
-        """F's raw output, or a part of it: its bits' sum, and its extremes."""
-        self.again(f)
-        self._outputs.extend(torch.aminmax(f))
-
-    def again(self, f: Tensor, scratch: Tensor | None = None) -> None:
-        """The same from a recompute: the sum alone. scratch: as `weighted_sums` takes it."""
-        self._sums.extend(weighted_sums(f, self.place, scratch))
-        self.advance(f.numel())
-
-    def state(self, state: Tensor) -> None:
-        """The fixed-point state made of F's output, in fp64, before it becomes integers.
-
-        NaN and infinity of the one are in the other.
-        """
-        self._states.extend(torch.aminmax(state))
-
-    def advance(self, count: int) -> None:
-        """So many more elements of the output were seen."""
-        self.place += count
-
-    def summed(self, bits: Tensor, count: int, extremes: Tensor | None = None) -> None:
-        """What kernels have gathered of `count` elements, weighted from `place` on: int64 sums
-        of F's bits, and a state's fp64 [low, high]."""
-        self._sums.append(bits.sum())
-        self.advance(count)
-        if extremes is not None:
-            self._states.extend(torch.aminmax(extremes))
-
-    @property
-    def bits(self) -> Tensor:
-        """The weighted sum of the bits of all outputs, int64 scalar."""
-        return torch.stack(self._sums).sum()
-
-    @property
-    def finite(self) -> Tensor:
-        """Whether all outputs were: bool scalar."""
-        return torch.stack([*self._outputs, *self._states]).isfinite().all()
-
-    @property
-    def outside(self) -> Tensor | None:
-        """Whether a state left the range: bool scalar; None if no state was seen."""
-        if not self._states:
-            return None
-        return (torch.stack(self._states).abs() >= 1 << RANGE_BITS).any()
 
 
 class Flags:
@@ -101,7 +42,7 @@ class Flags:
         """The tokens that enter a chain: they must be finite."""
         self._first(1, -1, ~torch.stack(torch.aminmax(h)).isfinite().all())
 
-    def note_function(self, index: int, seen: Witness) -> None:
+    def note_function(self, index: int, seen: OutputChecksum) -> None:
         """The first run of a function: its output must be finite, its state in range."""
         self._first(1, index, ~seen.finite)
         if seen.outside is not None:

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dr2dist.reversible.arithmetic.setting import Setting
+from dr2dist.reversible.arithmetic.state import State
+from dr2dist.reversible.budget.costs import Meter
+from dr2dist.reversible.budget.planner import Planner
+from dr2dist.reversible.calls.runner import FunctionRunner, PlainRunner
+from dr2dist.reversible.calls.slices import Layout
 from dr2dist.reversible.certificate import ChainCertificate, Ledger, failure_messages
-from dr2dist.reversible.costs import Meter
 from dr2dist.reversible.failure import FailureWatch, OnFailure, check_on_failure
 from dr2dist.reversible.nodes import ChainPass
-from dr2dist.reversible.planner import Planner
-from dr2dist.reversible.runner import FunctionRunner, PlainRunner
 from dr2dist.reversible.segment import Segment
-from dr2dist.reversible.setting import Setting
-from dr2dist.reversible.slices import Layout
-from dr2dist.reversible.state import State
 from dr2dist.reversible.tape import Sides, Tape
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dr2dist.reversible.arithmetic.state import Gradient, State
+from dr2dist.reversible.calls.runner import differentiable
 from dr2dist.reversible.reversal import Backward, Reversal
-from dr2dist.reversible.runner import differentiable
 from dr2dist.reversible.segment import Segment
-from dr2dist.reversible.state import Gradient, State
 from dr2dist.reversible.tape import Tape, state_dtype
 
 

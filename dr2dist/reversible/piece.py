@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dr2dist.reversible.kernels import Kernels
-from dr2dist.reversible.replay import Randomness, function_context, kept_statistics
-from dr2dist.reversible.runner import (
+from dr2dist.reversible.calls.kernels import Kernels
+from dr2dist.reversible.calls.replay import Randomness, function_context, kept_statistics
+from dr2dist.reversible.calls.runner import (
     Call,
     FunctionRunner,
     HandOver,
@@ -21,7 +21,7 @@ from dr2dist.reversible.runner import (
     run,
     trainable,
 )
-from dr2dist.reversible.slices import mixes_samples, sample_slices
+from dr2dist.reversible.calls.slices import mixes_samples, sample_slices
 
 
 class Piece:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dr2dist.reversible.certificate import Probe, Witness
-from dr2dist.reversible.floating import FloatArithmetic
-from dr2dist.reversible.replay import kept_statistics
-from dr2dist.reversible.runner import (
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum
+from dr2dist.reversible.arithmetic.floating import FloatArithmetic
+from dr2dist.reversible.arithmetic.state import Gradient, State
+from dr2dist.reversible.calls.replay import kept_statistics
+from dr2dist.reversible.calls.runner import (
     Call,
     FunctionRunner,
     HandOver,
@@ -20,10 +21,10 @@ from dr2dist.reversible.runner import (
     differentiable,
     gradients,
 )
-from dr2dist.reversible.slices import Part, joined
-from dr2dist.reversible.state import Gradient, State
+from dr2dist.reversible.calls.sliced import Work
+from dr2dist.reversible.calls.slices import Part, joined
+from dr2dist.reversible.certificate import Probe
 from dr2dist.reversible.tape import Kept, Tape
-from dr2dist.reversible.work import Work
 
 
 class Backward(NamedTuple):
@@ -83,7 +84,7 @@ class Reversal:
         return Backward(self.state, self.grad, self.sides)
 
     def _step(self, index: int, keep: bool) -> None:
-        mode, seen = self.tape.mode(index), Witness()
+        mode, seen = self.tape.mode(index), OutputChecksum()
         after = _after(self.grad)
         upcoming = self.functions[index - 1] if index > self.tape.first else None
         with self.runner.open(self.functions[index], upcoming) as live:
@@ -142,7 +143,7 @@ class _Step:
         index: int,
         live: LiveFunction,
         after: Gradient | None,
-        seen: Witness,
+        seen: OutputChecksum,
         keep: bool,
     ) -> None:
         self.reversal, self.index, self.live = reversal, index, live

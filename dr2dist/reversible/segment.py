@@ -13,21 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dr2dist.reversible.certificate import Flags, Probe, Witness
-from dr2dist.reversible.exact import ExactArithmetic
-from dr2dist.reversible.kernels import Kernels
-from dr2dist.reversible.replay import Randomness
-from dr2dist.reversible.reversal import Backward, Reversal
-from dr2dist.reversible.runner import (
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum
+from dr2dist.reversible.arithmetic.exact import ExactArithmetic
+from dr2dist.reversible.arithmetic.setting import Setting
+from dr2dist.reversible.arithmetic.state import Gradient, State
+from dr2dist.reversible.calls.kernels import Kernels
+from dr2dist.reversible.calls.replay import Randomness
+from dr2dist.reversible.calls.runner import (
     FunctionRunner,
     check_unchanged,
     differentiable,
     trainable,
     without_saved,
 )
-from dr2dist.reversible.setting import Setting
-from dr2dist.reversible.slices import Layout, Part, joined, parts_of
-from dr2dist.reversible.state import Gradient, State
+from dr2dist.reversible.calls.slices import Layout, Part, joined, parts_of
+from dr2dist.reversible.certificate import Flags, Probe
+from dr2dist.reversible.reversal import Backward, Reversal
 from dr2dist.reversible.tape import Arithmetic, Kept, Sides, Tape, arithmetic_of, state_dtype
 
 
@@ -166,7 +167,7 @@ class Segment:
             tape.flags.note_state(self.begin, state.current)
         handed = {}
         for index in range(len(self.functions)):
-            seen = Witness()
+            seen = OutputChecksum()
             if index < tape.first:
                 state = self._plain_step(index, state, sides, layout, arithmetic, tape.dtype, seen)
             else:
@@ -240,7 +241,7 @@ class Segment:
             x_needs_grad=x_needs_grad,
         )
 
-    def _step(self, index: int, state: State, tape: Tape, seen: Witness) -> State:
+    def _step(self, index: int, state: State, tape: Tape, seen: OutputChecksum) -> State:
         """One function forward, with everything noted that its reversal needs."""
         function, mode = self.functions[index], tape.mode(index)
         tape.parts[index] = parts_of(
@@ -287,7 +288,7 @@ class Segment:
         layout: Layout,
         arithmetic: Arithmetic,
         dtype: torch.dtype,
-        seen: Witness | None,
+        seen: OutputChecksum | None,
     ) -> State:
         """One function forward without a graph or a record."""
         function = self.functions[index]
@@ -308,7 +309,12 @@ class _Advance:
     """Writes the next state, part by part, and gathers the remainders."""
 
     def __init__(
-        self, arithmetic: Arithmetic, state: State, out: State, keep: bool, seen: Witness | None
+        self,
+        arithmetic: Arithmetic,
+        state: State,
+        out: State,
+        keep: bool,
+        seen: OutputChecksum | None,
     ) -> None:
         self.arithmetic, self.state, self.out = arithmetic, state, out
         self.keep, self.seen = keep, seen

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from dr2dist.reversible.arithmetic.exact import ExactArithmetic
+from dr2dist.reversible.arithmetic.floating import FloatArithmetic
+from dr2dist.reversible.arithmetic.setting import Memory, Setting
+from dr2dist.reversible.arithmetic.state import State
+from dr2dist.reversible.calls.kernels import Kernels
+from dr2dist.reversible.calls.replay import Randomness, function_context
+from dr2dist.reversible.calls.runner import Call
+from dr2dist.reversible.calls.sliced import Stream, Work
+from dr2dist.reversible.calls.slices import Layout, Part
 from dr2dist.reversible.certificate import Flags, Probe
-from dr2dist.reversible.exact import ExactArithmetic
-from dr2dist.reversible.floating import FloatArithmetic
-from dr2dist.reversible.kernels import Kernels
-from dr2dist.reversible.replay import Randomness, function_context
-from dr2dist.reversible.runner import Call
-from dr2dist.reversible.setting import Memory, Setting
-from dr2dist.reversible.slices import Layout, Part
-from dr2dist.reversible.state import State
-from dr2dist.reversible.work import Stream, Work
 
 Arithmetic = ExactArithmetic | FloatArithmetic
 
@@ -174,7 +174,7 @@ def arithmetic_of(setting: Setting, dtype: torch.dtype, device: torch.device) ->
         return FloatArithmetic(setting, dtype)
     if device.type == "cuda":
         # Triton comes with torch for GPUs only.
-        from dr2dist.reversible.fused import FusedArithmetic
+        from dr2dist.reversible.arithmetic.fused import FusedArithmetic
 
         return FusedArithmetic(setting, dtype)
     return ExactArithmetic(setting, dtype)

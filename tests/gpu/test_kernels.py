@@ -10,9 +10,9 @@ from torch import Tensor
 
 import dr2dist
 from dr2dist.reversible import Setting, State
-from dr2dist.reversible.certificate import Witness
-from dr2dist.reversible.exact import ExactArithmetic
-from dr2dist.reversible.fused import FusedArithmetic
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum
+from dr2dist.reversible.arithmetic.exact import ExactArithmetic
+from dr2dist.reversible.arithmetic.fused import FusedArithmetic
 from tests.models import build, images
 
 COUNT = {"cpu": 50, "cuda": 1_000_003}
@@ -31,7 +31,7 @@ def test_remainders_of_every_width_bring_a_state_back(bits: int, device: torch.d
     assert setting.remainder_bits == bits
     found = []
     for kind in (ExactArithmetic, FusedArithmetic):
-        arithmetic, first, again = kind(setting, torch.float32), Witness(), Witness()
+        arithmetic, first, again = kind(setting, torch.float32), OutputChecksum(), OutputChecksum()
         out = State(torch.empty_like(now), now)
         rest = arithmetic.advance(State(now, before), f, out, True, first)
         assert rest is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import dr2dist
 from dr2dist.reversible import Layout, PlainRunner
-from dr2dist.reversible.costs import Meter, Watermark
+from dr2dist.reversible.budget.costs import Meter, Watermark
 from dr2dist.reversible.tape import Sides
 from tests.models import build
 

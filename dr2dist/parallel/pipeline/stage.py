@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.reversible import Chain, Gradient, Layout, Segment, Sides, State, Tape
-from dr2dist.reversible.replay import kept_statistics
+from dr2dist.reversible.calls.replay import kept_statistics
 
 Shares = dict[str, Tensor]
 """What functions share beside the tokens, by name; or gradients of it, fp32."""

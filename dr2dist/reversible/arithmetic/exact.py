@@ -20,11 +20,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dr2dist.reversible.certificate import Witness
-from dr2dist.reversible.checksum import BLOCK, checksum
-from dr2dist.reversible.packing import pack, packed_bytes, unpack
-from dr2dist.reversible.setting import RANGE_BITS, Setting
-from dr2dist.reversible.state import State
+from dr2dist.reversible.arithmetic.checksum import BLOCK, OutputChecksum, checksum
+from dr2dist.reversible.arithmetic.packing import pack, packed_bytes, unpack
+from dr2dist.reversible.arithmetic.setting import RANGE_BITS, Setting
+from dr2dist.reversible.arithmetic.state import State
 
 INT32 = torch.iinfo(torch.int32)
 CPU_TILE = BLOCK
@@ -82,7 +81,7 @@ class ExactArithmetic:
         return State(torch.empty_like(state.current), state.current)
 
     def advance(
-        self, state: State, f: Tensor, out: State, keep: bool, seen: Witness | None
+        self, state: State, f: Tensor, out: State, keep: bool, seen: OutputChecksum | None
     ) -> Tensor | None:
         """Writes X_{i+1} to out.current (which may be state.previous); `seen` looks at all of it.
 
@@ -110,7 +109,7 @@ class ExactArithmetic:
             start += size
         return remainders if keep else None
 
-    def retreat(self, state: State, f: Tensor, remainders: Tensor, seen: Witness) -> State:
+    def retreat(self, state: State, f: Tensor, remainders: Tensor, seen: OutputChecksum) -> State:
         """(X_i, X_{i-1}) from (X_{i+1}, X_i): X_{i-1} is written over X_{i+1}."""
         room, start = self._room(f), 0
         for after, now, branch in _tiles(*state, f):
@@ -124,7 +123,7 @@ class ExactArithmetic:
             start += size
         return State(state.previous, state.current)
 
-    def deviation(self, state: State, f: Tensor, seen: Witness) -> Tensor:
+    def deviation(self, state: State, f: Tensor, seen: OutputChecksum) -> Tensor:
         """At a chain's start: how many elements break X_1 - G_0(X_0) = enc(X_0); int64 scalar."""
         count = torch.zeros((), dtype=torch.int64, device=f.device)
         room = self._room(f)

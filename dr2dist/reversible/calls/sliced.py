@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dr2dist.reversible.runner import Call, LiveFunction, run
-from dr2dist.reversible.slices import Part, TokenSlice, joined
+from dr2dist.reversible.calls.runner import Call, LiveFunction, run
+from dr2dist.reversible.calls.slices import Part, TokenSlice, joined
 
 Tokens = Callable[[Part], Tensor]
 """Gives the tokens that the function sees in a slice."""

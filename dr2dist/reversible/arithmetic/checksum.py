@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dr2dist.reversible.arithmetic.setting import RANGE_BITS
+
 BLOCK = 1 << 18
 """Elements whose weights are drawn one by one; those of the next block are the same ones times
 a number of the block's."""
@@ -50,7 +52,7 @@ def weighted_sums(value: Tensor, place: int = 0, scratch: Tensor | None = None) 
     """
     if value.device.type == "cuda":
         # What a kernel has summed in one run may be summed here in the other.
-        from dr2dist.reversible.fused import weighted_bits
+        from dr2dist.reversible.arithmetic.fused import weighted_bits
 
         yield weighted_bits(value, place)
         return
@@ -69,3 +71,62 @@ def weighted_sums(value: Tensor, place: int = 0, scratch: Tensor | None = None) 
 def checksum(value: Tensor) -> Tensor:
     """The weighted sum of a whole contiguous tensor: int64 scalar on its device."""
     return torch.stack([*weighted_sums(value), value.new_zeros((), dtype=torch.int64)]).sum()
+
+
+class OutputChecksum:
+    """What the slices of one function showed, gathered while they are in the cache anyway.
+
+    place: how many elements of the function's output it has seen so far.
+    """
+
+    def __init__(self) -> None:
+        self.place = 0
+        self._sums: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        self._states: list[Tensor] = []
+
+    def output(self, f: Tensor) -> None:
+        """F's raw output, or a part of it: its bits' sum, and its extremes."""
+        self.again(f)
+        self._outputs.extend(torch.aminmax(f))
+
+    def again(self, f: Tensor, scratch: Tensor | None = None) -> None:
+        """The same from a recompute: the sum alone. scratch: as `weighted_sums` takes it."""
+        self._sums.extend(weighted_sums(f, self.place, scratch))
+        self.advance(f.numel())
+
+    def state(self, state: Tensor) -> None:
+        """The fixed-point state made of F's output, in fp64, before it becomes integers.
+
+        NaN and infinity of the one are in the other.
+        """
+        self._states.extend(torch.aminmax(state))
+
+    def advance(self, count: int) -> None:
+        """So many more elements of the output were seen."""
+        self.place += count
+
+    def summed(self, bits: Tensor, count: int, extremes: Tensor | None = None) -> None:
+        """What kernels have gathered of `count` elements, weighted from `place` on: int64 sums
+        of F's bits, and a state's fp64 [low, high]."""
+        self._sums.append(bits.sum())
+        self.advance(count)
+        if extremes is not None:
+            self._states.extend(torch.aminmax(extremes))
+
+    @property
+    def bits(self) -> Tensor:
+        """The weighted sum of the bits of all outputs, int64 scalar."""
+        return torch.stack(self._sums).sum()
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether all outputs were: bool scalar."""
+        return torch.stack([*self._outputs, *self._states]).isfinite().all()
+
+    @property
+    def outside(self) -> Tensor | None:
+        """Whether a state left the range: bool scalar; None if no state was seen."""
+        if not self._states:
+            return None
+        return (torch.stack(self._states).abs() >= 1 << RANGE_BITS).any()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dr2dist.reversible.setting import Setting
-from dr2dist.reversible.state import State
+from dr2dist.reversible.arithmetic.setting import Setting
+from dr2dist.reversible.arithmetic.state import State
 
 Ranges = tuple[slice, ...]
 """What one slice takes of dim 1, in order: usually one range, two where windows wrap around."""

@@ -12,12 +12,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from dr2dist.reversible.kernels import Kernels
-from dr2dist.reversible.replay import Randomness, function_context, kept_statistics
-from dr2dist.reversible.runner import Call, FunctionRunner, gradients
-from dr2dist.reversible.slices import Layout, joined, parts_of
+from dr2dist.reversible.calls.kernels import Kernels
+from dr2dist.reversible.calls.replay import Randomness, function_context, kept_statistics
+from dr2dist.reversible.calls.runner import Call, FunctionRunner, gradients
+from dr2dist.reversible.calls.sliced import Work
+from dr2dist.reversible.calls.slices import Layout, joined, parts_of
 from dr2dist.reversible.tape import Sides
-from dr2dist.reversible.work import Work
 
 REPEATS = 3
 

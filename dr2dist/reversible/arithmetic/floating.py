@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dr2dist.reversible.certificate import Witness
-from dr2dist.reversible.setting import Setting
-from dr2dist.reversible.state import State
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum
+from dr2dist.reversible.arithmetic.setting import Setting
+from dr2dist.reversible.arithmetic.state import State
 
 
 class FloatArithmetic:
@@ -53,7 +53,7 @@ class FloatArithmetic:
         return state.previous.to(dtype)
 
     def advance(
-        self, state: State, f: Tensor, out: State, keep: bool, seen: Witness | None
+        self, state: State, f: Tensor, out: State, keep: bool, seen: OutputChecksum | None
     ) -> None:
         """Writes (x_{i+1}, y_{i+1}) to out, which may be the state itself; nothing to keep."""
         x, y = state

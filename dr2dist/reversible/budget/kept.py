@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from dr2dist.reversible.costs import Cost
+from dr2dist.reversible.budget.costs import Cost
 
 
 class _Plan(NamedTuple):

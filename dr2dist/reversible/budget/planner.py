@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from dr2dist.errors import UserError
-from dr2dist.reversible.budget import choose
-from dr2dist.reversible.costs import Cost, Meter
-from dr2dist.reversible.setting import Setting
-from dr2dist.reversible.slices import Layout
+from dr2dist.reversible.arithmetic.setting import Setting
+from dr2dist.reversible.budget.costs import Cost, Meter
+from dr2dist.reversible.budget.kept import choose
+from dr2dist.reversible.calls.slices import Layout
 
 LEAST_TOKENS = 16
 """Slices of fewer tokens are not tried."""

@@ -1,7 +1,7 @@
 """Exact arithmetic on a GPU: each step of a state is one Triton kernel, one read and one write.
 
-The same bits as the plain version (`dr2dist/reversible/exact.py`) for every state in range; only
-the layout of the packed remainders differs. What of them was tried where: docs/memory.md.
+The same bits as the plain version (`exact.py`) for every state in range; only the layout of the
+packed remainders differs. What of them was tried where: docs/memory.md.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dr2dist.reversible.certificate import Witness
-from dr2dist.reversible.exact import ExactArithmetic
-from dr2dist.reversible.packing import packed_bytes
-from dr2dist.reversible.state import State
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum
+from dr2dist.reversible.arithmetic.exact import ExactArithmetic
+from dr2dist.reversible.arithmetic.packing import packed_bytes
+from dr2dist.reversible.arithmetic.state import State
 
 BYTES = 256
 """Of a plane of remainders, a program's share: 8 elements each."""
@@ -44,7 +44,7 @@ class FusedArithmetic(ExactArithmetic):
         return x
 
     def advance(
-        self, state: State, f: Tensor, out: State, keep: bool, seen: Witness | None
+        self, state: State, f: Tensor, out: State, keep: bool, seen: OutputChecksum | None
     ) -> Tensor | None:
         """See ExactArithmetic. A state outside the range ends there in any case."""
         bits = self.bits if keep else 0
@@ -73,7 +73,7 @@ class FusedArithmetic(ExactArithmetic):
             seen.summed(sums, count, extremes)
         return remainders if keep else None
 
-    def retreat(self, state: State, f: Tensor, remainders: Tensor, seen: Witness) -> State:
+    def retreat(self, state: State, f: Tensor, remainders: Tensor, seen: OutputChecksum) -> State:
         """See ExactArithmetic."""
         sums, _ = _notes(f)
         _launch(
@@ -95,7 +95,7 @@ class FusedArithmetic(ExactArithmetic):
         seen.summed(sums, f.numel())
         return State(state.previous, state.current)
 
-    def deviation(self, state: State, f: Tensor, seen: Witness) -> Tensor:
+    def deviation(self, state: State, f: Tensor, seen: OutputChecksum) -> Tensor:
         """See ExactArithmetic."""
         sums, _ = _notes(f)
         counts = torch.empty_like(sums)
@@ -148,7 +148,7 @@ def _grid(tensor: Tensor) -> tuple[int]:
     return (triton.cdiv(tensor.numel(), ELEMENTS),)
 
 
-def _place(seen: Witness | None) -> int:
+def _place(seen: OutputChecksum | None) -> int:
     return 0 if seen is None else seen.place
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from dr2dist.reversible.kernels import Kernels
+from dr2dist.reversible.calls.kernels import Kernels
 
 
 def stable_seed(*key: int) -> int:

@@ -1,0 +1,1 @@
+"""What functions cost, and what a memory budget makes of it."""

@@ -1,0 +1,1 @@
+"""How one residual function is run, twice alike, in slices, and differentiated."""
