@@ -145,7 +145,7 @@ class _Function(torch.autograd.Function):
         if not torch._C._will_engine_execute_node(before):
             # No more gradients are asked for (torch.autograd.grad), but what was is to be proven.
             ctx.path.finish()
-        return None, ticket, *reversal.hand_over.take(ctx.parameters)
+        return None, ticket, *reversal.accumulator.take(ctx.parameters)
 
 
 class _End(torch.autograd.Function):

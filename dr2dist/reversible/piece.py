@@ -13,7 +13,7 @@ from dr2dist.reversible.calls.replay import Randomness, function_context, kept_s
 from dr2dist.reversible.calls.runner import (
     Call,
     FunctionRunner,
-    HandOver,
+    GradAccumulator,
     LiveFunction,
     PlainRunner,
     check_unchanged,
@@ -104,7 +104,7 @@ class _PieceFunction(torch.autograd.Function):
         if not piece.runner.nested:
             check_unchanged(trainable(piece.module), ctx.parameters, ctx.versions)
         found = torch.empty_like(x) if ctx.x_needs_grad else None
-        hand_over = HandOver([piece.module], piece.runner.nested)
+        accumulator = GradAccumulator([piece.module], piece.runner.nested)
         kept = kept_statistics(piece.module)
         with ctx.kernels.restored(), piece.runner.open(piece.module) as live, kept:
             for number, part in enumerate(ctx.slices):
@@ -112,12 +112,12 @@ class _PieceFunction(torch.autograd.Function):
                 (of_x,), of_leaves = gradients(
                     call, [None if grad is None else grad[part] for grad in grads], keep_graph=False
                 )
-                hand_over.add(live.parameters, of_leaves)
+                accumulator.add(live.parameters, of_leaves)
                 if found is not None:
                     found[part] = 0 if of_x is None else of_x
                 del call, of_x
-            hand_over.finish(live.parameters)
-        return None, None, None, found, *hand_over.take(ctx.parameters)
+            accumulator.finish(live.parameters)
+        return None, None, None, found, *accumulator.take(ctx.parameters)
 
 
 def _call(ctx: Any, live: LiveFunction, x: Tensor, number: int) -> Call:

@@ -15,7 +15,7 @@ from dr2dist.reversible.calls.replay import kept_statistics
 from dr2dist.reversible.calls.runner import (
     Call,
     FunctionRunner,
-    HandOver,
+    GradAccumulator,
     LiveFunction,
     SideKey,
     differentiable,
@@ -41,7 +41,7 @@ class Reversal:
 
     state: None where the last function keeps its activations. grad: None to reverse only.
     taps: gradients of tapped tokens by function. keep: the tape is left as it is.
-    hand_over: has the gradients of parameters, unless the runner is nested.
+    accumulator: has the gradients of parameters, unless the runner is nested.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Reversal:
         self.state, self.grad, self.taps, self.keep = state, grad, dict(taps or {}), keep
         self.arithmetic = tape.arithmetic
         self.sides: dict[SideKey, Tensor] = {}
-        self.hand_over = HandOver(functions[tape.first :], runner.nested)
+        self.accumulator = GradAccumulator(functions[tape.first :], runner.nested)
         self.left = len(functions)
         tape.used = tape.used or not keep
 
@@ -94,7 +94,7 @@ class Reversal:
                     step.from_graphs(kept)
             else:
                 step.recompute()
-            self.hand_over.finish(live.parameters)
+            self.accumulator.finish(live.parameters)
         if mode == "checkpoint" or (mode == "reverse" and not self._floating):
             self.tape.flags.note_recompute(
                 self.tape.begin + index, seen.bits != self.tape.sums[index]
@@ -249,7 +249,7 @@ class _Step:
         if of_x is not None:
             for target, piece in zip(part.views(self.after.x), part.split(of_x), strict=True):
                 target.add_(piece)
-        self.reversal.hand_over.add(self.live.parameters, of_leaves)
+        self.reversal.accumulator.add(self.live.parameters, of_leaves)
         sides = differentiable(self.tape.sides.of(self.function))
         for (key, side), grad in zip(sides, of_inputs[1:], strict=False):
             if grad is not None:

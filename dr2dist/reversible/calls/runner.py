@@ -230,7 +230,7 @@ def _leaf(value: Any) -> Any:
     return value.detach().requires_grad_() if needs_grad(value) else value
 
 
-class HandOver:
+class GradAccumulator:
     """Sums each parameter's gradients over slices and functions, so that it gets one per pass.
 
     Slices are summed in fp32 where a parameter is held in fewer bits. Engines count on one
