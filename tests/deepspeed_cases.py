@@ -17,8 +17,8 @@ from dr2dist.inference.exported import export
 from dr2dist.parallel.deepspeed_json import Precision, deepspeed_config
 from dr2dist.parallel.engine import DTYPES, ReversibleEngine
 from dr2dist.training.checkpoint import checkpoint_folder
+from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.groups import freeze as freeze_parameters
-from dr2dist.training.keeper import Keeper, Progress
 from tests.cases import full_state, make_engine, micro_batches, take_step
 from tests.models import build, images
 
@@ -42,13 +42,13 @@ def outcome(folder: str, **options: Any) -> dict[str, Any]:
     the same of a run that goes on from the checkpoint after two steps, in an engine whose weights
     were others. Rank 0 exports the last weights to `folder`, and gives their own outputs."""
     engine = make_engine("vit", **options)
-    keeper = Keeper(Path(folder), 2, FACTS)
+    manager = CheckpointManager(Path(folder), 2, FACTS)
     found = _steps(engine, 0, HALF)
-    keeper.save(engine, Progress())
+    manager.save(engine, Progress())
     found += _steps(engine, HALF, WHOLE)
-    keeper.save(engine, Progress())
+    manager.save(engine, Progress())
     other = make_engine("vit", seed=1, **options)
-    keeper.restore(checkpoint_folder(Path(folder), HALF), other)
+    manager.restore(checkpoint_folder(Path(folder), HALF), other)
     again = _steps(other, HALF, WHOLE)
     result = {"steps": found, "again": again, "outputs": [_held_out(engine), _held_out(other)]}
     if dist.get_rank() == 0:

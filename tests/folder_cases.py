@@ -14,7 +14,7 @@ from dr2dist.parallel.agreement import AgreedError
 from dr2dist.parallel.average import Average
 from dr2dist.reversible.budget.costs import Watermark
 from dr2dist.training.checkpoint import Checkpoint, checkpoints
-from dr2dist.training.keeper import Keeper, Progress
+from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.run import run
 from tests import cases
 
@@ -39,7 +39,7 @@ def save(folder: str, zero: int, bf16: bool) -> tuple[int, int]:
     fragments = engine.masters.fragments
     largest = max(4 * len(fragment.values) for fragment in fragments)
     with Watermark() as mark:
-        Keeper(Path(folder), 1, {"global_batch": 8}).save(engine, Progress())
+        CheckpointManager(Path(folder), 1, {"global_batch": 8}).save(engine, Progress())
     saved = Checkpoint(checkpoints(Path(folder))[-1])
     saved.verify()
     for fragment in fragments:

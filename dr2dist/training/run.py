@@ -29,9 +29,9 @@ from dr2dist.parallel.pipeline.layers import keep_only
 from dr2dist.parallel.processes import join, largest, share_cores
 from dr2dist.parallel.watch import Watch
 from dr2dist.tasks.classification import Classification
+from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.folder import find_start, finished
 from dr2dist.training.groups import ParameterGroup, freeze, kept_groups, parameter_groups
-from dr2dist.training.keeper import Keeper, Progress
 from dr2dist.training.plan import Plan, make_plan, model_options
 from dr2dist.training.profile import Profile
 from dr2dist.training.records import Records, peak_memory
@@ -72,15 +72,15 @@ def _run(config: Config, rank: int, ranks: int) -> dict[str, Any]:
         log.info("%s is finished: nothing is left to do", config.output)
         return before
     engine, lr_scales = _engine(config, plan)
-    keeper = Keeper(Path(config.output), config.train.keep, _facts(config, plan))
-    progress = Progress() if checkpoint is None else keeper.restore(checkpoint, engine)
+    manager = CheckpointManager(Path(config.output), config.train.keep, _facts(config, plan))
+    progress = Progress() if checkpoint is None else manager.restore(checkpoint, engine)
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
     records = None
     if rank == 0:
         text = dump_config(config)
         records = Records(Path(config.output), text, plan.train.classes, engine.applied)
-    trainer = _trainer(config, plan, engine, lr_scales, records, keeper, progress)
+    trainer = _trainer(config, plan, engine, lr_scales, records, manager, progress)
     return _train(config, plan, trainer)
 
 
@@ -177,7 +177,7 @@ def _trainer(
     engine: ReversibleEngine,
     lr_scales: tuple[float, ...],
     records: Records | None,
-    keeper: Keeper,
+    manager: CheckpointManager,
     progress: Progress,
 ) -> Trainer:
     pace = Pace(
@@ -207,7 +207,7 @@ def _trainer(
         train,
         val,
         records,
-        keeper,
+        manager,
         progress,
         Speed(plan.flops // plan.grid.stages, device_peak(config.train.precision), engine.replicas),
         Profile(Path(config.output) / "profile", config.train.profile),

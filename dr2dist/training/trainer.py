@@ -21,7 +21,7 @@ from dr2dist.parallel.verdict import Verdict
 from dr2dist.reversible.certificate import worst_drift
 from dr2dist.reversible.transfer import to_device
 from dr2dist.tasks.classification import Classification
-from dr2dist.training.keeper import Keeper, Progress
+from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.profile import Profile
 from dr2dist.training.records import Records, peak_memory
 from dr2dist.training.speed import Speed
@@ -61,7 +61,7 @@ class Trainer:
 
     train: endless micro-batches, none on stages that need no samples. val: this replica's share,
     gone through at each validation.
-    records: on rank 0, None elsewhere. keeper: of the run's checkpoints. progress: what an
+    records: on rank 0, None elsewhere. manager: of the run's checkpoints. progress: what an
     engine that goes on from a checkpoint has reached. seed: of mixing, dropout and the like, this
     rank's own; each step draws from a stream of its own, so a repeated step is the same.
     """
@@ -74,7 +74,7 @@ class Trainer:
         train: Iterator[Batch],
         val: Iterable[Batch] | None,
         records: Records | None,
-        keeper: Keeper,
+        manager: CheckpointManager,
         progress: Progress,
         speed: Speed,
         profile: Profile,
@@ -82,7 +82,7 @@ class Trainer:
     ) -> None:
         self.engine, self.task, self.pace = engine, task, pace
         self.train, self.val = train, val
-        self.records, self.keeper, self.progress = records, keeper, progress
+        self.records, self.manager, self.progress = records, manager, progress
         self.speed, self.profile, self.seed = speed, profile, seed
         schedule = pace.schedule
         self.guard = (
@@ -109,7 +109,7 @@ class Trainer:
                     better = self._validate(self.val)
                 if better or self._stale or self._due(self.pace.checkpoint_every):
                     self._count_skipped()
-                    self.keeper.save(self.engine, self.progress)
+                    self.manager.save(self.engine, self.progress)
                     self.speed.restart()
 
     @property

@@ -56,7 +56,7 @@ class Progress:
         return better
 
 
-class Keeper:
+class CheckpointManager:
     """The checkpoints of a run's folder: the last `keep`, and the best one.
 
     facts: what every checkpoint says of the run (model, classes, preprocessing, ...). The
