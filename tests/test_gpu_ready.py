@@ -24,7 +24,7 @@ from dr2dist.data.transforms import train_transform
 from dr2dist.errors import UserError
 from dr2dist.parallel import processes
 from dr2dist.parallel.average import Average
-from dr2dist.parallel.masters import Fragment, Masters
+from dr2dist.parallel.master_weights import Fragment, MasterWeights
 from dr2dist.parallel.verdict import Report
 from dr2dist.reversible import Chain, State, fused
 from dr2dist.reversible.certificate import Flags, Probe
@@ -257,6 +257,6 @@ def test_a_restored_count_of_steps_lies_where_the_optimiser_wants_it(
     engine = SimpleNamespace(basic_optimizer=optimizer)
     fragment = Fragment("p", (3,), 0, owner.detach(), False, owner)
     for step in (2.0, 1.0):
-        Masters(engine, 1).add_moment(fragment, "step", torch.tensor(step))
+        MasterWeights(engine, 1).add_moment(fragment, "step", torch.tensor(step))
     found = optimizer.state[owner]["step"]
     assert found.device.type == ("meta" if fused_step else "cpu")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dr2dist.parallel.masters import Fragment, Masters
+from dr2dist.parallel.master_weights import Fragment, MasterWeights
 
 
 class Average:
@@ -22,7 +22,7 @@ class Average:
     ranks that hold the same layers, None for all.
     """
 
-    def __init__(self, masters: Masters, decay: float, group: Any = None) -> None:
+    def __init__(self, masters: MasterWeights, decay: float, group: Any = None) -> None:
         self._masters, self._group = masters, group
         self._take_in = get_ema_multi_avg_fn(decay)
         self._values = {key: values.clone() for key, values in self._master_shares()}

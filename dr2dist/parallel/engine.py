@@ -19,7 +19,7 @@ from dr2dist.parallel.average import Average
 from dr2dist.parallel.buffers import Buffers
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.gathered import GatheredRunner
-from dr2dist.parallel.masters import Masters
+from dr2dist.parallel.master_weights import MasterWeights
 from dr2dist.parallel.originals import originals
 from dr2dist.parallel.processes import slowest
 from dr2dist.parallel.sharding import shard
@@ -106,7 +106,7 @@ class ReversibleEngine:
             piece.runner = runner
         self.device = torch.device(self._engine.device)
         self._watch = GradientWatch(parameters, self.device)
-        self.masters = Masters(self._engine, self.zero, given, group)
+        self.masters = MasterWeights(self._engine, self.zero, given, group)
         self.average = None if ema is None else Average(self.masters, ema, group)
         self._planner = net.planner
         self._planner.agree = slowest

@@ -45,7 +45,7 @@ class Fragment:
         return slice(*bounds(len(self.values), rank, ranks))
 
 
-class Masters:
+class MasterWeights:
     """Reads and writes masters and moments of a DeepSpeed engine.
 
     engine: after `deepspeed.initialize`. zero: its stage. originals: what it rounded; trained
@@ -186,7 +186,7 @@ def _kept(original: Original, name: str, parameter: Any) -> list[Fragment]:
 
 
 def _fp32_copies(optimizer: Any) -> dict[Tensor, Tensor]:
-    """Masters by weight where an engine without ZeRO has them, which it does in fp16."""
+    """MasterWeights by weight where an engine without ZeRO has them, which it does in fp16."""
     pairs = zip(
         getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True
     )
