@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dr2dist.config import load_config
 from dr2dist.parallel.agreement import AgreedError
-from dr2dist.parallel.average import Average
+from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.reversible.budget.costs import Watermark
 from dr2dist.training.checkpoint import Checkpoint, checkpoints
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
@@ -34,7 +34,7 @@ def save(folder: str, zero: int, bf16: bool) -> tuple[int, int]:
     Checks what was written against the tensors themselves.
     """
     engine = cases.make_engine("vit", zero, bf16)
-    engine.average = Average(engine.masters, 0.9)
+    engine.average = ShardedEMA(engine.masters, 0.9)
     cases.take_step(engine, 0)
     fragments = engine.masters.fragments
     largest = max(4 * len(fragment.values) for fragment in fragments)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dr2dist.parallel.average import Average
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
+from dr2dist.parallel.sharded_ema import ShardedEMA
 from tests import cases, stage_cases
 from tests.models import build
 
@@ -41,10 +41,10 @@ def make(
             # ZeRO-3 divides before it adds up what ranks have, so there micro-batches overflow.
             count = 2 if zero == 3 else 1
             engine = cases.make_engine("vit", zero, bf16, count)
-            engine.average = Average(engine.masters, 0.9)
+            engine.average = ShardedEMA(engine.masters, 0.9)
             return engine, lambda number: cases.take_step(engine, number, count)
         staged = stage_cases.make_engine("vit", stages, zero, MICRO_BATCHES, bf16)
-    staged.average = Average(staged.masters, 0.9, staged._groups.get_data_parallel_group())
+    staged.average = ShardedEMA(staged.masters, 0.9, staged._groups.get_data_parallel_group())
 
     def step(number: int) -> Any:
         work = stage_cases.work(staged, number, MICRO_BATCHES)

@@ -23,8 +23,8 @@ from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.data.transforms import train_transform
 from dr2dist.errors import UserError
 from dr2dist.parallel import processes
-from dr2dist.parallel.average import Average
 from dr2dist.parallel.master_weights import Fragment, MasterWeights
+from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.parallel.verdict import Report
 from dr2dist.reversible import Chain, State, fused
 from dr2dist.reversible.certificate import Flags, Probe
@@ -204,7 +204,7 @@ def test_averages_are_taken_in_one_operation(monkeypatch: pytest.MonkeyPatch) ->
     masters: Any = SimpleNamespace(
         fragments=[Fragment(f"p{n}", (len(v),), 0, v, n != 1, owner) for n, v in enumerate(values)]
     )
-    average = Average(masters, 0.75)
+    average = ShardedEMA(masters, 0.75)
     for value in values:
         value += 4
     with Operations() as done:

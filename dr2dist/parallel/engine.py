@@ -15,13 +15,13 @@ from torch import Tensor
 
 from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
 from dr2dist.parallel import traces
-from dr2dist.parallel.average import Average
 from dr2dist.parallel.buffers import Buffers
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.parallel.master_weights import MasterWeights
 from dr2dist.parallel.originals import originals
 from dr2dist.parallel.processes import slowest
+from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.parallel.sharding import shard
 from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
 from dr2dist.reversible import FunctionRunner, PlainRunner
@@ -107,7 +107,7 @@ class ReversibleEngine:
         self.device = torch.device(self._engine.device)
         self._watch = GradientWatch(parameters, self.device)
         self.masters = MasterWeights(self._engine, self.zero, given, group)
-        self.average = None if ema is None else Average(self.masters, ema, group)
+        self.average = None if ema is None else ShardedEMA(self.masters, ema, group)
         self._planner = net.planner
         self._planner.agree = slowest
         self._micro_batch = int(config["train_micro_batch_size_per_gpu"])

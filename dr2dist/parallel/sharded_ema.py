@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from dr2dist.parallel.master_weights import Fragment, MasterWeights
 
 
-class Average:
+class ShardedEMA:
     """average = decay * average + (1 - decay) * master, after each applied step.
 
     Starts from the masters as they are. Holds 4 bytes for each trained parameter of this rank's
