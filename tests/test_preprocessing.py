@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional
 
 import dr2dist
 from dr2dist.data.transforms import eval_transform
-from dr2dist.inference.exported import Facts, ready
+from dr2dist.inference.exported import ExportMetadata, ready
 from dr2dist.inference.predict import predict
 
 MEAN, STD = (0.31, 0.42, 0.53), (0.21, 0.22, 0.23)
@@ -78,8 +78,11 @@ def test_files_of_earlier_versions_keep_their_preprocessing(file: Path, tmp_path
         metadata = {k: v for k, v in opened.metadata().items() if k != "resize"}
     earlier = tmp_path / "earlier.safetensors"
     save_file(load_file(file), earlier, metadata)
-    assert Facts.read(file).resize == "timm" and Facts.read(earlier).resize == "floor"
-    size, differing = Facts.read(file).input_size, 0
+    assert (
+        ExportMetadata.read(file).resize == "timm"
+        and ExportMetadata.read(earlier).resize == "floor"
+    )
+    size, differing = ExportMetadata.read(file).input_size, 0
     for shape in SHAPES:
         image = picture(*shape)
         scale = max(size[0] / image.height, size[1] / image.width)

@@ -1,6 +1,6 @@
 """An exported model: one safetensors file that says what it needs to be run rightly.
 
-The tensors have timm's names. The metadata carry, as strings, every field of `Facts`.
+The tensors have timm's names. The metadata carry, as strings, every field of `ExportMetadata`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WARNING = (
 Option = bool | int | float | str
 
 
-class Facts(BaseModel):
+class ExportMetadata(BaseModel):
     """What an exported file says of its model.
 
     model, image_size (height, width), options: how timm builds it. alpha, beta, arithmetic,
@@ -96,7 +96,9 @@ class Facts(BaseModel):
             raise UserError(f"{path}: its metadata are not dr2dist's: {one_line(error)}") from None
 
 
-def export(run: str | Path, output: str | Path, which: Literal["best", "last"] = "best") -> Facts:
+def export(
+    run: str | Path, output: str | Path, which: Literal["best", "last"] = "best"
+) -> ExportMetadata:
     """Writes the best or last checkpoint of a run's folder as one file, aside and renamed.
 
     Averaged weights take the place of trained ones in a run that has them (train.ema). The best
@@ -108,7 +110,7 @@ def export(run: str | Path, output: str | Path, which: Literal["best", "last"] =
         raise UserError(f"{output}: exists already; name another file")
     saved = Checkpoint(_chosen(Path(run), which))
     saved.verify()
-    facts = Facts.model_validate(saved.state)
+    facts = ExportMetadata.model_validate(saved.state)
     averaged = set(saved.names(EMA))
     tensors: dict[str, Tensor] = {
         name: saved.tensor(EMA if name in averaged else "master", name)
@@ -134,7 +136,7 @@ def _chosen(run: Path, which: Literal["best", "last"]) -> Path:
     return checkpoint_folder(run, best["step"])
 
 
-def timm_model(facts: Facts, on_meta: bool = False) -> nn.Module:
+def timm_model(facts: ExportMetadata, on_meta: bool = False) -> nn.Module:
     """The timm model that a file's weights are of, with random ones, or with none on the meta
     device. Raises UserError if it cannot be built."""
     with torch.device("meta") if on_meta else nullcontext():
@@ -155,7 +157,7 @@ def load(path: str | Path) -> nn.Module:
     `evaluate` do with 8-bit RGB images.
     Needs no DeepSpeed. Raises UserError if the file is not one of `export` or `save`.
     """
-    facts = Facts.read(path)
+    facts = ExportMetadata.read(path)
     model = timm_model(facts)
     try:
         model.load_state_dict(load_file(path), strict=True)
@@ -185,7 +187,7 @@ def load(path: str | Path) -> nn.Module:
 
 def ready(path: str | Path) -> tuple[nn.Module, Transform, torch.device]:
     """An exported model on the device at hand, how its images are prepared, and the device."""
-    facts, net = Facts.read(path), load(path)
+    facts, net = ExportMetadata.read(path), load(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transform = eval_transform(facts.input_size, facts.mean, facts.std, facts.resize)
     return net.to(device), transform, device

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dr2dist.errors import UserError
 from dr2dist.files import replaced
-from dr2dist.inference.exported import Facts, load
+from dr2dist.inference.exported import ExportMetadata, load
 from dr2dist.reversible import Chain, PlainRunner
 from dr2dist.reversible.tape import Sides
 
@@ -75,7 +75,7 @@ def export_portable(source: str | Path, output: str | Path) -> float:
     source, output = Path(source), Path(output)
     if output.exists():
         raise UserError(f"{output}: exists already; name another file")
-    facts, net = Facts.read(source), load(source)
+    facts, net = ExportMetadata.read(source), load(source)
     program = _program(plain(net), facts.input_size)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, *facts.input_size, generator=generator)
@@ -96,7 +96,7 @@ def _program(net: nn.Module, size: tuple[int, int]) -> Any:
         return torch.export.export(net, (images,), dynamic_shapes=({0: batch},), strict=False)
 
 
-def _write_program(program: Any, facts: Facts, path: Path, images: Tensor) -> Tensor:
+def _write_program(program: Any, facts: ExportMetadata, path: Path, images: Tensor) -> Tensor:
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={"dr2dist.json": facts.model_dump_json()})
     with path.open("rb") as file, torch.inference_mode():
@@ -104,7 +104,7 @@ def _write_program(program: Any, facts: Facts, path: Path, images: Tensor) -> Te
         return result
 
 
-def _write_onnx(program: Any, facts: Facts, path: Path, images: Tensor) -> Tensor:
+def _write_onnx(program: Any, facts: ExportMetadata, path: Path, images: Tensor) -> Tensor:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
@@ -122,7 +122,7 @@ def _write_onnx(program: Any, facts: Facts, path: Path, images: Tensor) -> Tenso
     return torch.from_numpy(found)
 
 
-ENDINGS: dict[str, Callable[[Any, Facts, Path, Tensor], Tensor]] = {
+ENDINGS: dict[str, Callable[[Any, ExportMetadata, Path, Tensor], Tensor]] = {
     ".onnx": _write_onnx,
     ".pt2": _write_program,
 }

@@ -17,7 +17,7 @@ from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import replaced
 from dr2dist.inference.arguments import arguments_of
-from dr2dist.inference.exported import Facts, Option, load, timm_model
+from dr2dist.inference.exported import ExportMetadata, Option, load, timm_model
 from dr2dist.training.tensors import Source, write_tensors
 from dr2dist.version import __version__
 
@@ -127,7 +127,7 @@ def _facts(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     options: Mapping[str, Any],
-) -> Facts:
+) -> ExportMetadata:
     for key, value in options.items():
         if not isinstance(value, get_args(Option)):
             allowed = ", ".join(kind.__name__ for kind in get_args(Option))
@@ -142,7 +142,7 @@ def _facts(
     alpha, beta = net.coefficients
     setting = net.chains[0].setting
     try:
-        facts = Facts(
+        facts = ExportMetadata(
             model=cfg["architecture"],
             image_size=built_for,
             options=options,
@@ -166,7 +166,7 @@ def _facts(
     return facts.model_copy(update={"options": {**found, **options}})
 
 
-def _tensors(net: nn.Module, path: Path, facts: Facts) -> dict[str, Source]:
+def _tensors(net: nn.Module, path: Path, facts: ExportMetadata) -> dict[str, Source]:
     """The weights under timm's names, if they are those of timm's model."""
     own, known = net.state_dict(), timm_model(facts, on_meta=True).state_dict()
     # The coefficients are in the metadata.
@@ -183,7 +183,7 @@ def _tensors(net: nn.Module, path: Path, facts: Facts) -> dict[str, Source]:
     }
 
 
-def _named(facts: Facts) -> str:
+def _named(facts: ExportMetadata) -> str:
     options = ", ".join(f"{key}={value!r}" for key, value in facts.options.items())
     return f"timm's {facts.model}" + (f" with {options}" if options else "")
 
@@ -204,7 +204,7 @@ def _again(net: Any, path: Path) -> Any:
 
 
 def _check_same(
-    path: Path, facts: Facts, found: Sequence[Tensor], wanted: Sequence[Tensor]
+    path: Path, facts: ExportMetadata, found: Sequence[Tensor], wanted: Sequence[Tensor]
 ) -> None:
     for one, other in zip(found, wanted, strict=True):
         limit = other.abs().max() * (0 if other.device.type == "cpu" else TOLERANCE)
