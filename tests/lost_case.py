@@ -9,13 +9,13 @@ import time
 import torch
 import torch.distributed as dist
 
-from dr2dist.parallel.watch import Watch
+from dr2dist.parallel.heartbeat import Heartbeat
 
 
 def exchange(fault: str, who: int) -> None:
     """fault: what befalls rank `who` after a second: the name of a signal, or `error`."""
     dist.init_process_group("gloo")
-    with Watch(silence=4.0):
+    with Heartbeat(silence=4.0):
         end = time.monotonic() + 1
         while True:
             dist.all_reduce(torch.ones(1))

@@ -23,11 +23,11 @@ from dr2dist.data.transforms import eval_transform, train_transform
 from dr2dist.errors import UserError
 from dr2dist.parallel.agreement import AgreedError, agree, from_first
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
+from dr2dist.parallel.heartbeat import Heartbeat
 from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only
 from dr2dist.parallel.processes import join, largest, share_cores
-from dr2dist.parallel.watch import Watch
 from dr2dist.tasks.classification import Classification
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.folder import find_start, finished
@@ -53,7 +53,7 @@ def run(config: Config) -> dict[str, Any]:
     share_cores()
     join()
     ranks = dist.get_world_size()
-    with Watch(
+    with Heartbeat(
         Grid.of(ranks, config.parallel.stages).name, agreed=(UnprovenStepError, AgreedError)
     ):
         return _run(config, dist.get_rank(), ranks)

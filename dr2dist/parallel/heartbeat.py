@@ -33,7 +33,7 @@ _STOP = 0
 _LOST, _LEFT = "lost", "left"
 
 
-class Watch:
+class Heartbeat:
     """Around a run in the process group; every rank must enter it.
 
     name: how messages call a rank. agreed: exceptions that all ranks raise together. silence:
@@ -51,7 +51,7 @@ class Watch:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._name, self._agreed, self._silence = name, agreed, silence
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Heartbeat:
         if self.ranks == 1:
             return self
         self._board = _Board(self.rank, self._silence)
