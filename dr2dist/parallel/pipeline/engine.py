@@ -27,7 +27,7 @@ from dr2dist.parallel.engine import ReversibleEngine, Work
 from dr2dist.parallel.pipeline.clock import Clock
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer
-from dr2dist.parallel.pipeline.link import Handed, Link, Returned
+from dr2dist.parallel.pipeline.link import BackwardMessage, ForwardMessage, Link
 from dr2dist.parallel.pipeline.stage import Pass, Stage
 from dr2dist.parallel.verdict import Report, Verdict, decide
 from dr2dist.reversible.transfer import to_device
@@ -39,7 +39,7 @@ class StagedEngine(ReversibleEngine):
     net: the whole network with no parameters but this stage's (`layers.keep_only`). optimizer: over
     them. config: DeepSpeed's, ZeRO 0 or 1. layers, own: of the whole network, and which are this
     stage's. returned: the next stage sends a stage's last state back with its gradient, so that
-    nothing but remainders is held for micro-batches in flight. Raises UserError for another ZeRO.
+    nothing but remainders is held for micro-batches in runner. Raises UserError for another ZeRO.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class StagedEngine(ReversibleEngine):
         """All micro-batches forth and back, in DeepSpeed's order, and the verdict."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         work.begin()
-        flight = _Flight(self, work, count, total)
+        runner = _ScheduleRunner(self, work, count, total)
         with self._clock.step(count):
             for commands in schedule.TrainSchedule(count, self.grid.stages, self.number):
                 for command in commands:
-                    flight.do(command)
+                    runner.do(command)
             self._link.finish()
             # Only the last stage has losses; the verdict averages over all ranks.
             report = Report(total * self.grid.stages, self._watch.take(), self.chains)
@@ -126,8 +126,12 @@ class StagedEngine(ReversibleEngine):
         images: [B, C, H, W] on the first stage. Every stage must come here.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            given = self._link.receive_any() if images is None else Handed(self._here(images), {})
-            found = Handed(*self.stage.infer(*given))
+            given = (
+                self._link.receive_any()
+                if images is None
+                else ForwardMessage(self._here(images), {})
+            )
+            found = ForwardMessage(*self.stage.infer(*given))
         if self.last:
             return found.value
         self._link.send_any(found)
@@ -180,15 +184,15 @@ def _one_norm(optimizer: Any, group: Any) -> None:
     optimizer.scaled_global_norm = scaled_global_norm
 
 
-class _Flight:
-    """A step's micro-batches in flight on one stage; they come back in the order they went."""
+class _ScheduleRunner:
+    """A step's micro-batches in runner on one stage; they come back in the order they went."""
 
     def __init__(self, engine: StagedEngine, work: Work, count: int, total: Tensor) -> None:
         self.engine, self.work, self.count, self.total = engine, work, count, total
         self.passes: deque[Pass] = deque()
         self.losses: deque[Tensor] = deque()
-        self.given: Handed | None = None
-        self.returned: Returned | None = None
+        self.given: ForwardMessage | None = None
+        self.returned: BackwardMessage | None = None
         self.back: tuple[Pass, Tensor | None] | None = None
         self.begun = self.ended = 0
 
@@ -201,7 +205,7 @@ class _Flight:
             self._forward()
         elif isinstance(command, schedule.SendActivation):
             run = self.passes[-1]
-            link.send_forward(Handed(run.message(), run.shared))
+            link.send_forward(ForwardMessage(run.message(), run.shared))
         elif isinstance(command, schedule.RecvGrad):
             self.returned = link.receive_backward()
         elif isinstance(command, schedule.BackwardPass):
@@ -214,7 +218,7 @@ class _Flight:
     def _forward(self) -> None:
         engine = self.engine
         if engine.first:
-            self.given = Handed(engine._here(self.work.images(self.begun)), {})
+            self.given = ForwardMessage(engine._here(self.work.images(self.begun)), {})
         assert self.given is not None
         given, self.given = self.given, None
         with engine._clock.computing():

@@ -17,14 +17,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of what functions share, by the number that tells of it."""
 
 
-class Handed(NamedTuple):
+class ForwardMessage(NamedTuple):
     """What crosses a cut forward: tokens or a stacked state, and what functions share, by name."""
 
     value: Tensor
     shared: dict[str, Tensor]
 
 
-class Returned(NamedTuple):
+class BackwardMessage(NamedTuple):
     """What crosses a cut backward: the gradient, the state that was sent, if it comes back, and
     gradients of what is shared."""
 
@@ -66,11 +66,11 @@ class Link:
         exact = self.stage.net.chains[0].setting.arithmetic == "exact"
         return (2, *shape), torch.int32 if exact else torch.float32
 
-    def receive_forward(self) -> Handed:
+    def receive_forward(self) -> ForwardMessage:
         """A micro-batch, all of it in memory of its own."""
         return self._receive_handed(self.batch)
 
-    def send_forward(self, message: Handed) -> None:
+    def send_forward(self, message: ForwardMessage) -> None:
         """See receive_forward."""
         self.finish()
         # Tokens may have autocast's dtype, where nothing of theirs is lost.
@@ -78,15 +78,15 @@ class Link:
         self._send(message.value.to(dtype), self.next)
         self._send_shared(message.shared)
 
-    def receive_any(self) -> Handed:
+    def receive_any(self) -> ForwardMessage:
         """As receive_forward, for any number of samples."""
         return self._receive_handed(int(self._receive((1,), torch.int64, self.previous)))
 
-    def _receive_handed(self, batch: int) -> Handed:
+    def _receive_handed(self, batch: int) -> ForwardMessage:
         value = self._receive(*self._form(self.before, batch), self.previous)
-        return Handed(value, self._receive_shared())
+        return ForwardMessage(value, self._receive_shared())
 
-    def send_any(self, message: Handed) -> None:
+    def send_any(self, message: ForwardMessage) -> None:
         """As send_forward, for any number of samples."""
         batch = message.value.shape[1 if self.stage.gives_state else 0]
         self._send(to_device(torch.tensor([batch]), self.device), self.next)
@@ -114,8 +114,8 @@ class Link:
         for value in values:
             self._send(value, self.next)
 
-    def receive_backward(self) -> Returned:
-        """See Returned."""
+    def receive_backward(self) -> BackwardMessage:
+        """See BackwardMessage."""
         self.finish()
         gradient, state = self._receive_gradient(*self._form(self.after, self.batch))
         shared = {
@@ -123,7 +123,7 @@ class Link:
             for each in _shared(self.after)
             if each.trained
         }
-        return Returned(gradient, state, shared)
+        return BackwardMessage(gradient, state, shared)
 
     def _receive_gradient(
         self, shape: tuple[int, ...], dtype: torch.dtype
