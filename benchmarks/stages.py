@@ -47,7 +47,7 @@ from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer, keep_only, layers_of
 from dr2dist.parallel.pipeline.stage import Stage
-from dr2dist.parallel.processes import join
+from dr2dist.parallel.processes import init_distributed
 from dr2dist.reversible.tape import arithmetic_of
 
 CONVENTIONAL, PER_BLOCK = "conventional", "checkpoint per block"
@@ -204,7 +204,7 @@ def engine_of(way: str) -> StagedEngine:
 def times(rounds: int) -> dict[str, list[float]]:
     """Seconds of a step of each way, by turns in an order that changes; on every rank."""
     torch.set_num_threads(1)
-    join()
+    init_distributed()
     engines = {way: engine_of(way) for way in WAYS}
     images = torch.randn(BATCH, 3, SIZE, SIZE)
     labels = torch.randint(0, 10, (BATCH,))

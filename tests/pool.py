@@ -122,9 +122,9 @@ class Pool:
 
 
 def _serve(pipe: Connection) -> None:
-    from dr2dist.parallel.processes import join
+    from dr2dist.parallel.processes import init_distributed
 
-    join()
+    init_distributed()
     gc.freeze()  # DeepSpeed's engines collect garbage, which takes half a second of all imports
     shared = set(dist.distributed_c10d._world.pg_map)
     while True:

@@ -127,7 +127,7 @@ def test_a_rank_takes_its_gpu_before_the_group_is_made(monkeypatch: pytest.Monke
     monkeypatch.setattr("deepspeed.init_distributed", lambda backend: log.append(backend))
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert processes.join() == torch.device("cuda", 3)
+    assert processes.init_distributed() == torch.device("cuda", 3)
     assert log == [torch.device("cuda", 3), "nccl"]
 
 
@@ -143,7 +143,7 @@ def test_more_ranks_than_gpus_are_refused_on_every_rank(
     if variable:
         monkeypatch.setenv(variable, str(ranks))
     with pytest.raises(UserError, match=f"this node has {ranks} ranks and 2 GPU") as error:
-        processes.join()
+        processes.init_distributed()
     assert "\n" not in str(error.value)
 
 

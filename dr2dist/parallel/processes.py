@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dr2dist.errors import UserError
 
 
-def join() -> torch.device:
+def init_distributed() -> torch.device:
     """Joins the process group that the launcher describes; returns this rank's device.
 
     A rank's GPU becomes its process's current one, for all that names none. Raises UserError, on

@@ -27,7 +27,7 @@ from dr2dist.parallel.heartbeat import Heartbeat
 from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only
-from dr2dist.parallel.processes import join, largest, share_cores
+from dr2dist.parallel.processes import init_distributed, largest, share_cores
 from dr2dist.tasks.classification import Classification
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.folder import find_start, finished
@@ -51,7 +51,7 @@ def run(config: Config) -> dict[str, Any]:
     another rank is lost, the process ends with a line that names it.
     """
     share_cores()
-    join()
+    init_distributed()
     ranks = dist.get_world_size()
     with Heartbeat(
         Grid.of(ranks, config.parallel.stages).name, agreed=(UnprovenStepError, AgreedError)
