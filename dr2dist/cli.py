@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dr2dist.bench.command import add_arguments
 from dr2dist.errors import UserError
-from dr2dist.files import replaced
+from dr2dist.files import atomic_write
 from dr2dist.version import __version__
 
 
@@ -288,7 +288,7 @@ def _evaluate(given: argparse.Namespace) -> int:
     for name, value in report["class_accuracy"].items():
         print(f"  {name:16} {value:.4f}")
     if given.output is not None:
-        with replaced(given.output) as aside:
+        with atomic_write(given.output) as aside:
             aside.write_text(json.dumps(report, indent=1) + "\n")
         draw(report, given.output.with_suffix(".png"))
     return 0

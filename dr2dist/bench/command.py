@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from dr2dist.errors import UserError
-from dr2dist.files import replaced
+from dr2dist.files import atomic_write
 
 MEASURES = ("memory", "time", "batch", "resolution")
 
@@ -167,9 +167,9 @@ def write(results: dict[str, Any], output: Path) -> None:
     """results.json, results.md and results.png of what is measured so far."""
     from dr2dist.bench.report import plot, table
 
-    with replaced(output / "results.json") as aside:
+    with atomic_write(output / "results.json") as aside:
         aside.write_text(json.dumps(results, indent=1) + "\n")
-    with replaced(output / "results.md") as aside:
+    with atomic_write(output / "results.md") as aside:
         aside.write_text(table(results))
     if any(measure in results for measure in ("memory", "time", "resolution")):
         plot(results, output / "results.png")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dr2dist.bench.measure import Found, largest
-from dr2dist.files import replaced
+from dr2dist.files import atomic_write
 
 MIB = 2**20
 
@@ -123,7 +123,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         draw(axis, {case: found[case] for case in _sound(found)})
         axis.set_xlabel(label)
     figure.tight_layout()
-    with replaced(path) as aside:
+    with atomic_write(path) as aside:
         figure.savefig(aside, format="png", dpi=120)
     pyplot.close(figure)
 

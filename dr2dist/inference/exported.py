@@ -20,7 +20,7 @@ from dr2dist.backbones.build import build_model
 from dr2dist.backbones.network import convert
 from dr2dist.data.transforms import EVALUATION, Resize, Transform, eval_transform
 from dr2dist.errors import UserError, one_line
-from dr2dist.files import replaced
+from dr2dist.files import atomic_write
 from dr2dist.training.checkpoint import (
     EMA,
     Checkpoint,
@@ -117,7 +117,7 @@ def export(
         for name in saved.names("master")
     }
     tensors |= {name: saved.tensor("buffer", name) for name in saved.names("buffer")}
-    with replaced(output) as aside:
+    with atomic_write(output) as aside:
         save_file(tensors, aside, facts.metadata())
     return facts
 

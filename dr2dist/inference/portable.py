@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dr2dist.errors import UserError
-from dr2dist.files import replaced
+from dr2dist.files import atomic_write
 from dr2dist.inference.exported import ExportMetadata, load
 from dr2dist.reversible import Chain, PlainRunner
 from dr2dist.reversible.tape import Sides
@@ -81,7 +81,7 @@ def export_portable(source: str | Path, output: str | Path) -> float:
     images = torch.randn(3, 3, *facts.input_size, generator=generator)
     with torch.inference_mode():
         wanted = net(images)
-    with replaced(output) as aside:
+    with atomic_write(output) as aside:
         found = ENDINGS[output.suffix](program, facts, aside, images)
         difference = float((found - wanted).abs().max() / wanted.abs().max())
         if not difference <= TOLERANCE:

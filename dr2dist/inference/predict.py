@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dr2dist.data.sources import IMAGE_TYPES, image_files, open_image
 from dr2dist.data.transforms import Transform
 from dr2dist.errors import UserError, one_line
-from dr2dist.files import replaced
+from dr2dist.files import atomic_write
 from dr2dist.inference.exported import ready
 from dr2dist.reversible.transfer import to_device
 
@@ -98,7 +98,7 @@ def write_rows(rows: Sequence[Row], output: str | Path) -> None:
     """Writes .csv or .json, aside and renamed. Raises UserError for another ending."""
     output = Path(output)
     check_output(output)
-    with replaced(output) as aside:
+    with atomic_write(output) as aside:
         if output.suffix == ".json":
             aside.write_text(json.dumps(list(rows), indent=1) + "\n")
             return

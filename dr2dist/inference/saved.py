@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
 from dr2dist.errors import UserError, one_line
-from dr2dist.files import replaced
+from dr2dist.files import atomic_write
 from dr2dist.inference.arguments import arguments_of
 from dr2dist.inference.exported import ExportMetadata, Option, load, timm_model
 from dr2dist.training.tensors import Source, write_tensors
@@ -57,7 +57,7 @@ def save(
         wanted = _outputs(net, image)
         facts = _facts(net, wanted[-1].shape[1], classes, mean, std, options)
         tensors = _tensors(net, path, facts)
-        with replaced(path) as aside:
+        with atomic_write(path) as aside:
             write_tensors(aside, tensors, facts.metadata())
             _check_same(path, facts, _outputs(_again(net, aside), image), wanted)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.profiler import profile
 
-from dr2dist.files import replaced
+from dr2dist.files import atomic_write
 
 
 class Profile:
@@ -37,7 +37,7 @@ class Profile:
         if self._running is None:
             return
         self._running.stop()
-        with replaced(self._folder / f"rank-{dist.get_rank()}.json") as aside:
+        with atomic_write(self._folder / f"rank-{dist.get_rank()}.json") as aside:
             self._running.export_chrome_trace(str(aside))
         self._running = None
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dr2dist.files import replaced
+from dr2dist.files import atomic_write
 from dr2dist.training.folder import CONFIG, SUMMARY
 from dr2dist.training.validation import Look
 
@@ -69,7 +69,7 @@ class Records:
 
     def write_text(self, name: str, text: str) -> None:
         """A whole file, written aside and renamed."""
-        with replaced(self.folder / name) as aside:
+        with atomic_write(self.folder / name) as aside:
             aside.write_text(text)
 
     def write_summary(self, values: dict[str, Any]) -> None:
