@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dr2dist.config.data import RandAugment
-from dr2dist.data.randomness import keyed, seed_device
+from dr2dist.data.randomness import seed_device, seeded
 from dr2dist.data.transforms import train_transform
 from dr2dist.reversible.calls.replay import stable_seed
 from dr2dist.tasks.classification import Classification
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 NORMAL = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 STREAMS = """
 import random, numpy, torch
-from dr2dist.data.randomness import keyed, seed_device
-with keyed(7, -1, 3):
+from dr2dist.data.randomness import seeded, seed_device
+with seeded(7, -1, 3):
     print(torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.random())
 seed_device(torch.device("cpu"), 7, 2, 5)
 print(torch.rand(3).tolist())
@@ -98,7 +98,7 @@ def test_augmentation_and_mixing_leave_gpus_alone(gpus: list[torch.Generator]) -
     cpu = torch.get_rng_state()
 
     def draw(*key: int) -> Any:
-        with keyed(*key):
+        with seeded(*key):
             images = torch.stack([transform(image) for _ in range(4)])
             return task.mix(images, torch.tensor([0, 1, 2, 0]))[0]
 

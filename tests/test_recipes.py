@@ -16,7 +16,7 @@ from torch import nn
 import dr2dist
 from dr2dist.config.optim import Group, Optim
 from dr2dist.data.order import train_batches
-from dr2dist.data.randomness import keyed
+from dr2dist.data.randomness import seeded
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.data.transforms import eval_transform
 from dr2dist.errors import UserError
@@ -248,9 +248,9 @@ def test_losses_of_smoothed_weighed_and_mixed_targets() -> None:
     before = images.clone()
     for options in ({"mixup": 1.0}, {"cutmix": 1.0}):
         task = Classification(3, **options)
-        with keyed(1, 2):
+        with seeded(1, 2):
             mixed, targets = task.mix(images, labels)
-        with keyed(1, 2):
+        with seeded(1, 2):
             again, _ = task.mix(images, labels)
         assert torch.equal(mixed, again) and torch.equal(images, before)
         # Image k is mixed with image 7 - k; its target says by how much.

@@ -13,7 +13,7 @@ from dr2dist.reversible.calls.replay import stable_seed
 
 
 @contextmanager
-def keyed(*key: int) -> Iterator[None]:
+def seeded(*key: int) -> Iterator[None]:
     """Seeds the global CPU streams of torch, numpy and random by the key; puts them back after.
 
     Libraries of transforms draw from whichever of the three they like. Generators of GPUs are left

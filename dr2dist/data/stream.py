@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dr2dist.data.index import Sample, read_index
 from dr2dist.data.order import Item
-from dr2dist.data.randomness import keyed
+from dr2dist.data.randomness import seeded
 from dr2dist.data.sources import IMAGE_TYPES, open_image
 from dr2dist.data.transforms import Transform
 from dr2dist.errors import UserError
@@ -89,7 +89,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         raise UserError(f"{self.folder}: no image can be read")
 
     def _transformed(self, image: Image.Image, epoch: int, index: int) -> Tensor:
-        with keyed(self.seed, epoch, index):
+        with seeded(self.seed, epoch, index):
             return self.transform(image)
 
     def _locate(self, index: int) -> tuple[Path, Sample]:

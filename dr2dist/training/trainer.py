@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dr2dist.coefficients import Guard, Limits, Schedule
-from dr2dist.data.randomness import keyed, seed_device
+from dr2dist.data.randomness import seed_device, seeded
 from dr2dist.data.stream import Batch
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError, Work
 from dr2dist.parallel.processes import total
@@ -156,7 +156,7 @@ class Trainer:
 
         def mixed(number: int) -> tuple[Tensor, Tensor]:
             batch = batches[number]
-            with keyed(*self.seed, step, number):
+            with seeded(*self.seed, step, number):
                 return self.task.mix(batch["image"], batch["label"])
 
         def loss(number: int, output: Tensor) -> Tensor:
