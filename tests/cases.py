@@ -15,7 +15,7 @@ import dr2dist
 from dr2dist.backbones.build import build_deferred, build_model
 from dr2dist.config import load_config
 from dr2dist.parallel.deepspeed_json import deepspeed_config
-from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError, Work
+from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepError
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.reversible import Chain
 from dr2dist.training.groups import freeze as freeze_parameters
@@ -92,7 +92,7 @@ def take_step(engine: ReversibleEngine, step: int, accumulate: int = 1, between:
             between()
         return nn.functional.cross_entropy(output.float(), batches[number][1])
 
-    work = Work(lambda: None, lambda number: batches[number][0], loss)
+    work = StepBatches(lambda: None, lambda number: batches[number][0], loss)
     return engine.step(work, accumulate, [LEARNING_RATE] * engine.num_groups)
 
 
@@ -289,7 +289,7 @@ def sharded_build(bf16: bool) -> tuple[int, int, int, bool]:
     state = full_state(engine)
     equal = state is None or all(torch.equal(state[key], value) for key, value in whole.items())
     sizes = [value.numel() for value in whole.values()]
-    work = Work(
+    work = StepBatches(
         lambda: None,
         lambda number: torch.randn(1, 3, 32, 32),
         lambda number, output: output.float().sum(),
@@ -306,7 +306,7 @@ def run_until(path: str, overrides: list[str], step: int) -> None:
     """A run that ends in the middle of the optimiser step after `step` applied ones."""
     original = ReversibleEngine.step
 
-    def broken(self: ReversibleEngine, work: Work, *rest: Any) -> Any:
+    def broken(self: ReversibleEngine, work: StepBatches, *rest: Any) -> Any:
         if self.applied != step:
             return original(self, work, *rest)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dr2dist
 from dr2dist.parallel.deepspeed_json import deepspeed_config
-from dr2dist.parallel.engine import UnprovenStepError, Work
+from dr2dist.parallel.engine import StepBatches, UnprovenStepError
 from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only, layers_of
@@ -65,7 +65,7 @@ def make_engine(
     return StagedEngine(net, optimizer, config, grid, layers, own, precision, returned)  # type: ignore[arg-type]
 
 
-def work(engine: StagedEngine, step: int, accumulate: int) -> Work:
+def work(engine: StagedEngine, step: int, accumulate: int) -> StepBatches:
     """This replica's share of the step's global batch."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(GLOBAL_BATCH, 3, *SIZE, generator=generator)
@@ -77,7 +77,7 @@ def work(engine: StagedEngine, step: int, accumulate: int) -> Work:
     def loss(number: int, output: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output.float(), own(labels, number))
 
-    return Work(lambda: None, lambda number: own(images, number), loss)
+    return StepBatches(lambda: None, lambda number: own(images, number), loss)
 
 
 def curve(kind: str, stages: int, steps: int = 8, accumulate: int = 4, **options: Any) -> Any:
@@ -96,7 +96,7 @@ def peaks(counts: tuple[int, ...]) -> list[int]:
     """The most bytes of tensors that are alive in a step, by its number of micro-batches."""
     engine, batch = make_engine("vit", 2, alpha=0.5, beta=0.5), GLOBAL_BATCH // 4
     labels = torch.zeros(batch, dtype=torch.int64)
-    some = Work(
+    some = StepBatches(
         lambda: None,
         lambda number: torch.ones(batch, 3, *SIZE),
         lambda number, output: nn.functional.cross_entropy(output.float(), labels),

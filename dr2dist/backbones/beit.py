@@ -14,14 +14,14 @@ from dr2dist.backbones.compute import (
     scaled_attention,
     scaled_mlp,
 )
-from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
+from dr2dist.backbones.family import BranchSpec, Family, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Queries, Tokenwise
 from dr2dist.backbones.tokens import TAIL, token_intermediates
 
 PARTS = {
     Block: (
-        Part(SCALED_ATTENTION_NAMES, scaled_attention, ("shared_rel_pos_bias",), Queries()),
-        Part(SCALED_MLP_NAMES, scaled_mlp, slicing=Tokenwise()),
+        BranchSpec(SCALED_ATTENTION_NAMES, scaled_attention, ("shared_rel_pos_bias",), Queries()),
+        BranchSpec(SCALED_MLP_NAMES, scaled_mlp, slicing=Tokenwise()),
     )
 }
 

@@ -15,7 +15,7 @@ from dr2dist.backbones.compute import (
     scaled_attention,
     scaled_mlp,
 )
-from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
+from dr2dist.backbones.family import BranchSpec, Family, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Queries, Tokenwise
 from dr2dist.backbones.tokens import TAIL, per_sample, token_intermediates
 
@@ -24,12 +24,12 @@ SIDES = ("rope", "attn_mask", "is_causal")
 
 PARTS = {
     EvaBlock: (
-        Part(SCALED_ATTENTION_NAMES, scaled_attention, SIDES, Queries()),
-        Part(SCALED_MLP_NAMES, scaled_mlp, slicing=Tokenwise()),
+        BranchSpec(SCALED_ATTENTION_NAMES, scaled_attention, SIDES, Queries()),
+        BranchSpec(SCALED_MLP_NAMES, scaled_mlp, slicing=Tokenwise()),
     ),
     EvaBlockPostNorm: (
-        Part(SCALED_ATTENTION_NAMES, attention_post_norm, SIDES, Queries()),
-        Part(SCALED_MLP_NAMES, mlp_post_norm, slicing=Tokenwise()),
+        BranchSpec(SCALED_ATTENTION_NAMES, attention_post_norm, SIDES, Queries()),
+        BranchSpec(SCALED_MLP_NAMES, mlp_post_norm, slicing=Tokenwise()),
     ),
 }
 

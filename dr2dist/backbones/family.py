@@ -180,7 +180,7 @@ def renew_part(part: nn.Module, block: nn.Module, names: Sequence[str] | None) -
 
 
 @dataclass(frozen=True)
-class Part:
+class BranchSpec:
     """One branch of a block type: the modules it uses, how it computes, which sides it takes,
     how it runs on some tokens."""
 
@@ -192,7 +192,7 @@ class Part:
 
 def branches(
     blocks: Sequence[nn.Module],
-    parts: Mapping[type, Sequence[Part]],
+    parts: Mapping[type, Sequence[BranchSpec]],
     where: str,
     rename: Callable[[str, int], str] = lambda side, depth: side,
 ) -> list[nn.Module]:
@@ -209,7 +209,9 @@ def branches(
     return functions
 
 
-def _parts_of(block: nn.Module, parts: Mapping[type, Sequence[Part]], where: str) -> Sequence[Part]:
+def _parts_of(
+    block: nn.Module, parts: Mapping[type, Sequence[BranchSpec]], where: str
+) -> Sequence[BranchSpec]:
     for kind, found in parts.items():
         if isinstance(block, kind) and _forward(type(block)) is _forward(kind):
             return found

@@ -12,7 +12,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
 from dr2dist.backbones.compute import match_buffer
-from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
+from dr2dist.backbones.family import BranchSpec, Family, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Given, Run, Slicing, Tokenwise
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
@@ -67,8 +67,8 @@ def _wrapped(start: int, count: int, height: int) -> Ranges:
 
 PARTS = {
     SwinTransformerBlock: (
-        Part(("norm1", "attn", "drop_path1"), _attention, slicing=Windows()),
-        Part(("norm2", "mlp", "drop_path2"), _mlp, slicing=Tokenwise()),
+        BranchSpec(("norm1", "attn", "drop_path1"), _attention, slicing=Windows()),
+        BranchSpec(("norm2", "mlp", "drop_path2"), _mlp, slicing=Tokenwise()),
     )
 }
 

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from dr2dist.backbones.compute import attention_post_norm, mlp_post_norm
-from dr2dist.backbones.family import Family, Part, Stem, branches, is_built_as
+from dr2dist.backbones.family import BranchSpec, Family, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Queries, Tokenwise
 from dr2dist.backbones.tokens import TAIL, per_sample, token_intermediates
 
@@ -57,18 +57,18 @@ MLP_NAMES = ("norm2", "mlp", "ls2", "drop_path2")
 
 PARTS = {
     Block: (
-        Part(ATTENTION_NAMES, _attention, MASK, Queries()),
-        Part(MLP_NAMES, _mlp, slicing=Tokenwise()),
+        BranchSpec(ATTENTION_NAMES, _attention, MASK, Queries()),
+        BranchSpec(MLP_NAMES, _mlp, slicing=Tokenwise()),
     ),
     ResPostBlock: (
-        Part(ATTENTION_NAMES, attention_post_norm, MASK, Queries()),
-        Part(MLP_NAMES, mlp_post_norm, slicing=Tokenwise()),
+        BranchSpec(ATTENTION_NAMES, attention_post_norm, MASK, Queries()),
+        BranchSpec(MLP_NAMES, mlp_post_norm, slicing=Tokenwise()),
     ),
-    ParallelScalingBlock: (Part(None, _whole_branch, MASK),),
-    DiffParallelScalingBlock: (Part(None, _whole_branch, MASK),),
+    ParallelScalingBlock: (BranchSpec(None, _whole_branch, MASK),),
+    DiffParallelScalingBlock: (BranchSpec(None, _whole_branch, MASK),),
     ParallelThingsBlock: (
-        Part(("attns",), _parallel_attentions, MASK),
-        Part(("ffns",), _parallel_mlps),
+        BranchSpec(("attns",), _parallel_attentions, MASK),
+        BranchSpec(("ffns",), _parallel_mlps),
     ),
 }
 

@@ -40,7 +40,7 @@ NO_NORM = "the norm of the reduced gradient is not finite"
 log = logging.getLogger(__name__)
 
 
-class Work(NamedTuple):
+class StepBatches(NamedTuple):
     """A step's micro-batches, asked for by number, in order, where they are needed.
 
     begin: called before each pass over them. images: [B, C, H, W]. loss: mean loss of an output.
@@ -115,7 +115,7 @@ class ReversibleEngine:
         """2-norm of the last applied step's gradient before clipping."""
         self.applied = 0
 
-    def step(self, work: Work, count: int, learning_rates: list[float]) -> Verdict:
+    def step(self, work: StepBatches, count: int, learning_rates: list[float]) -> Verdict:
         """One optimiser step from `count` micro-batches.
 
         learning_rates: one for each parameter group.
@@ -156,7 +156,7 @@ class ReversibleEngine:
         self.gradient_norm = self._engine.get_global_grad_norm() if norm is None else norm
         return True
 
-    def _attempt(self, work: Work, count: int) -> Verdict:
+    def _attempt(self, work: StepBatches, count: int) -> Verdict:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         work.begin()
         for number in range(count):

@@ -21,8 +21,8 @@ from dr2dist.reversible.calls.runner import (
     differentiable,
     gradients,
 )
-from dr2dist.reversible.calls.sliced import Work
-from dr2dist.reversible.calls.slices import Part, joined
+from dr2dist.reversible.calls.sliced import SlicedCall
+from dr2dist.reversible.calls.slices import Slice, joined
 from dr2dist.reversible.certificate import Probe
 from dr2dist.reversible.tape import Kept, Tape
 
@@ -180,7 +180,7 @@ class _Step:
         assert self.reversal.state is not None
         return self.reversal.state.current.shape
 
-    def _tokens(self, part: Part) -> Tensor:
+    def _tokens(self, part: Slice) -> Tensor:
         """x_i of a part that is not reversed yet."""
         if self.tape.mode(self.index) == "checkpoint":
             views = part.views(self.tape.inputs[self.index])
@@ -190,18 +190,18 @@ class _Step:
             tokens = [self.arithmetic.source(state, self.tape.dtype) for state in states]
         return joined(tokens)
 
-    def _reached(self, part: Part) -> Tensor:
+    def _reached(self, part: Slice) -> Tensor:
         """x_i of a part that is reversed."""
         if self.tape.mode(self.index) == "checkpoint":
             return self._tokens(part)
         states = self._states(part)
         return joined([self.arithmetic.reached(state, self.tape.dtype) for state in states])
 
-    def _states(self, part: Part) -> list[State]:
+    def _states(self, part: Slice) -> list[State]:
         assert self.reversal.state is not None
         return part.states(self.reversal.state)
 
-    def _retreat(self, part: Part, f: Tensor) -> None:
+    def _retreat(self, part: Slice, f: Tensor) -> None:
         """Turns a part of the state after the function into the one before it, in place."""
         if self.tape.mode(self.index) == "checkpoint":
             self.seen.again(f)
@@ -220,7 +220,7 @@ class _Step:
                 self.tape.flags.note_start(deviation > 0)
             self.number += 1
 
-    def _differentiate(self, part: Part, call: Call) -> None:
+    def _differentiate(self, part: Slice, call: Call) -> None:
         """dx = F'(x)^T dx' + (alpha dx' + beta dy'), over the buffer of dy'."""
         if self.after is None or self.reversal.grad is None:
             return
@@ -234,14 +234,14 @@ class _Step:
                 target.mul_(setting.beta).add_(dx, alpha=setting.alpha)
         self._add(part, of_inputs, of_leaves)
 
-    def _spread(self, work: Work, calls: Iterable[tuple[Part, Call]]) -> None:
+    def _spread(self, work: SlicedCall, calls: Iterable[tuple[Slice, Call]]) -> None:
         """Gradients of what a function gave for its context."""
         for part, call in calls:
             self._add(part, *gradients(call, work.context_grads(part), self.keep))
             del call
 
     def _add(
-        self, part: Part, of_inputs: list[Tensor | None], of_leaves: list[Tensor | None]
+        self, part: Slice, of_inputs: list[Tensor | None], of_leaves: list[Tensor | None]
     ) -> None:
         """Adds a call's gradients to those of the tokens, the parameters and the sides."""
         assert self.after is not None

@@ -26,7 +26,7 @@ from dr2dist.reversible.calls.runner import (
     trainable,
     without_saved,
 )
-from dr2dist.reversible.calls.slices import Layout, Part, joined, parts_of
+from dr2dist.reversible.calls.slices import Layout, Slice, joined, slices_of
 from dr2dist.reversible.certificate import Flags, Probe
 from dr2dist.reversible.reversal import Backward, Reversal
 from dr2dist.reversible.tape import Arithmetic, Kept, Sides, Tape, arithmetic_of, state_dtype
@@ -244,7 +244,7 @@ class Segment:
     def _step(self, index: int, state: State, tape: Tape, seen: OutputChecksum) -> State:
         """One function forward, with everything noted that its reversal needs."""
         function, mode = self.functions[index], tape.mode(index)
-        tape.parts[index] = parts_of(
+        tape.parts[index] = slices_of(
             function, state.current.shape, tape.layout, tape.sides.of(function)
         )
         _note(tape, index, state)
@@ -297,7 +297,7 @@ class Segment:
         tokens = partial(_tokens, arithmetic, state, dtype)
         with torch.no_grad(), self.runner.open(function, self._next(index), False) as live:
             shape = state.current.shape
-            slices = parts_of(function, shape, layout, sides.of(function))
+            slices = slices_of(function, shape, layout, sides.of(function))
             for work in sides.work(function, slices, shape):
                 for part, call in work.calls(live, tokens, _ambient, x_needs_grad=False):
                     advance(part, call.output)
@@ -320,7 +320,7 @@ class _Advance:
         self.keep, self.seen = keep, seen
         self.remainders: list[Tensor | None] = []
 
-    def __call__(self, part: Part, f: Tensor) -> None:
+    def __call__(self, part: Slice, f: Tensor) -> None:
         """f: F's output for the part. Raises ValueError if it has another shape."""
         now, out = part.states(self.state), part.states(self.out)
         pieces = part.split(f)
@@ -336,7 +336,7 @@ class _Advance:
             self.remainders.append(rest)
 
 
-def _tokens(arithmetic: Arithmetic, state: State, dtype: torch.dtype, part: Part) -> Tensor:
+def _tokens(arithmetic: Arithmetic, state: State, dtype: torch.dtype, part: Slice) -> Tensor:
     return joined([arithmetic.tokens(view, dtype) for view in part.views(state.current)])
 
 

@@ -18,8 +18,8 @@ from dr2dist.reversible.arithmetic.state import State
 from dr2dist.reversible.calls.kernels import Kernels
 from dr2dist.reversible.calls.replay import Randomness, function_context
 from dr2dist.reversible.calls.runner import Call
-from dr2dist.reversible.calls.sliced import Stream, Work
-from dr2dist.reversible.calls.slices import Layout, Part
+from dr2dist.reversible.calls.sliced import SlicedCall, Stream
+from dr2dist.reversible.calls.slices import Layout, Slice
 from dr2dist.reversible.certificate import Flags, Probe
 
 Arithmetic = ExactArithmetic | FloatArithmetic
@@ -50,18 +50,20 @@ class Sides:
             for name, value in values.items()
         }
 
-    def work(self, function: Any, slices: list[list[Part]], shape: torch.Size) -> Iterator[Work]:
+    def work(
+        self, function: Any, slices: list[list[Slice]], shape: torch.Size
+    ) -> Iterator[SlicedCall]:
         """A function on each slice of tokens of a shape, with its part of the sides."""
         own = self.of(function)
         length = shape[1] if len(shape) > 1 else 1
         for number, parts in enumerate(slices):
-            yield Work(function, parts, number, length, self.cut(own, parts[0].samples))
+            yield SlicedCall(function, parts, number, length, self.cut(own, parts[0].samples))
 
 
 class Kept(NamedTuple):
     """A function's run on one slice of the batch with all its graphs."""
 
-    work: Work
+    work: SlicedCall
     calls: list[Call]
     contexts: list[Call]
 
@@ -95,7 +97,7 @@ class Tape:
     sums: Tensor
     flags: Flags
     x_needs_grad: bool
-    parts: dict[int, list[list[Part]]] = field(default_factory=dict)
+    parts: dict[int, list[list[Slice]]] = field(default_factory=dict)
     remainders: dict[int, list[Tensor | None]] = field(default_factory=dict)
     inputs: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, list[Kept]] = field(default_factory=dict)
@@ -134,7 +136,7 @@ class Tape:
 
         return at
 
-    def work(self, index: int, function: Any, shape: torch.Size) -> Iterator[Work]:
+    def work(self, index: int, function: Any, shape: torch.Size) -> Iterator[SlicedCall]:
         """Function `index` on each slice of the batch."""
         return self.sides.work(function, self.parts[index], shape)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dr2dist.coefficients import Guard, Limits, Schedule
 from dr2dist.data.randomness import seed_device, seeded
 from dr2dist.data.stream import Batch
-from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError, Work
+from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepError
 from dr2dist.parallel.processes import total
 from dr2dist.parallel.verdict import Verdict
 from dr2dist.reversible.certificate import worst_drift
@@ -146,7 +146,7 @@ class Trainer:
         if self._due(self.pace.log_every):
             self._log(verdict, rate)
 
-    def _work(self, batches: list[Batch]) -> Work:
+    def _work(self, batches: list[Batch]) -> StepBatches:
         """The step on its micro-batches, which stages without inputs or labels do not have."""
         step = self.engine.applied
 
@@ -163,7 +163,7 @@ class Trainer:
             self._checked.append((batches[number], output.detach().isfinite().flatten(1).all(1)))
             return self.task.training_loss(output, to_device(mixed(number)[1], self.engine.device))
 
-        return Work(begin, lambda number: mixed(number)[0], loss)
+        return StepBatches(begin, lambda number: mixed(number)[0], loss)
 
     def _name_samples(self, verdict: Verdict) -> Verdict:
         """Adds the samples of a step that was not finite; every rank must call it."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dr2dist.parallel.engine import ReversibleEngine, Work
+from dr2dist.parallel.engine import ReversibleEngine, StepBatches
 from dr2dist.parallel.verdict import Verdict, decide
 from dr2dist.reversible.transfer import to_device
 from tests import cases, stage_cases
@@ -19,7 +19,7 @@ from tests.models import build
 ACCUMULATE = 2
 
 
-def _work(engine: ReversibleEngine, step: int, begin: Any = lambda: None) -> Work:
+def _work(engine: ReversibleEngine, step: int, begin: Any = lambda: None) -> StepBatches:
     """This replica's share of a step's global batch."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(cases.GLOBAL_BATCH, 3, 32, 32, generator=generator)
@@ -32,7 +32,7 @@ def _work(engine: ReversibleEngine, step: int, begin: Any = lambda: None) -> Wor
         wanted = to_device(own(labels, number), engine.device)
         return nn.functional.cross_entropy(output.float(), wanted)
 
-    return Work(begin, lambda number: own(images, number), loss)
+    return StepBatches(begin, lambda number: own(images, number), loss)
 
 
 def engine_step(zero: int, bf16: bool) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.errors import UserError
 from dr2dist.parallel.deepspeed_json import Precision
-from dr2dist.parallel.engine import ReversibleEngine, Work
+from dr2dist.parallel.engine import ReversibleEngine, StepBatches
 from dr2dist.parallel.pipeline.clock import Clock
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer
@@ -83,7 +83,7 @@ class StagedEngine(ReversibleEngine):
             self.device,
         )
 
-    def _attempt(self, work: Work, count: int) -> Verdict:
+    def _attempt(self, work: StepBatches, count: int) -> Verdict:
         """All micro-batches forth and back, in DeepSpeed's order, and the verdict."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         work.begin()
@@ -187,7 +187,7 @@ def _one_norm(optimizer: Any, group: Any) -> None:
 class _ScheduleRunner:
     """A step's micro-batches in runner on one stage; they come back in the order they went."""
 
-    def __init__(self, engine: StagedEngine, work: Work, count: int, total: Tensor) -> None:
+    def __init__(self, engine: StagedEngine, work: StepBatches, count: int, total: Tensor) -> None:
         self.engine, self.work, self.count, self.total = engine, work, count, total
         self.passes: deque[Pass] = deque()
         self.losses: deque[Tensor] = deque()

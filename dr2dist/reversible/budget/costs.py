@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_iter
 from dr2dist.reversible.calls.kernels import Kernels
 from dr2dist.reversible.calls.replay import Randomness, function_context, kept_statistics
 from dr2dist.reversible.calls.runner import Call, FunctionRunner, gradients
-from dr2dist.reversible.calls.sliced import Work
-from dr2dist.reversible.calls.slices import Layout, joined, parts_of
+from dr2dist.reversible.calls.sliced import SlicedCall
+from dr2dist.reversible.calls.slices import Layout, joined, slices_of
 from dr2dist.reversible.tape import Sides
 
 REPEATS = 3
@@ -120,11 +120,13 @@ class Meter:
             torch.cuda.synchronize(self.x.device)
         return time.perf_counter()
 
-    def _work(self, function: nn.Module, layout: Layout) -> Iterator[Work]:
-        slices = parts_of(function, self.x.shape, layout, self.sides.of(function))
+    def _work(self, function: nn.Module, layout: Layout) -> Iterator[SlicedCall]:
+        slices = slices_of(function, self.x.shape, layout, self.sides.of(function))
         return self.sides.work(function, slices, self.x.shape)
 
-    def _run(self, function: nn.Module, work: Work, differentiate: bool = False) -> list[Call]:
+    def _run(
+        self, function: nn.Module, work: SlicedCall, differentiate: bool = False
+    ) -> list[Call]:
         """The function's calls, each dropped after its gradient or all returned."""
         kernels, randomness = Kernels.current(self.x.device), Randomness(self.x.device)
         calls: list[Call] = []

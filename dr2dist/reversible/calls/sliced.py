@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from dr2dist.reversible.calls.runner import Call, LiveFunction, run
-from dr2dist.reversible.calls.slices import Part, TokenSlice, joined
+from dr2dist.reversible.calls.slices import Slice, TokenSlice, joined
 
-Tokens = Callable[[Part], Tensor]
+Tokens = Callable[[Slice], Tensor]
 """Gives the tokens that the function sees in a slice."""
 
 Stream = Callable[[tuple[int, ...]], AbstractContextManager[Any]]
 """The context that a call is made in, by the key of its random numbers."""
 
 
-class Work:
+class SlicedCall:
     """Runs a function on a slice of the batch, the same way in both directions.
 
     function: itself, for what needs no parameters. parts: the slice's slices of tokens. number:
@@ -27,7 +27,7 @@ class Work:
     """
 
     def __init__(
-        self, function: Any, parts: list[Part], number: int, length: int, sides: dict[str, Any]
+        self, function: Any, parts: list[Slice], number: int, length: int, sides: dict[str, Any]
     ) -> None:
         self.function, self.parts, self.number = function, parts, number
         self.length, self.sides = length, sides
@@ -42,7 +42,7 @@ class Work:
         stream: Stream,
         x_needs_grad: bool,
         contexts: list[Call] | None = None,
-    ) -> Iterator[tuple[Part, Call]]:
+    ) -> Iterator[tuple[Slice, Call]]:
         """F on each part, in their order. No call is held here while the next is made.
 
         contexts: where the calls for the context go if their graphs are kept.
@@ -59,7 +59,7 @@ class Work:
 
     def contexts(
         self, live: LiveFunction, tokens: Tokens, stream: Stream, x_needs_grad: bool
-    ) -> Iterator[tuple[Part, Call]]:
+    ) -> Iterator[tuple[Slice, Call]]:
         """What each part gives for the context, in their order; nothing without one."""
         if self.parts[0].ranges is None or not self.function.needs_context:
             return
@@ -68,7 +68,7 @@ class Work:
                 call = [self._run(live, tokens(part), part, None, x_needs_grad)]
             yield part, call.pop()
 
-    def context_grads(self, part: Part) -> list[Tensor | None]:
+    def context_grads(self, part: Slice) -> list[Tensor | None]:
         """What the branches since the context was made want of a part's context."""
         return [
             joined(part.cut(self._grads[index])) if index in self._grads else None
@@ -83,7 +83,7 @@ class Work:
         """Drops the context and its gradients."""
         self._context, self._grads = (), {}
 
-    def _branch(self, live: LiveFunction, x: Tensor, part: Part, x_needs_grad: bool) -> Call:
+    def _branch(self, live: LiveFunction, x: Tensor, part: Slice, x_needs_grad: bool) -> Call:
         if part.ranges is None:
             return run(live, x, self.sides, x_needs_grad)
         call = self._run(live, x, part, self._context, x_needs_grad)
@@ -93,7 +93,7 @@ class Work:
         self,
         live: LiveFunction,
         x: Tensor,
-        part: Part,
+        part: Slice,
         context: tuple[Tensor, ...] | None,
         x_needs_grad: bool,
     ) -> Call:
@@ -101,7 +101,7 @@ class Work:
         told = TokenSlice(part.ranges, self.length, context, self._factor)
         return run(live, x, self.sides, x_needs_grad, tokens=told)
 
-    def _gather(self, calls: Iterator[tuple[Part, Call]], keep: list[Call] | None) -> None:
+    def _gather(self, calls: Iterator[tuple[Slice, Call]], keep: list[Call] | None) -> None:
         """Makes the context of what each part gives."""
         self.forget()
         for part, call in calls:

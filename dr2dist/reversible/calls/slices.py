@@ -73,7 +73,7 @@ class TokenSliced(Protocol):
         ...
 
 
-class Part(NamedTuple):
+class Slice(NamedTuple):
     """One slice: some samples, and of a single one perhaps only some of dim 1."""
 
     samples: slice
@@ -109,19 +109,19 @@ def sample_slices(batch: int, chunk_size: int | None) -> Iterator[slice]:
     return (slice(start, min(start + step, batch)) for start in range(0, max(batch, 1), step))
 
 
-def parts_of(
+def slices_of(
     function: nn.Module, shape: torch.Size, layout: Layout, sides: dict[str, Any]
-) -> list[list[Part]]:
+) -> list[list[Slice]]:
     """The work on tokens of a shape: for each slice of the batch, its slices of tokens."""
     if mixes_samples(function):
-        return [[Part(slice(0, shape[0]))]]
+        return [[Slice(slice(0, shape[0]))]]
     ranges: Sequence[Ranges] = ()
     if layout.chunk_tokens is not None and isinstance(function, TokenSliced):
         ranges = function.token_ranges(shape, layout.chunk_tokens, sides)
     slices = sample_slices(shape[0], layout.chunk_size)
     if len(ranges) < 2:
-        return [[Part(samples)] for samples in slices]
-    return [[Part(samples, found) for found in ranges] for samples in slices]
+        return [[Slice(samples)] for samples in slices]
+    return [[Slice(samples, found) for found in ranges] for samples in slices]
 
 
 def mixes_samples(module: nn.Module) -> bool:
