@@ -42,7 +42,7 @@ from dr2dist.bench.process import RETURN_AT_ONCE
 from dr2dist.bench.worker import peak, start_peak
 from dr2dist.cli import free_port
 from dr2dist.parallel.deepspeed_json import deepspeed_config
-from dr2dist.parallel.engine import Work
+from dr2dist.parallel.engine import StepBatches
 from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer, keep_only, layers_of
@@ -217,7 +217,7 @@ def times(rounds: int) -> dict[str, list[float]]:
         for way in random.Random(number).sample(WAYS, len(WAYS)):
             dist.barrier()
             start = time.monotonic()
-            engines[way].step(Work(lambda: None, lambda _: images, loss), ACCUMULATE, [1e-3])
+            engines[way].step(StepBatches(lambda: None, lambda _: images, loss), ACCUMULATE, [1e-3])
             dist.barrier()
             if number:
                 found[way].append(time.monotonic() - start)
