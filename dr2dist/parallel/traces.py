@@ -15,7 +15,7 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.utils import logger
 
 
-class _Settings(NamedTuple):
+class _ProcessState(NamedTuple):
     """Of the process: levels of DeepSpeed's logger and its handlers, the rest its own objects."""
 
     levels: list[int]
@@ -23,7 +23,7 @@ class _Settings(NamedTuple):
     groups: Any
 
 
-_before: dict[weakref.ref[Any], _Settings] = {}
+_before: dict[weakref.ref[Any], _ProcessState] = {}
 """The latest engine, and what there was before any."""
 
 
@@ -35,7 +35,7 @@ def begin(owner: Any, groups: Any) -> None:
     first = next(iter(_before.values()), None)
     if first is None:
         levels = [target.level for target in (logger, *logger.handlers)]
-        first = _Settings(levels, comm.comms_logger, deepspeed.utils.groups.mpu)
+        first = _ProcessState(levels, comm.comms_logger, deepspeed.utils.groups.mpu)
     _set(first._replace(comms_logger=type(comm.comms_logger)(), groups=groups))
     _before.clear()
     _before[weakref.ref(owner)] = first
@@ -54,7 +54,7 @@ def _end(owner: weakref.ref[Any], engine: Any) -> None:
         _set(_before.pop(owner))
 
 
-def _set(settings: _Settings) -> None:
+def _set(settings: _ProcessState) -> None:
     for target, level in zip((logger, *logger.handlers), settings.levels, strict=True):
         target.setLevel(level)
     comm.comms_logger = settings.comms_logger
