@@ -279,7 +279,7 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import triton.language as tl
-from dr2dist.reversible import fused
+from dr2dist.reversible.arithmetic import fused
 
 data = {"now": "*i32", "f": "*bf16", "remainders": "*u8", "sums": "*i64", "count": "i32",
     "place": "i64", "alpha": "fp32", "beta": "fp32", "scale": "fp32", "before": "*i32",
