@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dr2dist.reversible import Setting, State, fused
+from dr2dist.reversible import Setting, State
+from dr2dist.reversible.arithmetic import fused
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.fused import ELEMENTS, FusedArithmetic, weighted_bits

@@ -26,7 +26,8 @@ from dr2dist.parallel import processes
 from dr2dist.parallel.master_weights import Fragment, MasterWeights
 from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.parallel.verdict import Report
-from dr2dist.reversible import Chain, State, fused
+from dr2dist.reversible import Chain, State
+from dr2dist.reversible.arithmetic import fused
 from dr2dist.reversible.certificate import Flags, Probe
 from dr2dist.reversible.transfer import to_device
 from dr2dist.tasks.classification import Classification
