@@ -52,7 +52,7 @@ def test_slices_and_accumulation_under_sgd_give_the_same_weights(
     [
         (0, "swin"),
         (1, "eva-mixed-rope"),
-        (2, "swin"),
+        (2, "vit-clip"),
         (3, "beit-shared-bias"),
         (3, "swin"),
     ],

@@ -60,6 +60,7 @@ def test_ranks_end_and_name_the_one_that_is_lost(
     assert f"dr2dist: rank {other}: {message}" in outputs[other].read_text()
 
 
+@pytest.mark.slow
 def test_a_run_whose_stage_is_killed_names_it_and_goes_on(
     tmp_path: Path, three_ranks: Pool
 ) -> None:
