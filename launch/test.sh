@@ -30,6 +30,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 ruff check .
 ruff format --check .
 mypy dr2dist
-# Many tests wait for processes that they start, so two files at a time take little more than half as
-# long. A file's tests stay together, for they share its runs and its worker's pools of ranks.
+# Many tests wait for processes that they start, so two files run at a time. A file's tests stay
+# together, for they share its runs and its worker's pools of ranks.
 exec python -m pytest --numprocesses 2 --dist loadfile "${select[@]}" "$@"

@@ -61,7 +61,7 @@ class Heartbeat:
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._signals = _Signals(self._mouth) if _in_main_thread() else None
-        self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="heartbeat", daemon=True)
         self._thread.start()
         return self
 

@@ -54,9 +54,8 @@ class ChainPass:
         anchor = x.new_empty(0, requires_grad=True)
         sides = [value for _, value in differentiable(self.tape.sides.values)]
         ticket = _Start.apply(self, anchor, x, *sides)
-        if not self.segment.runner.nested:
-            for parameters in self.segment.owned(self.tape.first):
-                ticket = _Function.apply(self, ticket, *parameters)
+        for parameters in self.tape.owned:
+            ticket = _Function.apply(self, ticket, *parameters)
         box = [output, *tapped]
         del output, tapped
         output, *tapped = _End.apply(self, box, ticket)

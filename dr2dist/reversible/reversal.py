@@ -69,7 +69,7 @@ class Reversal:
         if self.grad is not None and tap is not None:
             self.grad.x.add_(tap)
         with self.tape.kernels.restored():
-            self._step(self.left, self.keep)
+            self._step(self.left)
         if not self.keep:
             self.tape.free(self.left)
 
@@ -83,12 +83,12 @@ class Reversal:
             self.tape.close()
         return Backward(self.state, self.grad, self.sides)
 
-    def _step(self, index: int, keep: bool) -> None:
+    def _step(self, index: int) -> None:
         mode, seen = self.tape.mode(index), OutputChecksum()
         after = _after(self.grad)
         upcoming = self.functions[index - 1] if index > self.tape.first else None
         with self.runner.open(self.functions[index], upcoming) as live:
-            step = _Step(self, index, live, after, seen, keep)
+            step = _Step(self, index, live, after, seen)
             if mode == "store":
                 for kept in self.tape.kept[index]:
                     step.from_graphs(kept)
@@ -107,7 +107,7 @@ class Reversal:
                 self._check_start(self.tape.starts[index])
         elif index in self.tape.states:
             saved = self.tape.states[index]
-            self.state = saved.copy() if keep else saved
+            self.state = saved.copy() if self.keep else saved
 
     @property
     def _floating(self) -> bool:
@@ -144,10 +144,9 @@ class _Step:
         live: LiveFunction,
         after: Gradient | None,
         seen: OutputChecksum,
-        keep: bool,
     ) -> None:
         self.reversal, self.index, self.live = reversal, index, live
-        self.after, self.seen, self.keep = after, seen, keep
+        self.after, self.seen, self.keep = after, seen, reversal.keep
         self.tape, self.arithmetic = reversal.tape, reversal.tape.arithmetic
         self.function = reversal.functions[index]
         self.number = 0

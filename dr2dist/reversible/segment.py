@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -53,10 +54,6 @@ class Segment:
             if trainable(function) or differentiable(sides.of(function)):
                 return index
         return len(self.functions)
-
-    def trained(self, first: int) -> list[nn.Parameter]:
-        """The trained parameters of the functions from `first` on, each once."""
-        return [parameter for parameters in self.owned(first) for parameter in parameters]
 
     def owned(self, first: int) -> list[list[nn.Parameter]]:
         """By function from `first` on: its trained parameters that none before it uses."""
@@ -203,7 +200,8 @@ class Segment:
                 "pass retain_graph=True to the first backward"
             )
         if not self.runner.nested:
-            check_unchanged(self.trained(tape.first), tape.parameters)
+            now, then = self.owned(tape.first), tape.owned
+            check_unchanged(list(chain.from_iterable(now)), list(chain.from_iterable(then)))
         if keep and state is not None:
             state = state.copy()
         return Reversal(self.functions, self.runner, tape, state, grad, taps, keep)
@@ -235,7 +233,7 @@ class Segment:
             dtype=dtype,
             begin=self.begin,
             first=first,
-            parameters=[] if self.runner.nested else self.trained(first),
+            owned=[] if self.runner.nested else self.owned(first),
             sums=torch.zeros(len(self.functions), dtype=torch.int64, device=device),
             flags=Flags(device),
             x_needs_grad=x_needs_grad,

@@ -74,8 +74,8 @@ class Tape:
 
     setting, layout, arithmetic, kernels, randomness, sides: frozen, never read again from
     outside. dtype: what F is called with. begin: functions of the chain before the segment.
-    first: index of the first function that is reversed. parameters: of the functions from there
-    on, those that are trained, each once.
+    first: index of the first function that is reversed. owned: by function from there on, its
+    trained parameters that none before it uses; none under a nested runner.
     sums: int64 [functions], the bits of F's outputs.
 
     By function, as far as its memory mode needs them: parts, its slices; remainders, one entry
@@ -93,7 +93,7 @@ class Tape:
     dtype: torch.dtype
     begin: int
     first: int
-    parameters: list[nn.Parameter]
+    owned: list[list[nn.Parameter]]
     sums: Tensor
     flags: Flags
     x_needs_grad: bool
