@@ -10,10 +10,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from dr2dist.bench.command import add_arguments
+from dr2dist.config import import_plugins
+from dr2dist.data.sources import SOURCES
+from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write
 from dr2dist.version import __version__
@@ -162,11 +166,11 @@ def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     make = _add(
         actions,
         "make",
-        "Write webdataset shards and their index from images.",
+        "Write webdataset shards and their index from files.",
         "dr2dist shards make --from imagefolder --source photos --output shards/photos "
         "--val-fraction 0.1",
     )
-    make.add_argument("--from", dest="kind", required=True, choices=("imagefolder", "csv", "elpv"))
+    make.add_argument("--from", dest="kind", required=True, choices=tuple(SOURCES))
     make.add_argument("--source", type=Path, required=True, help="folder, or CSV file")
     make.add_argument("--output", type=Path, required=True, help="folder to make")
     make.add_argument("--samples-per-shard", type=_positive, default=256)
@@ -186,7 +190,6 @@ def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _shards_make(given: argparse.Namespace) -> int:
     from dr2dist.data.shards import make_shards
-    from dr2dist.data.sources import SOURCES
 
     records, classes = SOURCES[given.kind](given.source)
     make_shards(
@@ -198,7 +201,8 @@ def _shards_make(given: argparse.Namespace) -> int:
         seed=given.seed,
         workers=given.workers,
     )
-    print(f"{given.output}: {len(records)} samples of {len(classes)} classes")
+    kinds = f" of {len(classes)} classes" if classes else ""
+    print(f"{given.output}: {len(records)} samples{kinds}")
     return 0
 
 
@@ -208,6 +212,16 @@ def _shards_verify(given: argparse.Namespace) -> int:
     index = verify_shards(given.shards)
     print(f"{given.shards}: {index.num_samples} samples in {len(index.shards)} shards are sound")
     return 0
+
+
+def _add_plugin(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a Python module that registers the model's task or backbone",
+    )
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -223,6 +237,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--output", type=Path, required=True, help="FILE.safetensors, FILE.onnx or FILE.pt2"
     )
     export.add_argument("--which", choices=("best", "last"), default="best")
+    _add_plugin(export)
     export.set_defaults(command=_export)
 
 
@@ -230,6 +245,7 @@ def _export(given: argparse.Namespace) -> int:
     from dr2dist.inference.exported import export
     from dr2dist.inference.portable import ENDINGS, export_portable
 
+    import_plugins(given.plugin)
     if given.output.suffix == ".safetensors":
         facts = export(given.run, given.output, given.which)
     elif given.output.suffix in ENDINGS:
@@ -243,7 +259,7 @@ def _export(given: argparse.Namespace) -> int:
         raise UserError(f"{given.output}: allowed endings are {allowed}")
     print(
         f"{given.output}: {facts.model} after {facts.step} steps, alpha {facts.alpha:.4f}, "
-        f"beta {facts.beta:.4f}, {len(facts.classes)} classes"
+        f"beta {facts.beta:.4f}, for {facts.task['name']}"
     )
     return 0
 
@@ -252,7 +268,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     evaluate = _add(
         commands,
         "evaluate",
-        "Measure an exported model on all samples of labelled shards.",
+        "Measure an exported model on all samples of shards that say what is right.",
         "dr2dist evaluate photos.safetensors shards/photos/val --output report.json",
     )
     evaluate.add_argument("model", type=Path, help="a file of 'dr2dist export'")
@@ -261,14 +277,16 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     evaluate.add_argument("--batch", type=_positive, default=32)
     evaluate.add_argument("--workers", type=int, default=0, help="loader processes")
     evaluate.add_argument(
-        "--skip-unreadable", action="store_true", help="leave such images out, and count them"
+        "--skip-unreadable", action="store_true", help="leave such samples out, and count them"
     )
+    _add_plugin(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
 
 def _evaluate(given: argparse.Namespace) -> int:
     from dr2dist.inference.evaluate import draw, evaluate
 
+    import_plugins(given.plugin)
     report = evaluate(
         given.model,
         given.shards,
@@ -276,17 +294,8 @@ def _evaluate(given: argparse.Namespace) -> int:
         workers=given.workers,
         skip_unreadable=given.skip_unreadable,
     )
-    for name in (
-        "samples",
-        "skipped",
-        "loss",
-        "accuracy",
-        "balanced_accuracy",
-        "calibration_error",
-    ):
-        print(f"{name:18} {report[name]:.6g}")
-    for name, value in report["class_accuracy"].items():
-        print(f"  {name:16} {value:.4f}")
+    for line in _report_lines(report):
+        print(line)
     if given.output is not None:
         with atomic_write(given.output) as aside:
             aside.write_text(json.dumps(report, indent=1) + "\n")
@@ -294,36 +303,47 @@ def _evaluate(given: argparse.Namespace) -> int:
     return 0
 
 
+def _report_lines(report: dict[str, Any]) -> Iterator[str]:
+    """Numbers, then tables of numbers by name; longer things are in the file."""
+    for name, value in report.items():
+        if isinstance(value, int | float):
+            yield f"{name:18} {value:.6g}"
+    for name, value in report.items():
+        if isinstance(value, dict):
+            yield name
+            for key, number in value.items():
+                yield f"  {key:16} {'no sample' if number is None else f'{number:.4f}'}"
+
+
 def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     predict = _add(
         commands,
         "predict",
-        "Classify image files by an exported model.",
+        "Predict for files by an exported model.",
         "dr2dist predict photos.safetensors new_photos --output predictions.csv",
     )
     predict.add_argument("model", type=Path, help="a file of 'dr2dist export'")
-    predict.add_argument("images", nargs="+", help="image files, and folders of them")
+    predict.add_argument("files", nargs="+", help="files of samples, and folders of them")
     predict.add_argument("--output", type=Path, required=True, help="FILE.csv or FILE.json")
     predict.add_argument("--batch", type=_positive, default=32)
     predict.add_argument(
-        "--skip-unreadable", action="store_true", help="give such an image a row with its error"
+        "--skip-unreadable", action="store_true", help="give such a sample a row with its error"
     )
+    _add_plugin(predict)
     predict.set_defaults(command=_predict)
 
 
 def _predict(given: argparse.Namespace) -> int:
-    from dr2dist.inference.predict import check_output, find_images, predict, write_rows
+    from dr2dist.inference.predict import check_output, predict, write_rows
 
     check_output(given.output)
+    import_plugins(given.plugin)
     rows = predict(
-        given.model,
-        find_images(given.images),
-        batch=given.batch,
-        skip_unreadable=given.skip_unreadable,
+        given.model, given.files, batch=given.batch, skip_unreadable=given.skip_unreadable
     )
     write_rows(rows, given.output)
     unreadable = sum("error" in row for row in rows)
-    print(f"{given.output}: {len(rows)} images, {unreadable} of them unreadable")
+    print(f"{given.output}: {len(rows)} samples, {unreadable} of them unreadable")
     return 0
 
 
@@ -334,24 +354,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "Show what this machine has, and whether a model recomputes bit for bit on it.",
         "dr2dist doctor --model vit_small_patch14_dinov2 --precision bf16",
     )
-    doctor.add_argument("--model", default="vit_tiny_patch16_224", help="timm's name of a model")
-    doctor.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    doctor.add_argument("--image-size", type=_positive, help="pixels; default: the model's own")
-    doctor.add_argument("--batch", type=_positive, default=2, help="images of the trial")
-    doctor.set_defaults(command=_doctor)
-
-
-def _doctor(given: argparse.Namespace) -> int:
-    from dr2dist import doctor
-
-    for line in doctor.describe_machine():
-        print(line)
-    lines, sound = doctor.try_recompute(
-        given.model, bf16=given.precision == "bf16", image_size=given.image_size, batch=given.batch
-    )
-    for line in lines:
-        print(line)
-    return 0 if sound else 1
+    add_doctor_arguments(doctor)
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

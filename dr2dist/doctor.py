@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shutil
@@ -11,10 +12,35 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from dr2dist.backbones.build import build_model
-from dr2dist.backbones.network import convert
+from dr2dist.backbones.convert import convert
+from dr2dist.errors import UserError
 from dr2dist.version import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "torchmetrics")
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `dr2dist doctor` takes."""
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="timm's name of a model")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--image-size", type=int, help="pixels; default: the model's own")
+    parser.add_argument("--batch", type=int, default=2, help="images of the trial")
+    parser.set_defaults(command=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """`dr2dist doctor`: 0 if the trial is sound."""
+    for line in describe_machine():
+        print(line)
+    for name in ("image_size", "batch"):
+        if (getattr(given, name) or 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(given, name)} is not 1 or more")
+    lines, sound = try_recompute(
+        given.model, bf16=given.precision == "bf16", image_size=given.image_size, batch=given.batch
+    )
+    for line in lines:
+        print(line)
+    return 0 if sound else 1
 
 
 def describe_machine() -> list[str]:

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from dr2dist.config.data import RandAugment
+from dr2dist.data.transforms import eval_transform, to_rgb, train_transform
 from PIL import Image
 
-from dr2dist.config.data import RandAugment
 from dr2dist.data.index import read_index
 from dr2dist.data.order import epoch_order, train_batches, validation_batches
 from dr2dist.data.shards import make_shards, verify_shards
 from dr2dist.data.sources import SOURCES
 from dr2dist.data.stream import ShardDataset, loader
-from dr2dist.data.transforms import eval_transform, to_rgb, train_transform
 from dr2dist.errors import UserError
 from tests.images import make_folder, make_small_shards
 

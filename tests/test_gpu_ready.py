@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from dr2dist.data.transforms import train_transform
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dr2dist.config.optim import Optim
 from dr2dist.config.schema import Parallel
 from dr2dist.data.stream import ShardDataset, loader
-from dr2dist.data.transforms import train_transform
 from dr2dist.errors import UserError
 from dr2dist.parallel import processes
 from dr2dist.parallel.master_weights import Fragment, MasterWeights

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from dr2dist.data.transforms import eval_transform
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,6 @@ from torch.nn.functional import cross_entropy
 
 import dr2dist
 from dr2dist.data.stream import ShardDataset
-from dr2dist.data.transforms import eval_transform
 from dr2dist.inference.exported import export
 from dr2dist.inference.portable import plain
 from tests.images import make_small_shards

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from dr2dist.data.transforms import eval_transform
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,6 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.transforms.v2 import functional
 
 import dr2dist
-from dr2dist.data.transforms import eval_transform
 from dr2dist.inference.exported import ExportMetadata, ready
 from dr2dist.inference.predict import predict
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dr2dist.config.data import RandAugment
+from dr2dist.data.transforms import train_transform
 from PIL import Image
 
-from dr2dist.config.data import RandAugment
 from dr2dist.data.randomness import seed_device, seeded
-from dr2dist.data.transforms import train_transform
 from dr2dist.reversible.calls.replay import stable_seed
 from dr2dist.tasks.classification import Classification
 

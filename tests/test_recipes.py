@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from dr2dist.data.transforms import eval_transform
 from torch import nn
 
 import dr2dist
@@ -18,7 +19,6 @@ from dr2dist.config.optim import Group, Optim
 from dr2dist.data.order import train_batches
 from dr2dist.data.randomness import seeded
 from dr2dist.data.stream import ShardDataset, loader
-from dr2dist.data.transforms import eval_transform
 from dr2dist.errors import UserError
 from dr2dist.tasks.classification import Classification
 from dr2dist.training.checkpoint import Checkpoint, checkpoints

@@ -8,15 +8,16 @@ import torch
 from timm.models.beit import Beit, Block
 from torch import Tensor, nn
 
+from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Transition, is_built_as
+from dr2dist.backbones.branch import BranchSpec, branches
 from dr2dist.backbones.compute import (
     SCALED_ATTENTION_NAMES,
     SCALED_MLP_NAMES,
     scaled_attention,
     scaled_mlp,
 )
-from dr2dist.backbones.family import BranchSpec, Family, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Queries, Tokenwise
-from dr2dist.backbones.tokens import TAIL, token_intermediates
+from dr2dist.backbones.tokens import TAIL, token_features, token_intermediates, token_map
 
 PARTS = {
     Block: (
@@ -26,7 +27,7 @@ PARTS = {
 }
 
 
-class BeitFamily(Family):
+class BeitBackbone(Backbone):
     """One chain of all blocks."""
 
     name = "beit"
@@ -35,14 +36,14 @@ class BeitFamily(Family):
     tail = TAIL
 
     def matches(self, model: nn.Module) -> bool:
-        """See Family."""
+        """See Backbone."""
         return is_built_as(model, Beit)
 
-    def functions(self, model: Any) -> list[tuple[str, list[nn.Module]]]:
-        """See Family."""
-        return [("blocks", branches(model.blocks, PARTS, "blocks"))]
+    def layers(self, model: Any) -> list[ChainOf | Transition]:
+        """See Backbone."""
+        return [ChainOf("blocks", branches(model.blocks, PARTS, "blocks"))]
 
-    def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
+    def stem(self, model: Any, images: Tensor, /, **options: Any) -> Stem:
         """No options."""
         tokens = model.patch_embed(images)
         tokens = torch.cat((model.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
@@ -52,6 +53,14 @@ class BeitFamily(Family):
         sides = {} if shared is None else {"shared_rel_pos_bias": shared}
         return Stem(model.pos_drop(tokens), sides)
 
-    def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
-        """See Family."""
+    def features(self, model: Any) -> list[FeatureInfo]:
+        """See Backbone: after each block."""
+        return token_features(model, self.layers(model))
+
+    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
+        """See Backbone."""
+        return token_map(model, tokens)
+
+    def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
+        """See Backbone."""
         return token_intermediates(net, images, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,9 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dr2dist.backbones.deferred import deferred, make_buffers
+from dr2dist.backbones.heads import TASK_HEAD
 from dr2dist.errors import UserError, nearest, one_line
 
 log = logging.getLogger(__name__)
+
+FOREIGN = {*inspect.signature(timm.create_model).parameters, "in_chans", "features_only"}
+"""Options that would change where weights come from, or what inputs and outputs are."""
 
 
 def build_model(
@@ -28,19 +33,24 @@ def build_model(
     drop_path: float = 0.0,
     dropout: float = 0.0,
     options: Mapping[str, Any] | None = None,
+    finish: Callable[[nn.Module], None] = lambda model: None,
 ) -> nn.Module:
     """A timm model in fp32.
 
     weights: None for random ones from torch's global stream, "hub" for timm's own, otherwise
     the path of a .safetensors file with timm's names; position embeddings and windows are
     resized to `image_size`, height and width in pixels, and a head of another number of classes
-    starts anew. options: more arguments of timm's, such as depth. Raises UserError for an unknown
+    starts anew. options: more arguments of timm's, such as depth. finish: called with the model
+    before its weights are read, as to give it a head. Raises UserError for an unknown
     name, a bad file, or weights that do not fit.
     """
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())
         raise UserError(f"model.name: '{name}' is not a model of timm{hint}")
     given: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
+    for key in options or {}:
+        if key in FOREIGN:
+            raise UserError(f"model.options: {key} is not one of a model's shape: leave it out")
     given |= options or {}
     if dropout:
         given["proj_drop_rate"] = dropout
@@ -51,6 +61,7 @@ def build_model(
     except (TypeError, AssertionError, ValueError, LookupError, ArithmeticError, RuntimeError) as e:
         found = one_line(f"{type(e).__name__} {e}")
         raise UserError(f"model: {name} cannot be built with {given}: {found}") from None
+    finish(model)
     if weights not in (None, "hub"):
         model.load_state_dict(_read(model, Path(str(weights))), strict=False)
     return model
@@ -123,4 +134,5 @@ def _fitted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _head_names(model: Any) -> tuple[str, ...]:
     classifier = model.pretrained_cfg.get("classifier", "head")
-    return (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    own = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return (*own, f"{TASK_HEAD}.")

@@ -7,6 +7,8 @@ from typing import Any
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
+from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Transition, is_built_as
+from dr2dist.backbones.branch import BranchSpec, branches
 from dr2dist.backbones.compute import (
     SCALED_ATTENTION_NAMES,
     SCALED_MLP_NAMES,
@@ -15,9 +17,14 @@ from dr2dist.backbones.compute import (
     scaled_attention,
     scaled_mlp,
 )
-from dr2dist.backbones.family import BranchSpec, Family, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Queries, Tokenwise
-from dr2dist.backbones.tokens import TAIL, per_sample, token_intermediates
+from dr2dist.backbones.tokens import (
+    TAIL,
+    per_sample,
+    token_features,
+    token_intermediates,
+    token_map,
+)
 
 SIDES = ("rope", "attn_mask", "is_causal")
 
@@ -34,7 +41,7 @@ PARTS = {
 }
 
 
-class EvaFamily(Family):
+class EvaBackbone(Backbone):
     """One chain of all blocks. Learned mixed rotary embeddings are one side for each depth."""
 
     name = "eva"
@@ -43,18 +50,18 @@ class EvaFamily(Family):
     tail = TAIL
 
     def matches(self, model: nn.Module) -> bool:
-        """See Family."""
+        """See Backbone."""
         return is_built_as(model, Eva)
 
-    def functions(self, model: Any) -> list[tuple[str, list[nn.Module]]]:
-        """See Family."""
+    def layers(self, model: Any) -> list[ChainOf | Transition]:
+        """See Backbone."""
 
         def rename(side: str, depth: int) -> str:
             return f"rope_{depth}" if side == "rope" and _is_mixed(model) else side
 
-        return [("blocks", branches(model.blocks, PARTS, "blocks", rename))]
+        return [ChainOf("blocks", branches(model.blocks, PARTS, "blocks", rename))]
 
-    def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
+    def stem(self, model: Any, images: Tensor, /, **options: Any) -> Stem:
         """Options: attn_mask and is_causal, as timm's blocks take them."""
         tokens, rope = model._pos_embed(model.patch_embed(images))
         tokens = model.norm_pre(tokens)
@@ -65,8 +72,16 @@ class EvaFamily(Family):
             sides["rope"] = rope
         return Stem(tokens, sides, per_sample(sides))
 
-    def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
-        """See Family."""
+    def features(self, model: Any) -> list[FeatureInfo]:
+        """See Backbone: after each block."""
+        return token_features(model, self.layers(model))
+
+    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
+        """See Backbone."""
+        return token_map(model, tokens)
+
+    def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
+        """See Backbone."""
         return token_intermediates(net, images, **options)
 
 

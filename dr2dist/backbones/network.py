@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any, Literal, Self, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from dr2dist.backbones.beit import BeitFamily
+from dr2dist.backbones.backbone import OUTPUT, Backbone, Transition
+from dr2dist.backbones.branch import Branch, part_of
 from dr2dist.backbones.certificate import Certificate
-from dr2dist.backbones.eva import EvaFamily
-from dr2dist.backbones.family import Branch, Family, Stem, part_of
+from dr2dist.backbones.forward import AutogradDriver
+from dr2dist.backbones.heads import TASK_HEAD, TaskHead
 from dr2dist.backbones.live import bypassed, refuse_hooks, refuse_sharded, structure_of
-from dr2dist.backbones.swin import SwinFamily
-from dr2dist.backbones.vit import VitFamily
-from dr2dist.errors import UserError
-from dr2dist.reversible import Chain, Piece, Planner, Setting
-from dr2dist.reversible.arithmetic.setting import Arithmetic, Memory, round_coefficient
-from dr2dist.reversible.failure import OnFailure
-
-_families: list[Family] = [VitFamily(), EvaFamily(), BeitFamily(), SwinFamily()]
-
+from dr2dist.backbones.walk import Flow, Place, Tap, places_of, walk
+from dr2dist.errors import UserError, nearest
+from dr2dist.reversible import Chain, Piece, Planner
+from dr2dist.reversible.arithmetic.setting import round_coefficient
 
 COEFFICIENTS_NAME = "reversible_alpha_beta"
 """The buffer that a converted network has beside its model's: alpha and beta, as int64 multiples of
@@ -38,10 +32,14 @@ class ReversibleNetwork(nn.Module):
     them, so that names in state_dict and named_parameters stay the model's; the state has the
     coefficients besides. A module that is replaced takes effect at the next forward pass."""
 
-    family: Family
+    family: Backbone
+    items: tuple[Any, ...]
+    """Chains and what stands between them, in order: Chain, Piece, or a Transition with sides."""
+    places: tuple[Place, ...]
+    """All layers in order, as `walk` goes over them."""
     chains: tuple[Chain, ...]
     pieces: tuple[Piece, ...]
-    """What stands between the chains and after them, as far as the family says so."""
+    """What stands between the chains and after them and is run again in the backward pass."""
     planner: Planner
 
     @property
@@ -100,42 +98,94 @@ class ReversibleNetwork(nn.Module):
         found = (chain.certificate() for chain in self.chains)
         return Certificate(tuple(chain for chain in found if chain is not None))
 
-    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        """As the model's own: images [B, C, H, W] to its output."""
-        tokens = self._tokens(x, *args, **options)
+    def forward(self, x: Any, *args: Any, **options: Any) -> Any:
+        """As the model's own: inputs [B, ...], such as images [B, C, H, W], to its output.
+
+        x: a tensor, or inputs by name, of which the stem takes what its family says.
+        """
+        return self._walk(self.places, x, args, options, self.head_taps)
+
+    def forward_features(self, x: Any, *args: Any, **options: Any) -> Tensor:
+        """As the model's own: inputs to the features before pooling."""
+        flow: Flow = self._walk(self.places[:-1], x, args, options)
+        return self.family.norm(self, flow.value)
+
+    def forward_taps(
+        self, x: Any, taps: Collection[Tap], until: Tap | None = None, **options: Any
+    ) -> Flow:
+        """Inputs to tokens after all layers, with those after some functions in `taps`.
+
+        until: ends behind that function. Taps are (item, function), see `items`.
+        """
+        places = self.places[:-1]
+        if until is not None:
+            (end,) = (
+                number
+                for number, place in enumerate(places)
+                if place.kind == "function" and (place.item, place.function) == until
+            )
+            places = places[: end + 1]
+        flow: Flow = self._walk(places, x, (), options, taps)
+        return flow
+
+    def _walk(
+        self,
+        places: Sequence[Place],
+        x: Any,
+        args: Sequence[Any],
+        options: dict[str, Any],
+        taps: Collection[Tap] = (),
+    ) -> Any:
+        options |= dict(zip(("attn_mask", "is_causal"), args, strict=False))
+        self._renew()
+        # Nothing but the stem's graph shall hold its output: it is in the flow alone.
+        return walk(places, x, AutogradDriver(self, options, taps))
+
+    @property
+    def task_head(self) -> TaskHead | None:
+        """The head of a task, if it has brought one."""
+        return cast("TaskHead | None", self._modules.get(TASK_HEAD))
+
+    @property
+    def head_taps(self) -> tuple[Tap, ...]:
+        """What a task's head takes, but for the backbone's output."""
+        return tuple(tap for tap in self._taps if tap is not None)
+
+    def run_tail(self, tokens: Tensor, taps: Mapping[Tap, Tensor]) -> Any:
+        """Norm and head; tokens are those after the last layer."""
+        head = self.task_head
+        if head is not None:
+            found = [
+                self.family.norm(self, tokens) if tap is None else taps[tap] for tap in self._taps
+            ]
+            return head(found)
         if self._tail is None:
             return self.family.head(self, self.family.norm(self, tokens))
         cast(_Tail, self._tail.module).renew(self)
-        return self._tail(tokens, self._chunk_size)
+        return self._tail(tokens, self.slice_size)
 
-    def forward_features(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """As the model's own: images [B, C, H, W] to the features before pooling."""
-        return self.family.norm(self, self._tokens(x, *args, **options))
+    def tail_parameters(self) -> list[nn.Parameter]:
+        """Those of norm and head, as far as the family names them."""
+        found = [] if self._tail is None else list(self._tail.module.parameters())
+        if self.task_head is not None:
+            found = list(self.task_head.parameters())
+            if None in self._taps:
+                found += _Tail(self, self.family).parameters()
+        return found
 
-    def _tokens(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Images to what the last chain gives."""
-        options |= dict(zip(("attn_mask", "is_causal"), args, strict=False))
-        self._renew()
-        stem = self.family.stem(self, x, **options)
-        tokens, stem.tokens = stem.tokens, x  # nothing but the stem's graph shall hold its output
-        for index in range(len(self.chains)):
-            tokens = self.run_chain(index, tokens, stem)
-        return tokens
+    def run_transition(self, place: Place, flow: Flow) -> Flow:
+        """What stands between chains."""
+        item = self.items[place.item]
+        if isinstance(item, Transition):
+            value, sides = item.module(flow.value, flow.sides)
+            return Flow(value, sides, flow.batched, flow.taps)
+        return Flow(item(flow.value, self.slice_size), flow.sides, flow.batched, flow.taps)
 
     @property
-    def _chunk_size(self) -> int | None:
+    def slice_size(self) -> int | None:
         """Samples per slice of the pieces: theirs are small, so one at a time unless it is said."""
         size = self.chains[0].setting.chunk_size
         return 1 if size == "auto" else size
-
-    def run_chain(self, index: int, tokens: Tensor, stem: Stem | None = None) -> Tensor:
-        """Chain `index`, after what stands before it; `stem` has the sides."""
-        chain, transition = self.chains[index], self._transitions.get(index)
-        if transition is not None:
-            tokens = transition(tokens, self._chunk_size)
-        if stem is None:
-            return cast(Tensor, chain(tokens))
-        return cast(Tensor, chain(tokens, batched=tuple(stem.batched), **stem.sides))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
         """As the model's own; states of the chains stand for the outputs of blocks."""
@@ -218,37 +268,64 @@ class ReversibleNetwork(nn.Module):
         options: of the chains, if they are new.
         """
         known = {chain.name: chain for chain in self.chains}
-        chains = []
-        for name, functions in self.family.functions(self):
-            new = Chain(functions, name=name, **(options or self.chains[0].options))
-            chain = known.get(name, new)
+        items: list[Any] = []
+        for layer in self.family.layers(self):
+            if isinstance(layer, Transition):
+                items.append(layer if layer.sides else Piece(layer.module))
+                continue
+            new = Chain(layer.functions, name=layer.name, **(options or self.chains[0].options))
+            chain = known.get(layer.name, new)
             chain.functions = new.functions
-            chains.append(chain)
-        self.chains = tuple(chains)
+            items.append(chain)
+        self.take_items(items)
         self.planner = Planner([chain.name for chain in self.chains])
         for chain in self.chains:
             chain.planner = self.planner
-        found = ((index, self.family.transition(self, index)) for index in range(len(self.chains)))
-        self._transitions = {index: Piece(module) for index, module in found if module is not None}
-        self._tail = None if self.family.tail is None else Piece(_Tail(self, self.family))
+        named = self.family.tail is not None and self.task_head is None
+        self._tail = Piece(_Tail(self, self.family)) if named else None
         tail = () if self._tail is None else (self._tail,)
-        self.pieces = (*self._transitions.values(), *tail)
+        self.pieces = (*(item for item in items if isinstance(item, Piece)), *tail)
+        self._taps = self._find_taps()
         functions = [function for chain in self.chains for function in chain.functions]
         blocks = [function.block for function in functions if isinstance(function, Branch)]
         self._bypassed = bypassed(self, blocks)
         self._structure = structure_of(self)
 
+    def take_items(self, items: Sequence[Any]) -> None:
+        """Takes chains and what stands between them for the network's layers."""
+        self.items = tuple(items)
+        self.chains = tuple(item for item in items if hasattr(item, "functions"))
+        self.places = (Place("stem"), *places_of(items), Place("tail"))
+
+    def _find_taps(self) -> tuple[Tap | None, ...]:
+        """What the task's head takes, in its order; None is the backbone's output."""
+        head = self.task_head
+        if head is None:
+            return ()
+        known = {info.name: info for info in self.family.features(self)}
+        of_chain = [n for n, item in enumerate(self.items) if isinstance(item, Chain)]
+        found: list[Tap | None] = []
+        for name in head.taps:
+            if name not in known and name != OUTPUT:
+                raise UserError(
+                    f"the head takes the feature {name!r}{nearest(name, known)}; "
+                    f"{self.family.name} has {', '.join(known)}"
+                )
+            info = None if name == OUTPUT else known[name]
+            found.append(None if info is None else (of_chain[info.chain], info.function))
+        return tuple(found)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles name the model's own class, since this one is made at run time."""
         base = type(self).__bases__[1]
         # A copy cuts anew: its functions do not know their blocks.
-        return _blank, (base,), {**self.__dict__, "_structure": ()}
+        return blank, (base,), {**self.__dict__, "_structure": ()}
 
 
 class _Tail(nn.Module):
     """Norm and head of a network, as they are when it is renewed."""
 
-    def __init__(self, net: ReversibleNetwork, family: Family) -> None:
+    def __init__(self, net: ReversibleNetwork, family: Backbone) -> None:
         super().__init__()
         self.family = family
         self.part = nn.Module()
@@ -257,7 +334,7 @@ class _Tail(nn.Module):
     def renew(self, net: ReversibleNetwork) -> None:
         """Takes up what was changed in the network: a new classifier, its training flag."""
         attributes = {key: value for key, value in net.__dict__.items() if key not in _CUT}
-        plain = _blank(type(net).__bases__[1])
+        plain = blank(type(net).__bases__[1])
         plain.__dict__.update(attributes)
         self.part = part_of(plain, self.family.tail)
 
@@ -266,11 +343,22 @@ class _Tail(nn.Module):
         return self.family.head(self.part, self.family.norm(self.part, tokens))
 
 
-_CUT = ("chains", "planner", "pieces", "_transitions", "_tail", "_bypassed", "_structure")
+_CUT = (
+    "items",
+    "places",
+    "chains",
+    "planner",
+    "pieces",
+    "_tail",
+    "_taps",
+    "_bypassed",
+    "_structure",
+)
 """What a network has beside its modules."""
 
 
-def _blank(base: type[nn.Module]) -> nn.Module:
+def blank(base: type[nn.Module]) -> nn.Module:
+    """A reversible network of a model's class with nothing in it."""
     kind: Any = _reversible_class(base)  # type: ignore[arg-type]
     net: nn.Module = kind.__new__(kind)
     return net
@@ -281,99 +369,6 @@ def _reversible_class(base: Any) -> Any:
     return type(f"Reversible{base.__name__}", (ReversibleNetwork, base), {})
 
 
-def convert(
-    model: nn.Module,
-    alpha: float = 0.9,
-    beta: float = 0.1,
-    arithmetic: Arithmetic = "exact",
-    memory: Memory = "reverse",
-    chunk_size: int | Literal["auto"] | None = None,
-    fraction_bits: int = 18,
-    chunk_tokens: int | None = None,
-    memory_budget: int | None = None,
-    chunk_budget: int | None = None,
-    on_failure: OnFailure = "raise",
-    compile: bool = False,
-) -> Any:
-    """A reversible network from a supported model (Dr2Net, arXiv 2401.04105).
-
-    The result is called as the model is, gives outputs of the same structure and shares its
-    parameters, buffers and modules by reference; the model itself stays usable.
-
-    alpha, beta: coefficients of the two residuals. arithmetic: "exact" reverses bit for bit,
-    "float" with round-off. memory: "reverse" reconstructs activations, "store" keeps them,
-    "checkpoint" keeps each function's input, "budget" keeps as many as memory_budget bytes hold.
-    chunk_size: samples per slice of the batch; "auto" for the largest slices, of samples or
-    tokens, whose working set stays within chunk_budget bytes.
-    fraction_bits: resolution of exact states, 2^-fraction_bits. chunk_tokens: tokens per slice
-    inside a sample, with a chunk_size of 1, for functions that can run so (see docs/memory.md).
-    on_failure: what happens at a backward pass whose reversal is not proven: "raise" ReversalError,
-    "warn", or "record" for `certificate()`; on a GPU at a later forward pass, so that the host
-    never waits. compile: run residual functions in training by torch.compile, forth and back.
-
-    Raises UserError for a model that is not supported and ValueError for a setting that is not.
-    """
-    setting = Setting(
-        alpha,
-        beta,
-        arithmetic,
-        memory,
-        chunk_size,
-        fraction_bits,
-        chunk_tokens,
-        memory_budget,
-        chunk_budget,
-    )
-    family = _find(model)
-    net = _blank(type(model))
-    net.__dict__.update({key: _own(value) for key, value in model.__dict__.items()})
-    assert isinstance(net, ReversibleNetwork)
-    net.family = family
-    net.chains = ()
-    net._cut({**asdict(setting), "on_failure": on_failure, "compile": compile})
-    values = torch.empty(2, dtype=torch.int64, device="cpu")
-    net.register_buffer(COEFFICIENTS_NAME, values)
-    net._note_coefficients()
-    # Every rank sets its own; a broadcast of them would make the host wait at each pass.
-    object.__setattr__(net, "_ddp_params_and_buffers_to_ignore", [COEFFICIENTS_NAME])
-    return net
-
-
 def _version(buffer: Tensor) -> object:
     """Another one after every write to the buffer; of inference tensors always another one."""
     return object() if buffer.is_inference() else (id(buffer), buffer._version)
-
-
-def _own(value: Any) -> Any:
-    """Registries are copied, so that changing the network's leaves the model's as they were."""
-    return copy.copy(value) if isinstance(value, dict | set) else value
-
-
-def _find(model: nn.Module) -> Family:
-    if isinstance(model, ReversibleNetwork):
-        raise UserError("the model is converted already")
-    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
-        raise UserError(
-            "the model has gradient checkpointing switched on, which has no effect on a "
-            "reversible network; switch it off, or convert with memory='checkpoint'"
-        )
-    for family in _families:
-        if family.matches(model):
-            return family
-    known = "; ".join(f"{f.name} ({', '.join(f.patterns)})" for f in _families)
-    raise UserError(f"{type(model).__name__} is not supported; supported families: {known}")
-
-
-def register_backbone(family: Family) -> None:
-    """Makes `convert` know a family of one's own; it is asked before the ones known so far.
-
-    Raises UserError if the name is taken.
-    """
-    if any(family.name == known.name for known in _families):
-        raise UserError(f"a backbone family named '{family.name}' is registered already")
-    _families.insert(0, family)
-
-
-def supported_backbones() -> dict[str, tuple[str, ...]]:
-    """Families that `convert` knows, each with patterns of model names."""
-    return {family.name: family.patterns for family in _families}

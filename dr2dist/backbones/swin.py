@@ -11,8 +11,17 @@ from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
+from dr2dist.backbones.backbone import (
+    OUTPUT,
+    Backbone,
+    ChainOf,
+    FeatureInfo,
+    Stem,
+    Transition,
+    is_built_as,
+)
+from dr2dist.backbones.branch import BranchSpec, branches
 from dr2dist.backbones.compute import match_buffer
-from dr2dist.backbones.family import BranchSpec, Family, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Given, Run, Slicing, Tokenwise
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
@@ -73,7 +82,7 @@ PARTS = {
 }
 
 
-class SwinFamily(Family):
+class SwinBackbone(Backbone):
     """A chain for each stage; patch mergings are the transitions."""
 
     name = "swin"
@@ -81,28 +90,46 @@ class SwinFamily(Family):
     tail = ("norm", "head")
 
     def matches(self, model: nn.Module) -> bool:
-        """See Family."""
+        """See Backbone."""
         return is_built_as(model, SwinTransformer)
 
-    def functions(self, model: Any) -> list[tuple[str, list[nn.Module]]]:
-        """See Family."""
-        names = [f"layers.{index}.blocks" for index in range(len(model.layers))]
-        return [
-            (name, branches(layer.blocks, PARTS, name))
-            for name, layer in zip(names, model.layers, strict=True)
-        ]
+    def layers(self, model: Any) -> list[ChainOf | Transition]:
+        """See Backbone."""
+        found: list[ChainOf | Transition] = []
+        for index, layer in enumerate(model.layers):
+            if not isinstance(layer.downsample, nn.Identity):
+                found.append(Transition(f"layers.{index}.downsample", layer.downsample))
+            name = f"layers.{index}.blocks"
+            found.append(ChainOf(name, branches(layer.blocks, PARTS, name)))
+        return found
 
-    def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
+    def features(self, model: Any) -> list[FeatureInfo]:
+        """See Backbone: after each stage."""
+        infos = [
+            FeatureInfo(
+                f"layers.{index}",
+                index,
+                2 * len(layer.blocks) - 1,
+                info["num_chs"],
+                info["reduction"],
+                "BHWC",
+            )
+            for index, (layer, info) in enumerate(
+                zip(model.layers, model.feature_info, strict=True)
+            )
+        ]
+        return [*infos, infos[-1]._replace(name=OUTPUT)]
+
+    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
+        """See Backbone."""
+        return tokens.permute(0, 3, 1, 2)
+
+    def stem(self, model: Any, images: Tensor, /, **options: Any) -> Stem:
         """No options."""
         return Stem(model.patch_embed(images))
 
-    def transition(self, model: Any, index: int) -> nn.Module | None:
-        """Patch merging, none before the first chain."""
-        module: nn.Module = model.layers[index].downsample
-        return None if isinstance(module, nn.Identity) else module
-
-    def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
-        """See Family."""
+    def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
+        """See Backbone."""
         return self._maps(net, images, **options)
 
     def _maps(
@@ -119,15 +146,15 @@ class SwinFamily(Family):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}, allowed is NCHW")
         taken, last = feature_take_indices(len(net.layers), indices)
-        tokens = self.stem(net, images).tokens
+        ends = [(n, len(i.functions) - 1) for n, i in enumerate(net.items) if i in net.chains]
+        stop = ends[last] if stop_early else None
+        flow = net.forward_taps(images, [ends[index] for index in taken], stop)
         maps = []
-        stop = last + 1 if stop_early else len(net.chains)
-        for index in range(stop):
-            tokens = net.run_chain(index, tokens)
-            if index in taken:
-                ended = norm and index == len(net.chains) - 1
-                chosen = net.norm(tokens) if ended else tokens
-                maps.append(chosen.permute(0, 3, 1, 2).contiguous())
+        for index in sorted(set(taken)):
+            tokens = flow.taps[ends[index]]
+            chosen = net.norm(tokens) if norm and index == len(ends) - 1 else tokens
+            maps.append(chosen.permute(0, 3, 1, 2).contiguous())
+        tokens, whole = flow.value, not stop_early or last == len(ends) - 1
         if intermediates_only:
             return maps
-        return (net.norm(tokens) if stop == len(net.chains) else tokens), maps
+        return (net.norm(tokens) if whole else tokens), maps

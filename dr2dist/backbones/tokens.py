@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models._features import feature_take_indices
 from torch import Tensor
+
+from dr2dist.backbones.backbone import OUTPUT, FeatureInfo
+from dr2dist.errors import UserError
 
 TAIL = ("norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist")
 """What follows the blocks of such models, where it is there."""
@@ -55,16 +59,39 @@ def token_intermediates(
 def _run(
     net: Any, images: Tensor, taken: list[int], last: int | None, options: dict[str, Any]
 ) -> tuple[Tensor, list[Tensor]]:
-    (chain,) = net.chains
-    per_block = len(chain.functions) // len(net.blocks)
-    stem = net.family.stem(net, images, **options)
-    until = None if last is None else (last + 1) * per_block
+    per_block = len(net.chains[0].functions) // len(net.blocks)
+    ends = {block: (0, (block + 1) * per_block - 1) for block in range(len(net.blocks))}
+    until = None if last is None else ends[last]
+    flow = net.forward_taps(images, [ends[block] for block in taken], until, **options)
     # Blocks come in the network's order, whatever the order they were asked for in.
-    taps = [(block + 1) * per_block - 1 for block in sorted(set(taken))]
-    final, states = chain(
-        stem.tokens, taps=taps, until=until, batched=tuple(stem.batched), **stem.sides
-    )
-    return final, states
+    return flow.value, [flow.taps[ends[block]] for block in sorted(set(taken))]
+
+
+def token_features(model: Any, layers: Sequence[Any]) -> list[FeatureInfo]:
+    """After each block of the one chain, and OUTPUT: tokens [B, N, C], those of no place first."""
+    (chain,) = layers
+    per_block = len(chain.functions) // len(model.blocks)
+    width, stride = model.embed_dim, int(model.patch_embed.patch_size[0])
+    infos = [
+        FeatureInfo(f"blocks.{block}", 0, (block + 1) * per_block - 1, width, stride, "BNC")
+        for block in range(len(model.blocks))
+    ]
+    return [*infos, infos[-1]._replace(name=OUTPUT)]
+
+
+def token_map(model: Any, tokens: Tensor) -> Tensor:
+    """Tokens [B, N, C] as a map [B, C, H, W] of the patches of images that the model is built for.
+
+    Raises UserError for another number of tokens, as of images of other sizes.
+    """
+    height, width = model.patch_embed.grid_size
+    patches = tokens[:, model.num_prefix_tokens :]
+    if patches.shape[1] != height * width:
+        raise UserError(
+            f"{patches.shape[1]} tokens are no map of {height} x {width} patches, for which the "
+            "model is built"
+        )
+    return patches.transpose(1, 2).unflatten(2, (height, width))
 
 
 def _as_image(net: Any, tokens: Tensor, images: Tensor) -> Tensor:

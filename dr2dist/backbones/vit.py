@@ -15,10 +15,17 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
+from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Transition, is_built_as
+from dr2dist.backbones.branch import BranchSpec, branches
 from dr2dist.backbones.compute import attention_post_norm, mlp_post_norm
-from dr2dist.backbones.family import BranchSpec, Family, Stem, branches, is_built_as
 from dr2dist.backbones.slicing import Queries, Tokenwise
-from dr2dist.backbones.tokens import TAIL, per_sample, token_intermediates
+from dr2dist.backbones.tokens import (
+    TAIL,
+    per_sample,
+    token_features,
+    token_intermediates,
+    token_map,
+)
 
 MASK = ("attn_mask", "is_causal")
 
@@ -73,7 +80,7 @@ PARTS = {
 }
 
 
-class VitFamily(Family):
+class VitBackbone(Backbone):
     """One chain of all blocks; masks are sides."""
 
     name = "vit"
@@ -82,20 +89,28 @@ class VitFamily(Family):
     tail = TAIL
 
     def matches(self, model: nn.Module) -> bool:
-        """See Family."""
+        """See Backbone."""
         return is_built_as(model, VisionTransformer)
 
-    def functions(self, model: Any) -> list[tuple[str, list[nn.Module]]]:
-        """See Family."""
-        return [("blocks", branches(model.blocks, PARTS, "blocks"))]
+    def layers(self, model: Any) -> list[ChainOf | Transition]:
+        """See Backbone."""
+        return [ChainOf("blocks", branches(model.blocks, PARTS, "blocks"))]
 
-    def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
+    def stem(self, model: Any, images: Tensor, /, **options: Any) -> Stem:
         """Options: attn_mask and is_causal, as timm's blocks take them."""
         tokens = model._pos_embed(model.patch_embed(images))
         tokens = model.norm_pre(model.patch_drop(tokens))
         sides = {name: options.get(name) for name in MASK if options.get(name) is not None}
         return Stem(tokens, sides, per_sample(sides))
 
-    def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
-        """See Family."""
+    def features(self, model: Any) -> list[FeatureInfo]:
+        """See Backbone: after each block."""
+        return token_features(model, self.layers(model))
+
+    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
+        """See Backbone."""
+        return token_map(model, tokens)
+
+    def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
+        """See Backbone."""
         return token_intermediates(net, images, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from dr2dist.backbones.network import convert
+from dr2dist.backbones.convert import convert
+from dr2dist.backbones.forward import AutogradDriver
+from dr2dist.backbones.walk import Flow, Place, walk
 from dr2dist.errors import UserError, nearest
 
 CONVENTIONAL, PER_BLOCK, BUDGET = "conventional", "checkpoint per block", "budget"
@@ -165,10 +167,25 @@ class _Foreign(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """As the model's own."""
-        family = self.net.family
-        tokens = self.run(family.stem(self.net, images).tokens)
-        output: Tensor = family.head(self.net, family.norm(self.net, tokens))
+        output: Tensor = walk(self.net.places, images, _Other(self.net, self.run))
         return output
+
+
+class _Other(AutogradDriver):
+    """Runs a chain's functions by another library."""
+
+    def __init__(self, net: Any, run: nn.Module) -> None:
+        super().__init__(net, {}, ())
+        self.run = run
+
+    def functions(self, run: Sequence[Place], flow: Flow) -> Flow:
+        """See Driver."""
+        return Flow(self.run(flow.value))
+
+    def tail(self, flow: Flow) -> Any:
+        """See Driver: norm and head as they stand."""
+        family = self.net.family
+        return family.head(self.net, family.norm(self.net, flow.value))
 
 
 class _revlib(nn.Module):  # noqa: N801 - named as the package

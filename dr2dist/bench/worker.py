@@ -8,16 +8,20 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dr2dist.backbones.network import ReversibleNetwork, convert
+from dr2dist.backbones.convert import convert
+from dr2dist.backbones.forward import AutogradDriver
+from dr2dist.backbones.network import ReversibleNetwork
+from dr2dist.backbones.walk import Flow, Place, walk
 from dr2dist.bench.cases import COMPILED, Spec, build
 from dr2dist.errors import UserError
-from dr2dist.reversible import State
+from dr2dist.reversible import Chain, State
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.tape import arithmetic_of
 
@@ -72,7 +76,7 @@ class Worker:
         device."""
         net = self._reversible()
         with torch.no_grad():
-            tokens = next(_chain_inputs(net, self._images(1)))[1]
+            tokens = _chain_inputs(net, self._images(1))[0][1]
         functions = sum(len(chain.functions) for chain in net.chains)
         patch = int(net.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
@@ -99,13 +103,24 @@ class Worker:
         return time.perf_counter()
 
 
-def _chain_inputs(net: ReversibleNetwork, images: Tensor) -> Any:
+def _chain_inputs(net: ReversibleNetwork, images: Tensor) -> list[tuple[Chain, Tensor]]:
     """(chain, its tokens) for each chain."""
-    tokens = net.family.stem(net, images).tokens
-    for index, chain in enumerate(net.chains):
-        transition = net._transitions.get(index)
-        tokens = tokens if transition is None else transition(tokens, None)
-        yield chain, tokens
+    driver = _Passing(net, {}, ())
+    walk(net.places[:-1], images, driver)
+    return driver.inputs
+
+
+class _Passing(AutogradDriver):
+    """Goes past functions, which leave tokens in their shape, and notes what chains begin with."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.inputs: list[tuple[Chain, Tensor]] = []
+
+    def functions(self, run: Sequence[Place], flow: Flow) -> Flow:
+        """See Driver."""
+        self.inputs.append((self.net.items[run[0].item], flow.value))
+        return flow
 
 
 def _coupling_seconds(arithmetic: Any, tokens: Tensor, now: Any) -> float:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import os
+import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from dr2dist.config.schema import Config
+from dr2dist.config.task import DEFAULT_TASK, sections_of, task_names
 from dr2dist.errors import UserError, nearest, one_line
 
 
@@ -49,9 +54,42 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(values, override)
     try:
-        return Config.model_validate(values)
+        import_plugins(values.get("plugins") or ())
+        kind = _config_type(_task_name(values))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    try:
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {'; '.join(_line(e) for e in error.errors())}") from None
+        raise UserError(f"{path}: {'; '.join(_line(kind, e) for e in error.errors())}") from None
+
+
+def import_plugins(names: Iterable[str]) -> None:
+    """Imports modules, which register tasks and backbones; also from the present folder.
+
+    Raises UserError for one that cannot be imported.
+    """
+    for name in names:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            raise UserError(f"plugins: {name} cannot be imported: {reason}") from None
+
+
+def _task_name(values: dict[str, Any]) -> Any:
+    task = values.get("task")
+    return task.get("name", DEFAULT_TASK) if isinstance(task, dict) else DEFAULT_TASK
+
+
+def _config_type(task: Any) -> type[Config]:
+    """The schema with the sections of a task."""
+    options, data = sections_of(task)
+    return create_model(
+        "Config", __base__=Config, __doc__=Config.__doc__, task=(options, ...), data=(data, ...)
+    )
 
 
 def dump_config(config: Config) -> str:
@@ -60,8 +98,13 @@ def dump_config(config: Config) -> str:
 
 
 def describe_config() -> str:
-    """All settings with their meaning, one a line."""
-    return "\n".join(_describe(Config, ""))
+    """All settings with their meaning, one a line; of each task its own."""
+    lines = _describe(Config, "", leave_out=("task", "data"))
+    for task in task_names():
+        for section, kind in zip(("task", "data"), sections_of(task), strict=True):
+            lines.append(f"{section} {{of {task}}}: {inspect.cleandoc(kind.__doc__ or '')}")
+            lines += _describe(kind, f"{section}.")
+    return "\n".join(lines)
 
 
 def _parse(text: str, source: str) -> Any:
@@ -83,13 +126,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[last] = _parse(text, f"override '{override}'")
 
 
-def _line(error: Any) -> str:
+def _line(kind: type[Config], error: Any) -> str:
     """One error of pydantic as `key: what was found, what is allowed`."""
     place = [str(part) for part in error["loc"]]
     # pydantic names the chosen kind of path behind `coefficients`: no key of the file.
     shown = place[:1] + place[2:] if place[:1] == ["coefficients"] else place
     key = ".".join(shown)
-    section = _section(Config, place[:-1])
+    section = _section(kind, place[:-1])
     message = error["msg"].removeprefix("Value error, ")
     match error["type"]:
         case "extra_forbidden" if section is not None:
@@ -140,9 +183,11 @@ def _sections(kind: Any) -> list[type[BaseModel]]:
     return [kind] if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
-def _describe(kind: type[BaseModel], prefix: str) -> list[str]:
+def _describe(kind: type[BaseModel], prefix: str, leave_out: Sequence[str] = ()) -> list[str]:
     lines = []
     for name, field in kind.model_fields.items():
+        if name in leave_out:
+            continue
         for section in _sections(field.annotation):
             kinds = section.model_fields.get("kind")
             tag = "" if kinds is None else typing.get_args(kinds.annotation)[0]

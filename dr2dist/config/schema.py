@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Annotated, Any, Literal, Self
 
-import timm
 from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from dr2dist.config.coefficients import CoefficientPath, Conserve, Constant, Guarded, with_kind
-from dr2dist.config.data import Data
 from dr2dist.config.optim import Optim
 from dr2dist.config.section import Positive, Section, Unit
+from dr2dist.config.task import Data, TaskOptions
 from dr2dist.reversible import Setting
 
 
@@ -23,9 +21,6 @@ Size = Annotated[tuple[Positive, Positive], BeforeValidator(_square)]
 """Height and width in pixels; one number is both."""
 
 
-Weight = Annotated[float, Field(gt=0)]
-
-
 Option = Annotated[bool | int | float | str, Field(union_mode="smart")]
 OWN_SETTINGS = {
     "num_classes": "task.num_classes",
@@ -35,8 +30,6 @@ OWN_SETTINGS = {
     "pretrained": "model.weights",
     "checkpoint_path": "model.weights",
 }
-FOREIGN = {*inspect.signature(timm.create_model).parameters, "in_chans", "features_only"}
-"""What would change where weights come from, or what images and outputs are."""
 
 
 class Model(Section):
@@ -63,8 +56,6 @@ class Model(Section):
         for name in self.options:
             if name in OWN_SETTINGS:
                 raise ValueError(f"options: {name} has a setting of its own, {OWN_SETTINGS[name]}")
-            if name in FOREIGN:
-                raise ValueError(f"options: {name} is not one of a model's shape: leave it out")
         return self
 
 
@@ -106,35 +97,6 @@ class Reversible(Section):
     def of_chains(self) -> dict[str, Any]:
         """What is said of Setting's fields."""
         return self.model_dump(exclude={"compile"})
-
-
-class Task(Section):
-    """What is learnt."""
-
-    name: Literal["classification"] = Field("classification", description="the task")
-    num_classes: int = Field(ge=2, description="classes of the head")
-    label_smoothing: Unit = Field(0.0, description="share of a label spread over all classes")
-    class_weights: tuple[Weight, ...] | None = Field(
-        None, description="a factor of each class's losses in training; null: 1"
-    )
-    balance_classes: bool = Field(
-        False, description="factors by which every class counts equally over the training data"
-    )
-    mixup: float = Field(0.0, ge=0, description="alpha of timm's mixup in a micro-batch; 0: none")
-    cutmix: float = Field(0.0, ge=0, description="alpha of timm's cutmix; with both, either")
-
-    def idle(self) -> dict[str, str]:
-        """See Section."""
-        return {"class_weights": "balance_classes"} if self.balance_classes else {}
-
-    @model_validator(mode="after")
-    def _one_weight_a_class(self) -> Self:
-        if self.class_weights is not None and len(self.class_weights) != self.num_classes:
-            raise ValueError(
-                f"class_weights has {len(self.class_weights)} values, allowed is one for each of "
-                f"num_classes, {self.num_classes}"
-            )
-        return self
 
 
 class Train(Section):
@@ -204,12 +166,15 @@ class Parallel(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """A whole run. Its task and data are of the types that the task says."""
 
+    plugins: tuple[str, ...] = Field(
+        (), description="Python modules that register tasks or backbones of your own"
+    )
     model: Model
     reversible: Reversible = Reversible()
     coefficients: Annotated[CoefficientPath, BeforeValidator(with_kind)] = Conserve()
-    task: Task
+    task: TaskOptions
     data: Data
     optim: Optim
     train: Train
@@ -233,11 +198,7 @@ class Config(Section):
         for name in ("validate_every", "patience"):
             if getattr(self.train, name) is not None and self.data.val is None:
                 raise ValueError(f"train.{name} has no effect without data.val")
-        if (self.task.mixup or self.task.cutmix) and self.train.micro_batch % 2:
-            raise ValueError(
-                f"train.micro_batch is {self.train.micro_batch}: task.mixup and task.cutmix mix "
-                "pairs, allowed is an even number"
-            )
+        self.task.check_micro_batch(self.train.micro_batch)
         if self.parallel.stages > 1 and self.setting().measured:
             raise ValueError(
                 f"parallel.stages is {self.parallel.stages}: reversible.memory budget and "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from braceexpand import braceexpand
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from dr2dist.errors import UserError, nearest
 
@@ -14,13 +15,12 @@ INDEX_NAME = "index.json"
 
 
 class Sample(NamedTuple):
-    """Where a sample's image lies in its shard: byte offset and size, and what it shows."""
+    """Where a sample's members lie in its shard: (byte offset, size) by extension. label: its
+    class, where it has one."""
 
     key: str
-    extension: str
-    offset: int
-    size: int
-    label: int
+    members: dict[str, tuple[int, int]]
+    label: int | None = None
 
 
 class Shard(BaseModel):
@@ -32,16 +32,26 @@ class Shard(BaseModel):
     sha256: str
     samples: tuple[Sample, ...]
 
+    @field_validator("samples", mode="before")
+    @classmethod
+    def _of_format_1(cls, samples: Any) -> Any:
+        """Format 1 had [key, extension, offset, size, label] for an image with a class."""
+        return [
+            (s[0], {s[1]: (s[2], s[3])}, s[4]) if isinstance(s, list) and len(s) == 5 else s
+            for s in samples
+        ]
+
 
 class Index(BaseModel):
     """All shards of a folder.
 
-    streams: virtual streams that the order is dealt over, fixed when the shards are made, so
+    classes: names by label, none where samples have no classes. streams:
+    virtual streams that the order is dealt over, fixed when the shards are made, so
     that the order does not depend on ranks or workers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     classes: tuple[str, ...]
     streams: int
     shards: tuple[Shard, ...]
@@ -50,6 +60,13 @@ class Index(BaseModel):
     def num_samples(self) -> int:
         """Samples in all shards."""
         return sum(len(shard.samples) for shard in self.shards)
+
+    def class_counts(self) -> list[int] | None:
+        """Samples of each class; None where some have no class."""
+        labels = Counter(sample.label for shard in self.shards for sample in shard.samples)
+        if None in labels:
+            return None
+        return [labels[label] for label in range(len(self.classes))]
 
 
 def read_index(pattern: str | Path) -> tuple[Path, Index]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +16,9 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
+from dr2dist.data.decoders import open_image
 from dr2dist.data.index import INDEX_NAME, Index, Sample, Shard, read_index
-from dr2dist.data.sources import Record, open_image
+from dr2dist.data.sources import Record
 from dr2dist.errors import UserError
 from dr2dist.files import sha256
 
@@ -58,9 +59,10 @@ def make_shards(
 def _split(records: Sequence[Record], share: float, seed: int) -> dict[str, list[Record]]:
     """A held-out part with the same share of every class."""
     held: set[str] = set()
-    for label in sorted({record.label for record in records}):
-        keys = sorted(record.key for record in records if record.label == label)
-        order = np.random.default_rng((seed, label)).permutation(len(keys))
+    for label in sorted({-1 if record.label is None else record.label for record in records}):
+        own = None if label < 0 else label
+        keys = sorted(record.key for record in records if record.label == own)
+        order = np.random.default_rng((seed, max(label, 0))).permutation(len(keys))
         held.update(keys[place] for place in order[: round(share * len(keys))])
     return {
         "train": [record for record in records if record.key not in held],
@@ -120,14 +122,9 @@ def _write_shard(item: tuple[Path, list[Record]]) -> Shard:
         for record in records:
             extension = record.path.suffix.lower().lstrip(".")
             data = _readable_image(record.path)
-            label = str(record.label).encode()
-            writer.write({"__key__": record.key, extension: data, "cls": label})
+            writer.write({"__key__": record.key, extension: data, **record.members})
     labels = {record.key: record.label for record in records}
-    samples = tuple(
-        Sample(key, extension, member.offset_data, member.size, labels[key])
-        for key, extension, member in _members(path)
-        if extension != "cls"
-    )
+    samples = tuple(Sample(key, members, labels[key]) for key, members in _members(path).items())
     return Shard(name=path.name, bytes=path.stat().st_size, sha256=sha256(path), samples=samples)
 
 
@@ -139,11 +136,14 @@ def _readable_image(path: Path) -> bytes:
         raise UserError(f"{path}: is not a readable image: {error}") from None
 
 
-def _members(path: Path) -> Iterable[tuple[str, str, tarfile.TarInfo]]:
+def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """(offset, size) of each sample's members, by key and extension."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
     with tarfile.open(path) as tar:
         for member in tar:
             key, _, extension = member.name.partition(".")
-            yield key, extension, member
+            found.setdefault(key, {})[extension] = member.offset_data, member.size
+    return found
 
 
 def verify_shards(pattern: str | Path, workers: int | None = None, progress: bool = True) -> Index:
@@ -162,7 +162,7 @@ def verify_shards(pattern: str | Path, workers: int | None = None, progress: boo
     if count > 1:
         raise UserError(f"{folder}: key '{key}' is there {count} times")
     for sample in samples:
-        if not 0 <= sample.label < len(index.classes):
+        if sample.label is not None and not 0 <= sample.label < len(index.classes):
             raise UserError(
                 f"{folder}: sample '{sample.key}' has label {sample.label}, allowed is 0 to "
                 f"{len(index.classes) - 1}"
@@ -179,10 +179,9 @@ def _fault(item: tuple[Path, Shard]) -> str | None:
         return f"{path}: has {path.stat().st_size} bytes, the index says {shard.bytes}"
     if sha256(path) != shard.sha256:
         return f"{path}: checksum differs from the index"
-    found = {
-        key: (extension, member.offset_data, member.size)
-        for key, extension, member in _members(path)
-        if extension != "cls"
-    }
-    known = {sample.key: tuple(sample[1:4]) for sample in shard.samples}
-    return None if found == known else f"{path}: members differ from the index"
+    found = _members(path)
+    same = all(
+        sample.members.items() <= found.get(sample.key, {}).items() for sample in shard.samples
+    )
+    keys = found.keys() == {sample.key for sample in shard.samples}
+    return None if same and keys else f"{path}: members differ from the index"

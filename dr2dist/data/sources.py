@@ -1,18 +1,15 @@
-"""Where samples come from: each source lists records of image files with labels."""
+"""Where samples come from: each source lists records of image files with what is said of them."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
-from PIL import Image
-
+from dr2dist.data.decoders import IMAGE_TYPES
 from dr2dist.errors import UserError, nearest
-
-IMAGE_TYPES = ("bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -21,27 +18,25 @@ def image_files(folder: Path) -> list[Path]:
     return [file for file in files if file.suffix.lower().lstrip(".") in IMAGE_TYPES]
 
 
-def open_image(source: Path | BinaryIO) -> Image.Image:
-    """A whole image, decoded. Raises ValueError for whatever is wrong with it."""
-    try:
-        with Image.open(source) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError) as error:
-        raise ValueError(str(error)) from None
-
-
 @dataclass(frozen=True)
 class Record:
-    """One sample: a key that is unique in its source, an image file, a class."""
+    """One sample: a key that is unique in its source, an image file, further members by extension,
+    and its class where it has one."""
 
     key: str
     path: Path
-    label: int
+    members: dict[str, bytes] = field(default_factory=dict)
+    label: int | None = None
 
 
 Source = tuple[list[Record], list[str]]
 """Records, and the names of the classes that labels count."""
+
+Members = tuple[dict[str, bytes], int | None]
+"""What is said of an image: further members by extension, and its class."""
+
+Described = tuple[Sequence[Members], list[str]]
+"""That of all images, and the names of the classes."""
 
 
 def image_folder(path: Path) -> Source:
@@ -50,29 +45,79 @@ def image_folder(path: Path) -> Source:
         raise UserError(f"{path}: is not a folder of images")
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     found = [
-        (image, label) for label, name in enumerate(classes) for image in image_files(path / name)
+        (image, _classified(label))
+        for label, name in enumerate(classes)
+        for image in image_files(path / name)
     ]
     return _records(path, found), classes
 
 
 def csv_table(path: Path) -> Source:
-    """A table with a header and the columns `path` (relative to the table) and `label`."""
+    """A table with a header, the column `path` (relative to the table), and one more.
+
+    label: a class's name. labels: any number of names, between semicolons. target: numbers, one
+    or more between semicolons.
+    """
+    rows, columns = _read_table(path)
+    for column, read in _COLUMNS.items():
+        if column in columns and "path" in columns:
+            files = [path.parent / row["path"] for row in rows]
+            described, classes = read(path, [row[column] for row in rows])
+            return _records(path.parent, list(zip(files, described, strict=True))), classes
+    column = "path" if "path" not in columns else "label"
+    hint, found = nearest(column, columns), ", ".join(columns)
+    more = "" if column == "path" else " (nor labels, nor target)"
+    raise UserError(f"{path}: has no column '{column}'{more}{hint}; found {found}")
+
+
+def _read_table(path: Path) -> tuple[list[dict[str, str]], Sequence[str]]:
     try:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
-            columns = reader.fieldnames or []
+            return list(reader), reader.fieldnames or []
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    for column in ("path", "label"):
-        if column not in columns:
-            hint = nearest(column, columns)
-            raise UserError(f"{path}: has no column '{column}'{hint}; found {', '.join(columns)}")
-    names = {row["label"] for row in rows}
+
+
+def _class_names(names: set[str]) -> list[str]:
     numeric = all(name.isdecimal() for name in names)
-    classes = sorted(names, key=lambda name: (int(name), name) if numeric else (0, name))
-    found = [(path.parent / row["path"], classes.index(row["label"])) for row in rows]
-    return _records(path.parent, found), classes
+    return sorted(names, key=lambda name: (int(name), name) if numeric else (0, name))
+
+
+def _one_class(path: Path, values: list[str]) -> Described:
+    classes = _class_names(set(values))
+    return [_classified(classes.index(value)) for value in values], classes
+
+
+def _many_classes(path: Path, values: list[str]) -> Described:
+    each = [[name.strip() for name in value.split(";") if name.strip()] for value in values]
+    classes = _class_names({name for names in each for name in names})
+    labels = [sorted({classes.index(name) for name in names}) for names in each]
+    return [({"json": json.dumps({"labels": found}).encode()}, None) for found in labels], classes
+
+
+def _numbers(path: Path, values: list[str]) -> Described:
+    described = []
+    for row, value in enumerate(values):
+        try:
+            numbers = [float(part) for part in value.split(";")]
+        except ValueError:
+            raise UserError(
+                f"{path}: row {row + 2}: target is '{value}', allowed are numbers between ';'"
+            ) from None
+        described.append(({"json": json.dumps({"target": numbers}).encode()}, None))
+    return described, []
+
+
+_COLUMNS: dict[str, Callable[[Path, list[str]], Described]] = {
+    "label": _one_class,
+    "labels": _many_classes,
+    "target": _numbers,
+}
+
+
+def _classified(label: int) -> Members:
+    return {"cls": str(label).encode()}, label
 
 
 def elpv(path: Path) -> Source:
@@ -82,7 +127,9 @@ def elpv(path: Path) -> Source:
     except OSError as error:
         raise UserError(f"{path / 'labels.csv'}: cannot be read: {error.strerror}") from None
     rows = [line.split() for line in lines if line.strip()]
-    found = [(path / name, int(float(probability) > 0.5)) for name, probability, *_ in rows]
+    found = [
+        (path / name, _classified(int(float(probability) > 0.5))) for name, probability, *_ in rows
+    ]
     return _records(path, found), ["functional", "defective"]
 
 
@@ -93,18 +140,18 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
 }
 
 
-def _records(root: Path, found: list[tuple[Path, int]]) -> list[Record]:
+def _records(root: Path, found: list[tuple[Path, Members]]) -> list[Record]:
     """Records with keys from their paths. A key holds no dot: shards end it at the first."""
     if not found:
         raise UserError(f"{root}: holds no images of the types {', '.join(IMAGE_TYPES)}")
     taken: set[str] = set()
     records = []
-    for path, label in found:
+    for path, (members, label) in found:
         inner = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
         base = inner.with_suffix("").as_posix().replace("/", "-").replace(".", "_")
         key, number = base, 1
         while key in taken:
             key, number = f"{base}-{number}", number + 1
         taken.add(key)
-        records.append(Record(key, path, label))
+        records.append(Record(key, path, members, label))
     return records

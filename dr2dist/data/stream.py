@@ -3,61 +3,64 @@
 from __future__ import annotations
 
 import bisect
-import io
 import logging
 import multiprocessing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dr2dist.data.batch import Batch
+from dr2dist.data.fields import Fields
 from dr2dist.data.index import Sample, read_index
 from dr2dist.data.order import Item
 from dr2dist.data.randomness import seeded
-from dr2dist.data.sources import IMAGE_TYPES, open_image
-from dr2dist.data.transforms import Transform
 from dr2dist.errors import UserError
 
 log = logging.getLogger(__name__)
 
+Values = dict[str, Any]
+"""A sample's fields by name."""
+Transform = Callable[[Values], Values]
+Collate = Callable[[Sequence[Values]], tuple[dict[str, torch.Tensor], Any]]
+"""Samples to inputs of the network, by name, and targets."""
 
-class Batch(TypedDict):
-    """image: fp32 [B, 3, H, W]. label: int64 [B]. keys: B names.
 
-    count: samples that count: all, or none of a batch that only fills in. skipped: images left
-    out as unreadable.
-    """
+@dataclass(frozen=True)
+class Read:
+    """A sample that was read. values: after its transform. count: whether it counts. skipped:
+    samples that were left out as unreadable before it was."""
 
-    image: Tensor
-    label: Tensor
-    keys: list[str]
-    count: int
+    key: str
+    values: Values
+    count: bool
     skipped: int
 
 
-class ShardDataset(Dataset[dict[str, Any]]):
+class ShardDataset(Dataset[Read]):
     """Samples of a folder of shards by (epoch, index), read by seeking: nothing is unpickled.
 
-    pattern: see read_index. transform: image to tensor. Randomness in it is keyed by
-    (seed, epoch, sample), whatever rank or worker reads the sample. unreadable: what becomes of
-    an image that cannot be read: "fail" raises UserError, "next" takes the next readable one,
-    "blank" gives zeros that do not count.
+    pattern: see read_index. fields: what is decoded. transform: of a sample's fields. Randomness in
+    it is keyed by (seed, epoch, sample), whatever rank or worker reads the sample. unreadable: what
+    becomes of a sample that cannot be read: "fail" raises UserError, "next" takes the next readable
+    one, "drop" too, but it does not count.
     """
 
     def __init__(
         self,
         pattern: str | Path,
+        fields: Fields,
         transform: Transform,
         seed: int = 0,
-        unreadable: Literal["fail", "next", "blank"] = "fail",
+        unreadable: Literal["fail", "next", "drop"] = "fail",
     ) -> None:
         self.folder, self.index = read_index(pattern)
-        self.transform = transform
+        self.fields, self.transform = fields, transform
         self.seed = seed
         self.unreadable = unreadable
         self._ends = list(accumulate(len(shard.samples) for shard in self.index.shards))
@@ -65,32 +68,34 @@ class ShardDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.index.num_samples
 
-    def __getitem__(self, item: Item) -> dict[str, Any]:
+    def __getitem__(self, item: Item) -> Read:
         """A sample; one of a negative epoch does not count.
 
-        Raises UserError naming shard and sample if the image cannot be read and must be.
+        Raises UserError naming shard and sample if it cannot be read and must be.
         """
         epoch, first = item
         for skipped in range(len(self)):
             index = (first + skipped) % len(self)
             path, sample = self._locate(index)
             try:
-                image = _decode(path, sample)
+                values = self._read(path, sample)
             except UserError as error:
                 if self.unreadable == "fail":
                     raise
                 log.warning("left out: %s", error)
-                if self.unreadable == "blank":
-                    blank = self._transformed(Image.new("RGB", (8, 8)), epoch, index)
-                    return _item(torch.zeros_like(blank), sample, count=False, skipped=1)
                 continue
-            tensor = self._transformed(image, epoch, index)
-            return _item(tensor, sample, count=epoch >= 0, skipped=skipped)
-        raise UserError(f"{self.folder}: no image can be read")
+            values = self._transformed(values, path, sample.key, epoch, index)
+            if skipped and self.unreadable == "drop":
+                return Read(sample.key, values, count=False, skipped=1)
+            return Read(sample.key, values, count=epoch >= 0, skipped=skipped)
+        raise UserError(f"{self.folder}: no sample can be read")
 
-    def _transformed(self, image: Image.Image, epoch: int, index: int) -> Tensor:
-        with seeded(self.seed, epoch, index):
-            return self.transform(image)
+    def _transformed(self, values: Values, path: Path, key: str, epoch: int, index: int) -> Values:
+        try:
+            with seeded(self.seed, epoch, index):
+                return self.transform(values)
+        except ValueError as error:
+            raise UserError(f"{path}: sample '{key}': {error}") from None
 
     def _locate(self, index: int) -> tuple[Path, Sample]:
         number = bisect.bisect_right(self._ends, index)
@@ -98,31 +103,27 @@ class ShardDataset(Dataset[dict[str, Any]]):
         start = self._ends[number] - len(shard.samples)
         return self.folder / shard.name, shard.samples[index - start]
 
-
-def _item(image: Tensor, sample: Sample, *, count: bool, skipped: int) -> dict[str, Any]:
-    return {
-        "image": image,
-        "label": sample.label,
-        "key": sample.key,
-        "count": count,
-        "skipped": skipped,
-    }
-
-
-def _decode(path: Path, sample: Sample) -> Image.Image:
-    if sample.extension not in IMAGE_TYPES:
-        allowed = ", ".join(IMAGE_TYPES)
-        raise UserError(f"{path}: {sample.key}.{sample.extension}: allowed types are {allowed}")
-    try:
-        with path.open("rb") as file:
-            file.seek(sample.offset)
-            return open_image(io.BytesIO(file.read(sample.size)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: sample '{sample.key}' cannot be read: {error}") from None
+    def _read(self, path: Path, sample: Sample) -> Values:
+        # Indices of format 1 say the class alone, not where it lies.
+        said = {} if sample.label is None else {"cls": str(sample.label).encode()}
+        wanted = self.fields.wanted([*sample.members, *said])
+        try:
+            with path.open("rb") as file:
+                members = {}
+                for extension in wanted:
+                    if extension in sample.members:
+                        offset, size = sample.members[extension]
+                        file.seek(offset)
+                        members[extension] = file.read(size)
+                    else:
+                        members[extension] = said[extension]
+            return self.fields.decode(members or dict.fromkeys(sample.members, b""))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: sample '{sample.key}' cannot be read: {error}") from None
 
 
 def loader(
-    dataset: ShardDataset, batches: Iterable[list[Item]], num_workers: int
+    dataset: ShardDataset, batches: Iterable[list[Item]], num_workers: int, collate: Collate
 ) -> Iterable[Batch]:
     """The batches in order, as often as it is iterated. Workers stay alive in between.
 
@@ -135,7 +136,7 @@ def loader(
         batch_sampler=_Filled(batches),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        collate_fn=_collate,
+        collate_fn=partial(_collated, collate),
         generator=torch.Generator(),
         pin_memory=gpu,
         multiprocessing_context=_clean_server() if gpu and num_workers else None,
@@ -163,13 +164,14 @@ class _Filled:
         return (batch or [(-1, 0)] for batch in self.batches)
 
 
-def _collate(samples: list[dict[str, Any]]) -> Batch:
-    counting = [sample for sample in samples if sample["count"]]
+def _collated(collate: Collate, samples: Sequence[Read]) -> Batch:
+    counting = [sample for sample in samples if sample.count]
     kept = counting or samples[:1]
+    inputs, targets = collate([sample.values for sample in kept])
     return Batch(
-        image=torch.stack([sample["image"] for sample in kept]),
-        label=torch.tensor([sample["label"] for sample in kept]),
-        keys=[sample["key"] for sample in kept],
+        inputs,
+        targets,
+        keys=[sample.key for sample in kept],
         count=len(counting),
-        skipped=sum(sample["skipped"] for sample in samples),
+        skipped=sum(sample.skipped for sample in samples),
     )

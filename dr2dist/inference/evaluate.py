@@ -1,4 +1,4 @@
-"""An exported model on labelled shards: numbers as JSON, confusion and calibration as a picture."""
+"""An exported model on shards that say what is right: numbers as JSON, and a picture."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torchmetrics import MeanMetric
 from tqdm import tqdm
 
+from dr2dist.config.task import DEFAULT_TASK
+from dr2dist.data.fields import Fields
 from dr2dist.data.order import validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import ready
-from dr2dist.reversible.transfer import to_device
-from dr2dist.tasks.classification import Classification
+from dr2dist.tasks.registry import task_of
+from dr2dist.tasks.task import Task
 
 
 def evaluate(
@@ -25,86 +28,59 @@ def evaluate(
     batch: int = 32,
     workers: int = 0,
     skip_unreadable: bool = False,
+    fields: dict[str, str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """The report of an exported file on all samples of the shards, each counted once.
 
-    Returns samples, skipped (images that cannot be read, if these may be left out), loss,
-    accuracy, balanced_accuracy, class_accuracy by class name, confusion (counts, rows labels,
-    columns predictions), calibration_error, classes. Raises UserError if the shards have other
-    classes than the model.
+    fields: members of samples instead of the task's, as `data.fields` says them. Returns the task's
+    name, samples, skipped (those that cannot be read, if these may be left out), loss, and what the
+    task reports. Raises UserError if the shards are not what the task learns.
     """
-    net, transform, device = ready(path)
-    cfg: Any = net.pretrained_cfg
-    unreadable: Literal["fail", "blank"] = "blank" if skip_unreadable else "fail"
-    dataset = ShardDataset(shards, transform, unreadable=unreadable)
-    if dataset.index.classes != tuple(cfg["label_names"]):
-        raise UserError(
-            f"{shards}: has the classes {', '.join(dataset.index.classes[:10])}; "
-            f"{path} knows {', '.join(cfg['label_names'][:10])}"
-        )
-    found = _measure(net, dataset, device, batch, workers, progress)
-    classes = list(cfg["label_names"])
-    by_class = dict(zip(classes, found.pop("class_accuracy"), strict=True))
-    return {**found, "class_accuracy": by_class, "classes": classes}
+    net, task, device = ready(path)
+    unreadable: Literal["fail", "drop"] = "drop" if skip_unreadable else "fail"
+    wanted = Fields(task.fields, fields)
+    dataset = ShardDataset(shards, wanted, task.transform(), unreadable=unreadable)
+    task.check_index(dataset.index, str(shards))
+    return {"task": task.name, **_measure(net, task, dataset, device, batch, workers, progress)}
 
 
 def _measure(
     net: nn.Module,
+    task: Task,
     dataset: ShardDataset,
     device: torch.device,
     batch: int,
     workers: int,
     progress: bool,
 ) -> dict[str, Any]:
-    task = Classification(len(dataset.index.classes))
-    metrics, loss = task.report().to(device), MeanMetric().to(device)
+    metrics, loss = task.report(device), MeanMetric().to(device)
     samples = skipped = 0
     batches = validation_batches(len(dataset), batch=batch, rank=0, ranks=1)
     items = [[(0, index) for index in part] for part in batches]
-    bar = tqdm(loader(dataset, items, workers), total=len(items), disable=not progress)
+    stream = loader(dataset, items, workers, task.collate)
     with torch.inference_mode():
-        for found in bar:
-            skipped += found["skipped"]
-            if not found["count"]:
+        for found in tqdm(stream, total=len(items), disable=not progress):
+            skipped += found.skipped
+            if not found.count:
                 continue
-            samples += found["count"]
-            labels = to_device(found["label"], device)
-            output = net(to_device(found["image"], device))
-            metrics.update(output.float(), labels)
-            loss.update(task.loss(output, labels), weight=len(labels))
+            samples += found.count
+            here = found.to(device)
+            output = net(here.inputs)
+            metrics.update(task.predictions(output, here), here)
+            counts = task.counts(here)
+            if counts:
+                total = task.loss(output, here, counts, training=False).total
+                loss.update(total, weight=counts)
     if not samples:
-        raise UserError(f"{dataset.folder}: no image can be read")
-    values = {"loss": loss.compute(), **metrics.compute()}
-    plain = {name: value.tolist() for name, value in values.items()}
-    return {"samples": samples, "skipped": skipped, **plain}
+        raise UserError(f"{dataset.folder}: no sample can be read")
+    mean = float(loss.compute())
+    return {"samples": samples, "skipped": skipped, "loss": mean, **metrics.compute()}
 
 
-def draw(report: dict[str, Any], path: str | Path) -> None:
-    """The confusion matrix, as shares of each label, as a picture at `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    counts = torch.tensor(report["confusion"], dtype=torch.float64)
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    classes = report["classes"]
-    size = max(4.0, 1 + len(classes) / 3)
-    figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
-    axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
-    if len(classes) <= 20:
-        for row in range(len(classes)):
-            for column in range(len(classes)):
-                axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center")
-    axes.set_xlabel("prediction")
-    axes.set_ylabel("label")
-    axes.set_title(
-        f"accuracy {report['accuracy']:.3f}, balanced {report['balanced_accuracy']:.3f}, "
-        f"calibration error {report['calibration_error']:.3f}",
-        fontsize=9,
-    )
-    figure.savefig(path)
-    plt.close(figure)
+def draw(report: dict[str, Any], path: str | Path) -> bool:
+    """The report as a picture at `path`; False if its task draws none."""
+    figure: Figure | None = task_of(report.get("task", DEFAULT_TASK)).picture(report)
+    if figure is not None:
+        figure.savefig(path)
+    return figure is not None

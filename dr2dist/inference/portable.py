@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from dr2dist.assembly import ExportMetadata
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write
-from dr2dist.inference.exported import ExportMetadata, load
+from dr2dist.inference.exported import load_with_task
 from dr2dist.reversible import Chain, PlainRunner
 from dr2dist.reversible.tape import Sides
 
@@ -36,23 +38,40 @@ class PlainChain(nn.Module):
         super().__init__()
         self.functions, self.setting, self.name = chain.functions, chain.setting, chain.name
 
-    def forward(self, x: Tensor, batched: Collection[str] = (), **sides: Any) -> Tensor:
-        """As Chain's, without taps."""
-        setting, shared = self.setting, Sides(sides, batched)
-        if setting.arithmetic == "float":
-            previous = setting.beta * x
-            for function in self.functions:
-                f = function(x, **shared.of(function))
-                x, previous = f + setting.alpha * x + previous, setting.beta * x
-            return x
-        scale = 2.0**setting.fraction_bits
+    def forward(
+        self,
+        x: Tensor,
+        taps: Collection[int] = (),
+        batched: Collection[str] = (),
+        until: int | None = None,
+        **sides: Any,
+    ) -> Any:
+        """As Chain's."""
+        shared = Sides(sides, batched)
+        states = self._floating if self.setting.arithmetic == "float" else self._exact
+        tapped = []
+        for index, tokens in enumerate(states(x, list(self.functions)[:until], shared)):
+            if index in taps:
+                tapped.append(tokens)
+        return (tokens, tapped) if taps else tokens
+
+    def _floating(self, x: Tensor, functions: Sequence[Any], sides: Sides) -> Iterator[Tensor]:
+        alpha, beta = self.setting.alpha, self.setting.beta
+        previous = beta * x
+        for function in functions:
+            f = function(x, **sides.of(function))
+            x, previous = f + alpha * x + previous, beta * x
+            yield x
+
+    def _exact(self, x: Tensor, functions: Sequence[Any], sides: Sides) -> Iterator[Tensor]:
+        setting, scale = self.setting, 2.0**self.setting.fraction_bits
         now = (x.double() * scale).round()
         before = now
-        for function in self.functions:
-            f = function((now / scale).to(x.dtype), **shared.of(function))
-            image = (before * setting.beta + 0.5).floor()
-            now, before = (f.double() * scale + setting.alpha * now).round() + image, now
-        return (now / scale).to(x.dtype)
+        for function in functions:
+            f = function((now / scale).to(x.dtype), **sides.of(function))
+            quotient = (before * setting.beta + 0.5).floor()
+            now, before = (f.double() * scale + setting.alpha * now).round() + quotient, now
+            yield (now / scale).to(x.dtype)
 
 
 def plain(net: Any) -> Any:
@@ -60,14 +79,14 @@ def plain(net: Any) -> Any:
     copied = copy.copy(net)
     copied.__dict__.update(_modules=dict(net._modules))
     copied.eval()  # cuts its chains first
-    copied.chains = tuple(PlainChain(chain) for chain in copied.chains)
+    copied.take_items([PlainChain(i) if isinstance(i, Chain) else i for i in copied.items])
     return copied
 
 
 def export_portable(source: str | Path, output: str | Path) -> float:
-    """Writes an exported file's network as .onnx or .pt2, for images [B, 3, H, W] of any B.
+    """Writes an exported file's network as .onnx or .pt2, for batches of any size.
 
-    Returns the largest difference from the module on random images, relative to the largest
+    Returns the largest difference from the module on random inputs, relative to the largest
     output. The metadata say what an exported file's do. A state that leaves the fixed-point range
     is NaN in dr2dist and not noticed here. Raises UserError if the output exists or would compute
     something else.
@@ -75,54 +94,78 @@ def export_portable(source: str | Path, output: str | Path) -> float:
     source, output = Path(source), Path(output)
     if output.exists():
         raise UserError(f"{output}: exists already; name another file")
-    facts, net = ExportMetadata.read(source), load(source)
-    program = _program(plain(net), facts.input_size)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3, 3, *facts.input_size, generator=generator)
+    net, _, facts = load_with_task(source)
+    program = _program(plain(net), _batch_of(net, 2))
+    inputs = _batch_of(net, 3)
     with torch.inference_mode():
-        wanted = net(images)
+        wanted = tree_leaves(net(inputs))
     with atomic_write(output) as aside:
-        found = ENDINGS[output.suffix](program, facts, aside, images)
-        difference = float((found - wanted).abs().max() / wanted.abs().max())
+        found = ENDINGS[output.suffix](program, facts, aside, _Inputs(net.family.input, inputs))
+        difference = max(
+            float((one - other).abs().max() / other.abs().max())
+            for one, other in zip(found, wanted, strict=True)
+        )
         if not difference <= TOLERANCE:
             raise UserError(f"{output}: computes other outputs than the module: {difference:.2g}")
     return difference
 
 
-def _program(net: nn.Module, size: tuple[int, int]) -> Any:
-    images = torch.zeros(2, 3, *size)
+class _Inputs(NamedTuple):
+    """name: of the network's one input, None for several by name. values: a batch of them."""
+
+    name: str | None
+    values: Any
+
+
+def _batch_of(net: Any, count: int) -> Any:
+    """Random inputs of some samples; those that are not floating are the example's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(value: Tensor) -> Tensor:
+        shape = (count * len(value), *value.shape[1:])
+        if value.is_floating_point():
+            return torch.randn(shape, generator=generator)
+        return value.expand(shape) if len(value) == 1 else torch.cat([value] * count)
+
+    return tree_map(drawn, net.family.example(net))
+
+
+def _program(net: nn.Module, inputs: Any) -> Any:
     batch = torch.export.Dim("batch")
+    shapes = tree_map(lambda value: {0: batch}, inputs)
     with torch.no_grad():
-        return torch.export.export(net, (images,), dynamic_shapes=({0: batch},), strict=False)
+        return torch.export.export(net, (inputs,), dynamic_shapes=(shapes,), strict=False)
 
 
-def _write_program(program: Any, facts: ExportMetadata, path: Path, images: Tensor) -> Tensor:
+def _write_program(program: Any, facts: ExportMetadata, path: Path, inputs: _Inputs) -> list[Any]:
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={"dr2dist.json": facts.model_dump_json()})
     with path.open("rb") as file, torch.inference_mode():
-        result: Tensor = torch.export.load(file).module()(images)
-        return result
+        return tree_leaves(torch.export.load(file).module()(inputs.values))
 
 
-def _write_onnx(program: Any, facts: ExportMetadata, path: Path, images: Tensor) -> Tensor:
+def _write_onnx(program: Any, facts: ExportMetadata, path: Path, inputs: _Inputs) -> list[Any]:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
         raise UserError(f"ONNX needs {error.name}: pip install dr2dist[onnx]") from None
+    # The one input is a batch of what the network takes: "images" of an image.
+    names = list(inputs.values) if inputs.name is None else [f"{inputs.name}s"]
     with redirect_stdout(io.StringIO()):
-        converted: Any = torch.onnx.export(program, input_names=["images"], dynamo=True)
+        converted: Any = torch.onnx.export(program, input_names=names, dynamo=True)
     model = converted.model_proto
     for key, value in facts.metadata().items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
     path.write_bytes(model.SerializeToString())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    return torch.from_numpy(found)
+    values = [value.numpy() for value in tree_leaves(inputs.values)]
+    given = {each.name: value for each, value in zip(session.get_inputs(), values, strict=True)}
+    return [torch.from_numpy(found) for found in session.run(None, given)]
 
 
-ENDINGS: dict[str, Callable[[Any, ExportMetadata, Path, Tensor], Tensor]] = {
+ENDINGS: dict[str, Callable[[Any, ExportMetadata, Path, _Inputs], list[Any]]] = {
     ".onnx": _write_onnx,
     ".pt2": _write_program,
 }

@@ -1,97 +1,124 @@
-"""An exported model on image files: a class and probabilities for each, as CSV or JSON."""
+"""An exported model on files: what it says of each sample, as CSV or JSON."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from dr2dist.data.sources import IMAGE_TYPES, image_files, open_image
-from dr2dist.data.transforms import Transform
+from dr2dist.data.batch import Batch
+from dr2dist.data.fields import Field, Fields
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 from dr2dist.inference.exported import ready
-from dr2dist.reversible.transfer import to_device
+from dr2dist.tasks.task import Row, Task
 
-Row = dict[str, Any]
-"""path, class, probability, and p_NAME for each class; or path and error."""
+Source = tuple[Path, ...]
+"""The files of one sample."""
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as they are, and all images under folders, in the order of their names.
+def find_sources(paths: Sequence[str | Path], fields: Sequence[Field]) -> list[Source]:
+    """The samples in files, and in all files under folders that may carry an input, in the order of
+    their names.
 
-    Raises UserError for a path that does not exist or a folder without images.
+    fields: the inputs. Where a task has one, each file is a sample; otherwise files of one name,
+    less its extensions, are. Raises UserError for a path that does not exist, a folder without
+    samples, or a sample that lacks an input.
     """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            images = image_files(path)
-            if not images:
-                raise UserError(f"{path}: holds no image ({', '.join(IMAGE_TYPES)})")
-            found += images
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise UserError(f"{path}: does not exist")
+    found = [file for path in map(Path, paths) for file in _files(path, fields)]
+    if len(fields) == 1:
+        return [(file,) for file in found]
+    samples: dict[Path, list[Path]] = {}
+    for file in found:
+        samples.setdefault(file.with_name(file.name.partition(".")[0]), []).append(file)
+    for name, files in samples.items():
+        for field in fields:
+            if field.choose([_extension(file) for file in files]) is None:
+                raise UserError(f"{name}: has no {field.name} ({field.text})")
+    return [tuple(files) for files in samples.values()]
+
+
+def _extension(path: Path) -> str:
+    return path.name.partition(".")[2].lower()
+
+
+def _carries(path: Path, fields: Sequence[Field]) -> bool:
+    own = (_extension(path), path.suffix.lower().lstrip("."))
+    return path.is_file() and any(field.choose(own) for field in fields)
+
+
+def _files(path: Path, fields: Sequence[Field]) -> Iterable[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: does not exist")
+    found = [file for file in sorted(path.rglob("*")) if _carries(file, fields)]
+    if not found:
+        allowed = "; ".join(f"{field.name} ({', '.join(field.extensions)})" for field in fields)
+        raise UserError(f"{path}: holds no {allowed}")
     return found
 
 
 def predict(
     path: str | Path,
-    images: Sequence[Path],
+    paths: Sequence[str | Path],
     *,
     batch: int = 32,
     skip_unreadable: bool = False,
     progress: bool = True,
 ) -> list[Row]:
-    """A row for each image, in order.
+    """A row for each sample in files and folders, in the order of their names.
 
-    Raises UserError naming the first image that cannot be read, unless they are to be skipped:
-    then their rows hold the error.
+    Raises UserError naming the first one that cannot be read, unless they are to be skipped: then
+    their rows hold the error.
     """
-    net, transform, device = ready(path)
-    cfg: Any = net.pretrained_cfg
-    rows: list[Row] = []
-    with tqdm(total=len(images), unit="image", disable=not progress) as bar:
-        for part in _parts(images, batch):
-            read = [_read(image, transform, skip_unreadable) for image in part]
-            tensors = [value for value in read if isinstance(value, Tensor)]
-            shares: Iterator[Any] = iter(())
-            if tensors:
-                with torch.inference_mode():
-                    output = net(to_device(torch.stack(tensors), device))
-                shares = iter(output.float().softmax(-1).tolist())
-            for image, value in zip(part, read, strict=True):
-                row = {"error": value} if isinstance(value, str) else _row(next(shares), cfg)
-                rows.append({"path": str(image), **row})
+    net, task, device = ready(path)
+    fields = Fields(task.fields).only(task.inputs)
+    sources = find_sources(paths, fields)
+    transform, rows = task.transform(), list[Row]()
+    with tqdm(total=len(sources), unit="sample", disable=not progress) as bar:
+        for start in range(0, len(sources), batch):
+            part = sources[start : start + batch]
+            read = [_read(source, fields, transform, skip_unreadable) for source in part]
+            fine = [values for values in read if isinstance(values, dict)]
+            said = iter(_said(net, task, fine, device) if fine else ())
+            for source, value in zip(part, read, strict=True):
+                row = {"error": value} if isinstance(value, str) else next(said)
+                rows.append({"path": str(source[0]), **row})
             bar.update(len(part))
     return rows
 
 
-def _parts(images: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
-    return (images[k : k + size] for k in range(0, len(images), size))
+@torch.inference_mode()
+def _said(net: Any, task: Task, samples: list[dict[str, Any]], device: torch.device) -> list[Row]:
+    inputs, targets = task.collate(samples)
+    keys = [str(number) for number in range(len(samples))]
+    batch = Batch(inputs, targets, keys, len(samples)).to(device)
+    return task.rows(task.predictions(net(batch.inputs), batch))
 
 
-def _read(path: Path, transform: Transform, skip: bool) -> Tensor | str:
+def _read(
+    source: Source, fields: Sequence[Field], transform: Any, skip: bool
+) -> dict[str, Any] | str:
     try:
-        return transform(open_image(path))
-    except ValueError as error:
+        members = {_known(file, fields): file.read_bytes() for file in source}
+        result: dict[str, Any] = transform({field.name: field.decode(members) for field in fields})
+        return result
+    except (OSError, ValueError) as error:
         if skip:
             return one_line(error)
-        raise UserError(f"{path}: is not a readable image: {error}") from None
+        raise UserError(f"{source[0]}: cannot be read: {one_line(error)}") from None
 
 
-def _row(shares: list[float], cfg: Any) -> Row:
-    names = cfg["label_names"]
-    best = max(range(len(shares)), key=shares.__getitem__)
-    each = {f"p_{name}": round(share, 6) for name, share in zip(names, shares, strict=True)}
-    return {"class": names[best], "probability": round(shares[best], 6), **each}
+def _known(path: Path, fields: Sequence[Field]) -> str:
+    """The extension by which a field takes the file: `left.npy`, or `npy` of any name."""
+    whole = _extension(path)
+    return whole if any(field.choose([whole]) for field in fields) else path.suffix.lower()[1:]
 
 
 def write_rows(rows: Sequence[Row], output: str | Path) -> None:

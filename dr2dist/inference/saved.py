@@ -10,16 +10,17 @@ from typing import Any, get_args
 
 import timm
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from dr2dist.assembly import ExportMetadata, Option, assemble
+from dr2dist.assembly.metadata import metadata_of
+from dr2dist.backbones.arguments import arguments_of
 from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
-from dr2dist.inference.arguments import arguments_of
-from dr2dist.inference.exported import ExportMetadata, Option, load, timm_model
+from dr2dist.inference.exported import load
 from dr2dist.training.tensors import Source, write_tensors
-from dr2dist.version import __version__
 
 TOLERANCE = 1e-4
 """Largest difference from the network's own output, relative to the largest of it, on a GPU: its
@@ -32,6 +33,7 @@ def save(
     net: nn.Module,
     path: str | Path,
     *,
+    task: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -40,26 +42,27 @@ def save(
     """Writes a converted network as an exported file, aside and renamed; it stays as it is.
 
     net: what `convert` made of a model of `timm.create_model`, or a copy of it, on any device.
-    classes: names by label; by default pretrained_cfg's label_names, or "0", "1", and so on. mean,
-    std: of the three channels, by default pretrained_cfg's. options: of timm.create_model, beside
-    those that can be read off the network (depth, embed_dim, num_heads and the like). Weights are
-    written in fp32, and an existing file is replaced.
+    task: a configuration's section `task`, by default that of one label a sample with as many
+    classes as there are logits. classes: names by label; by default pretrained_cfg's label_names,
+    or "0", "1", and so on. mean, std: of the three channels, by default pretrained_cfg's. options:
+    of timm.create_model, beside those that can be read off the network (depth, embed_dim, num_heads
+    and the like). Weights are written in fp32, and an existing file is replaced.
 
-    The file is loaded again and run on an image first. Raises UserError if that is not what the
-    network computes, or if it is none that `load` could build.
+    The file is loaded again and run on a random sample first. Raises UserError if that is not what
+    the network computes, or if it is none that `load` could build.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"save: {path} is a folder, a file is needed")
     _check_kind(net)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        image = _example(net)
-        wanted = _outputs(net, image)
-        facts = _facts(net, wanted[-1].shape[1], classes, mean, std, options)
+        sample = _sample(net)
+        wanted = _outputs(net, sample)
+        facts = _facts(net, wanted[-1], task, classes, mean, std, options)
         tensors = _tensors(net, path, facts)
         with atomic_write(path) as aside:
             write_tensors(aside, tensors, facts.metadata())
-            _check_same(path, facts, _outputs(_again(net, aside), image), wanted)
+            _check_same(path, facts, _outputs(_again(net, aside), sample), wanted)
 
 
 def _check_kind(net: nn.Module) -> None:
@@ -79,33 +82,30 @@ def _check_kind(net: nn.Module) -> None:
         raise UserError("save: the network is on the meta device and has no weights")
 
 
-def _size(net: Any) -> tuple[tuple[int, int] | None, tuple[int, int]]:
-    """(image size that the model is built for, if it is for one; size of its images)."""
-    found = getattr(getattr(net, "patch_embed", None), "img_size", None)
-    height, width = found or net.pretrained_cfg["input_size"][1:]
-    return (height, width) if found else None, (height, width)
-
-
-def _example(net: Any) -> Tensor:
-    """One random image [1, 3, H, W] as the network takes it."""
-    first = next(parameter for parameter in net.parameters() if parameter.is_floating_point())
+def _sample(net: Any) -> Any:
+    """One random sample as the network takes it."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, 3, *_size(net)[1], generator=generator).to(first.device, first.dtype)
+
+    def drawn(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        return torch.randn(value.shape, generator=generator).to(value)
+
+    return tree_map(drawn, net.family.example(net))
 
 
-def _outputs(net: Any, image: Tensor) -> tuple[Tensor, Tensor]:
-    """(features, logits [1, classes]) in evaluation mode. Raises UserError if there are none."""
+def _outputs(net: Any, sample: Any) -> list[Tensor]:
+    """Features and outputs in evaluation mode. Raises UserError if there are none."""
+    first = tree_leaves(sample)[0]
     try:
-        with _evaluating(net), torch.autocast(image.device.type, enabled=False):
-            features, output = net.forward_features(image), net(image)
+        with _evaluating(net), torch.autocast(first.device.type, enabled=False):
+            found = [net.forward_features(sample), *tree_leaves(net(sample))]
     except RuntimeError as error:
-        shape = list(image.shape)
-        raise UserError(f"save: the network fails on images {shape}: {one_line(error)}") from None
-    if not isinstance(output, Tensor) or output.dim() != 2 or not getattr(net, "num_classes", 1):
-        raise UserError("save: the network gives no logits [batch, classes]; it needs a classifier")
-    if not output.isfinite().all():
-        raise UserError("save: the network's output on a random image is not finite")
-    return features, output
+        shape = list(first.shape)
+        raise UserError(f"save: the network fails on inputs {shape}: {one_line(error)}") from None
+    if not all(value.isfinite().all() for value in found):
+        raise UserError("save: the network's output on a random sample is not finite")
+    return found
 
 
 @contextmanager
@@ -122,7 +122,8 @@ def _evaluating(net: nn.Module) -> Iterator[None]:
 
 def _facts(
     net: Any,
-    count: int,
+    output: Tensor,
+    task: Mapping[str, Any] | None,
     classes: Sequence[str] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -132,43 +133,24 @@ def _facts(
         if not isinstance(value, get_args(Option)):
             allowed = ", ".join(kind.__name__ for kind in get_args(Option))
             raise UserError(f"save: {key} is {value!r}, allowed is one of {allowed}")
-    cfg, (built_for, size) = net.pretrained_cfg, _size(net)
+    if task is None and (output.dim() != 2 or not getattr(net, "num_classes", 1)):
+        raise UserError("save: the network gives no logits [batch, classes]; it needs a classifier")
+    count = output.shape[1] if output.dim() == 2 else 0
     if classes is None:
-        classes = cfg.get("label_names") or ()
+        classes = net.pretrained_cfg.get("label_names") or ()
         classes = classes if len(classes) == count else [str(label) for label in range(count)]
-    if len(set(classes)) != count or len(classes) != count:
+    if task is None and (len(set(classes)) != count or len(classes) != count):
         raise UserError(f"save: classes are {len(classes)} names, {len(set(classes))} of them "
                         f"different; the network has {count} outputs")  # fmt: skip
-    alpha, beta = net.coefficients
-    setting = net.chains[0].setting
-    try:
-        facts = ExportMetadata(
-            model=cfg["architecture"],
-            image_size=built_for,
-            options=options,
-            alpha=alpha,
-            beta=beta,
-            arithmetic=setting.arithmetic,
-            fraction_bits=setting.fraction_bits,
-            classes=tuple(classes),
-            input_size=size,
-            mean=tuple(cfg["mean"] if mean is None else mean),
-            std=tuple(cfg["std"] if std is None else std),
-            resize="timm",
-            step=None,
-            dr2dist=__version__,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UserError(f"save: {field} is {first['input']!r}; {first['msg']}") from None
-    found = arguments_of(net, timm_model(facts, on_meta=True))
+    said = {name: list(v) for name, v in (("mean", mean), ("std", std)) if v is not None}
+    facts = metadata_of(net, task, tuple(classes), said, options)
+    found = arguments_of(net, assemble(facts.blueprint(), "meta").model)
     return facts.model_copy(update={"options": {**found, **options}})
 
 
 def _tensors(net: nn.Module, path: Path, facts: ExportMetadata) -> dict[str, Source]:
     """The weights under timm's names, if they are those of timm's model."""
-    own, known = net.state_dict(), timm_model(facts, on_meta=True).state_dict()
+    own, known = net.state_dict(), assemble(facts.blueprint(), "meta").model.state_dict()
     # The coefficients are in the metadata.
     own.pop(COEFFICIENTS_NAME, None)
     for name in sorted(own.keys() | known.keys()):
@@ -207,6 +189,8 @@ def _check_same(
     path: Path, facts: ExportMetadata, found: Sequence[Tensor], wanted: Sequence[Tensor]
 ) -> None:
     for one, other in zip(found, wanted, strict=True):
+        if not one.is_floating_point():
+            continue
         limit = other.abs().max() * (0 if other.device.type == "cpu" else TOLERANCE)
         difference = (one - other).abs().max()
         if not difference <= limit:

@@ -43,12 +43,15 @@ log = logging.getLogger(__name__)
 class StepBatches(NamedTuple):
     """A step's micro-batches, asked for by number, in order, where they are needed.
 
-    begin: called before each pass over them. images: [B, C, H, W]. loss: mean loss of an output.
+    begin: called before each pass over them. inputs: by name, [B, ...]. loss: of an output, so that
+    its mean over micro-batches and replicas is the step's. counted_next: what this rank adds to
+    `Verdict.counted_next`.
     """
 
     begin: Callable[[], None]
-    images: Callable[[int], Tensor]
+    inputs: Callable[[int], Mapping[str, Tensor]]
     loss: Callable[[int, Any], Tensor]
+    counted_next: float = 0.0
 
 
 class UnprovenStepError(RuntimeError):
@@ -160,11 +163,11 @@ class ReversibleEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         work.begin()
         for number in range(count):
-            loss = work.loss(number, self.forward(work.images(number)))
+            loss = work.loss(number, self.forward(work.inputs(number)))
             self._engine.set_gradient_accumulation_boundary(number == count - 1)
             self._engine.backward(loss)
             total += loss.detach().double() / count
-        report = Report(total, self._watch.take(), self.chains)
+        report = Report(total, self._watch.take(), self.chains, work.counted_next)
         return decide(report, self.coefficients, self.applied)
 
     def _whole_norm(self) -> Tensor:
@@ -189,7 +192,7 @@ class ReversibleEngine:
 
     @property
     def first(self) -> bool:
-        """Whether images enter here."""
+        """Whether samples enter here."""
         return True
 
     @property
@@ -216,11 +219,18 @@ class ReversibleEngine:
         """Bytes of remainders that the last pass of this rank held."""
         return sum(chain.ledger.remainder_bytes for chain in self.chains)
 
-    def forward(self, images: Tensor | None) -> Any:
-        """The network's output for images [B, C, H, W] of any float dtype and device."""
-        assert images is not None
+    def forward(self, inputs: Mapping[str, Tensor] | None) -> Any:
+        """The network's output for inputs by name, [B, ...] of any float dtype and device."""
+        assert inputs is not None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            return self._engine(to_device(images, self.device, self._held))
+            return self._engine(self._here(inputs))
+
+    def _here(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On this rank's device, floats in the dtype that weights are held in."""
+        return {
+            name: to_device(value, self.device, self._held if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -25,12 +25,14 @@ class Verdict:
 
     kinds: what went wrong (empty: the step may be applied). messages: one line each, with the
     rank. loss: mean over ranks. drift: worst over ranks and chains, float arithmetic only.
+    counted_next: sum over ranks of what the reports say of the next step.
     """
 
     kinds: frozenset[Kind]
     messages: tuple[str, ...]
     loss: float
     drift: float | None
+    counted_next: float
 
     @property
     def ok(self) -> bool:
@@ -42,19 +44,22 @@ class Verdict:
 class Report:
     """One rank's part: int64 or fp64 scalars on the device, not read before the exchange.
 
-    loss: this rank's mean loss of the step. gradient: finite if every gradient is.
+    loss: this rank's mean loss of the step. gradient: finite if every gradient is. counted_next:
+    see Verdict.
     """
 
     loss: Tensor
     gradient: Tensor
     chains: Sequence[Chain] = field(default_factory=tuple)
+    counted_next: float = 0.0
 
     def pack(self, coefficients: tuple[float, float], step: int) -> Tensor:
-        """fp64 [2 + len(SAME) + chains * (1 + FOR_A_CHAIN)]; every integer is below 2^53."""
+        """fp64 [2 + len(SAME) + 1 + chains * (1 + FOR_A_CHAIN)]; every integer is below 2^53."""
         device = self.loss.device
         head = torch.stack([self.loss.double(), self.gradient.double()])
         same = [*coefficients, step, *(chain.setting.fraction_bits for chain in self.chains)]
-        parts = [head, to_device(torch.tensor(same, dtype=torch.float64), device)]
+        told = torch.tensor([*same, self.counted_next], dtype=torch.float64)
+        parts = [head, to_device(told, device)]
         for chain in self.chains:
             flags, drift = chain.ledger.take()
             flags = Flags(device).tensor if flags is None else flags
@@ -85,8 +90,8 @@ def decide(report: Report, coefficients: tuple[float, float], step: int) -> Verd
 
 def _read(rows: list[list[float]], names: list[str]) -> Verdict:
     titles = [*SAME, *(f"{name}: fraction bits" for name in names)]
-    start = 2 + len(titles)
-    messages = _disagreements([row[2:start] for row in rows], titles)
+    start = 2 + len(titles) + 1
+    messages = _disagreements([row[2 : start - 1] for row in rows], titles)
     kinds: set[Kind] = {"disagreement"} if messages else set()
     drifts: list[float | None] = []
     for rank, row in enumerate(rows):
@@ -102,7 +107,8 @@ def _read(rows: list[list[float]], names: list[str]) -> Verdict:
             what = "loss" if not math.isfinite(loss) else "gradient"
             messages.append(f"rank {rank}: the {what} is not finite")
     loss = sum(row[0] for row in rows) / len(rows)
-    return Verdict(frozenset(kinds), tuple(messages), loss, worst_drift(drifts))
+    counted = sum(row[start - 1] for row in rows)
+    return Verdict(frozenset(kinds), tuple(messages), loss, worst_drift(drifts), counted)
 
 
 def _disagreements(values: list[list[float]], titles: list[str]) -> list[str]:

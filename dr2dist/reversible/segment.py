@@ -93,16 +93,17 @@ class Segment:
         sides: Sides,
         setting: Setting,
         layout: Layout,
-        dtype: torch.dtype,
-    ) -> State:
+        taps: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+    ) -> tuple[State, list[Tensor]]:
         """The same to the state after its last function, which the chain's next part takes.
 
         A sample whose state leaves the range stays outside of it.
         """
-        state, outside, *_ = self._infer(given, sides, setting, layout, (), dtype)
+        state, outside, _, _, handed = self._infer(given, sides, setting, layout, taps, dtype)
         if setting.arithmetic == "exact":
             state.current.masked_fill_(outside, torch.iinfo(torch.int32).max)
-        return state
+        return state, [handed[index] for index in taps]
 
     def _infer(
         self,
@@ -143,18 +144,24 @@ class Segment:
         return self._run(arithmetic.start(h), tape, taps)
 
     def go_on(
-        self, state: State, dtype: torch.dtype, sides: Sides, setting: Setting, layout: Layout
-    ) -> tuple[State, Tape]:
+        self,
+        state: State,
+        dtype: torch.dtype,
+        sides: Sides,
+        setting: Setting,
+        layout: Layout,
+        taps: Sequence[int] = (),
+    ) -> tuple[State, Tape, dict[int, Tensor]]:
         """Runs a chain's middle or end, from the state that the functions before it reached.
 
-        state: consumed. dtype: of the tokens that the chain began with. Returns (last state,
-        tape); `backward` leads to the state given here, and to the gradient of both its parts.
+        state: consumed. dtype: of the tokens that the chain began with. Returns (last state, tape,
+        tapped tokens); `reversal` leads to the state given here, and to the gradient of both its
+        parts.
         """
         device = state.current.device
         like = torch.empty(0, dtype=dtype, device=device)
         tape = self._new_tape(*_arithmetic(like, setting), sides, setting, layout, True, device)
-        last, tape, _ = self._run(state, tape, ())
-        return last, tape
+        return self._run(state, tape, taps)
 
     def _run(
         self, state: State, tape: Tape, taps: Sequence[int]

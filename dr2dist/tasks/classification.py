@@ -2,104 +2,250 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from matplotlib.figure import Figure
+from pydantic import Field, model_validator
 from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
     MulticlassConfusionMatrix,
+    MulticlassStatScores,
 )
 
+from dr2dist.config.section import Unit
+from dr2dist.config.task import TaskOptions
+from dr2dist.data.batch import Batch
+from dr2dist.data.index import Index
+from dr2dist.errors import UserError
 from dr2dist.reversible.transfer import to_device
+from dr2dist.tasks.confusion import draw_confusion
+from dr2dist.tasks.images import IMAGE, SHOWN, ImageTask
+from dr2dist.tasks.metrics import TorchMetrics
+from dr2dist.tasks.task import Loss, Row, Values, finite_samples
+
+Weight = Annotated[float, Field(gt=0)]
 
 
-class Classification:
-    """Cross entropy over `num_classes` classes.
+class ClassificationOptions(TaskOptions):
+    """One class for each image, by cross entropy."""
 
-    In training only: label_smoothing, a share of each label spread over all classes;
-    class_weights, a factor of each class's losses; mixup and cutmix, timm's, with the alphas of
-    their beta distributions (0: none).
+    num_classes: int = Field(ge=2, description="classes of the head")
+    label_smoothing: Unit = Field(0.0, description="share of a label spread over all classes")
+    class_weights: tuple[Weight, ...] | None = Field(
+        None, description="a factor of each class's losses in training; null: 1"
+    )
+    balance_classes: bool = Field(
+        False, description="factors by which every class counts equally over the training data"
+    )
+    mixup: float = Field(0.0, ge=0, description="alpha of timm's mixup in a micro-batch; 0: none")
+    cutmix: float = Field(0.0, ge=0, description="alpha of timm's cutmix; with both, either")
+
+    def outputs(self) -> int:
+        """See TaskOptions."""
+        return self.num_classes
+
+    def check_micro_batch(self, micro_batch: int) -> None:
+        """See TaskOptions."""
+        if (self.mixup or self.cutmix) and micro_batch % 2:
+            raise ValueError(
+                f"train.micro_batch is {micro_batch}: task.mixup and task.cutmix mix pairs, "
+                "allowed is an even number"
+            )
+
+    def idle(self) -> dict[str, str]:
+        """See Section."""
+        return {"class_weights": "balance_classes"} if self.balance_classes else {}
+
+    @model_validator(mode="after")
+    def _one_weight_a_class(self) -> Self:
+        if self.class_weights is not None and len(self.class_weights) != self.num_classes:
+            raise ValueError(
+                f"class_weights has {len(self.class_weights)} values, allowed is one for each of "
+                f"num_classes, {self.num_classes}"
+            )
+        return self
+
+
+class Classification(ImageTask):
+    """Cross entropy over num_classes classes; the best has the highest accuracy.
+
+    Outputs are logits [B, num_classes], targets {"label": int64 [B]}, in training after mixing
+    fp32 [B, num_classes].
     """
 
-    best = "accuracy"
-    """The metric by which the best weights are chosen; larger is better."""
+    name = "classification"
+    Options = ClassificationOptions
+    fields: ClassVar[Mapping[str, str]] = {"image": IMAGE, "label": "cls;txt;json#label"}
+    best = ("accuracy", "max")
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | None = None,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-    ) -> None:
-        self.num_classes = num_classes
-        self._smoothing = label_smoothing
-        self._weights = None if class_weights is None else torch.tensor(class_weights)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        said, count = self.options, self.options.num_classes
+        self.classes = self.classes or tuple(map(str, range(count)))
+        self._weights = None if said.class_weights is None else torch.tensor(said.class_weights)
         self._mixup: Mixup | None = None
-        if mixup or cutmix:
-            self._mixup = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=num_classes)
+        if said.mixup or said.cutmix:
+            self._mixup = Mixup(said.mixup, said.cutmix, label_smoothing=0.0, num_classes=count)
 
-    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] mixed in pairs, B even, and their targets fp32 [B, num_classes].
+    def check_index(self, index: Index, source: str) -> None:
+        """See Task."""
+        count = self.options.num_classes
+        if len(index.classes) != count:
+            raise UserError(
+                f"task.num_classes is {count}, the shards have {len(index.classes)} classes: "
+                f"{', '.join(index.classes[:10])}"
+            )
+        if index.classes != self.classes:
+            raise UserError(
+                f"{source}: has the classes {', '.join(index.classes[:10])}; allowed are "
+                f"{', '.join(self.classes[:10])}"
+            )
 
-        Without mixup and cutmix both stay as they are. Draws from numpy's global stream.
-        """
+    def learn_from(self, index: Index) -> None:
+        """See Task."""
+        if not self.options.balance_classes:
+            return
+        counts = index.class_counts()
+        if counts is None:
+            raise UserError("task.balance_classes: the index does not say every sample's class")
+        for name, count in zip(index.classes, counts, strict=True):
+            if not count:
+                raise UserError(f"task.balance_classes: data.train has no sample of class '{name}'")
+        self._weights = torch.tensor(balanced_weights(counts))
+
+    def transform(self, data: Any = None) -> Callable[[Values], Values]:
+        """See Task."""
+        return _Prepared(super().transform(data), self.classes)
+
+    def augment(self, batch: Batch) -> Batch:
+        """Images mixed in pairs, an even number of them, and their targets [B, num_classes]."""
         if self._mixup is None:
-            return images, labels
-        mixed: tuple[Tensor, Tensor] = self._mixup(images.clone(), labels)
-        return mixed
+            return batch
+        images, labels = self._mixup(batch.inputs["image"].clone(), batch.targets["label"])
+        return replace(batch, inputs={"image": images}, targets={"label": labels})
 
-    def training_loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        """Mean over the batch, fp32 scalar. output: logits [B, C]. targets: int64 [B] or [B, C].
-
-        The mean divides by B, not by the weights in the batch, so that it does not depend on
-        which samples share a micro-batch.
-        """
+    def loss(self, outputs: Tensor, batch: Batch, normaliser: float, training: bool = True) -> Loss:
+        """See Task. A sample's loss is divided by no weight: it does not depend on which others
+        share its micro-batch."""
+        labels = to_device(batch.targets["label"], outputs.device)
         if self._weights is not None:
-            self._weights = to_device(self._weights, output.device)  # stays there
+            self._weights = to_device(self._weights, outputs.device)  # stays there
         each = functional.cross_entropy(
-            output.float(),
-            targets,
-            self._weights,
+            outputs.float(),
+            labels,
+            self._weights if training else None,
             reduction="none",
-            label_smoothing=self._smoothing,
+            label_smoothing=self.options.label_smoothing if training else 0.0,
         )
-        return each.mean()
+        counted = each if batch.count else each * 0
+        return Loss(counted.sum() / normaliser, finite_samples(outputs))
 
-    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy, fp32 scalar. output: logits [B, num_classes]. labels: int64 [B]."""
-        return functional.cross_entropy(output.float(), labels)
+    def metrics(self, device: torch.device) -> TorchMetrics:
+        """accuracy, and balanced_accuracy: the mean over classes that there are samples of."""
+        return TorchMetrics(self._counted(), device, _values, self._plain)
 
-    def metrics(self) -> MetricCollection:
-        """accuracy, and balanced_accuracy: the mean of the classes' own accuracies."""
-        return MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
-                "balanced_accuracy": MulticlassAccuracy(self.num_classes, average="macro"),
-            }
-        )
-
-    def report(self) -> MetricCollection:
-        """All of metrics(), with class_accuracy [C], confusion [C, C] and calibration_error.
-
-        confusion: counts, row the label, column the prediction. calibration_error: expected
-        |confidence - accuracy| over 15 bins.
-        """
+    def report(self, device: torch.device) -> TorchMetrics:
+        """All of metrics(), with class_accuracy by name (null where there is no sample),
+        absent_classes, confusion (counts, rows labels, columns predictions), calibration_error
+        (expected |confidence - accuracy| over 15 bins) and classes."""
+        count = self.options.num_classes
         more = {
-            "class_accuracy": MulticlassAccuracy(self.num_classes, average="none"),
-            "confusion": MulticlassConfusionMatrix(self.num_classes),
-            "calibration_error": MulticlassCalibrationError(self.num_classes, n_bins=15),
+            "calibration_error": MulticlassCalibrationError(count, n_bins=15),
+            "confusion": MulticlassConfusionMatrix(count),
         }
-        return MetricCollection({**dict(self.metrics().items()), **more})
+        return TorchMetrics({**self._counted(), **more}, device, _values, self._described)
+
+    def _counted(self) -> dict[str, Any]:
+        count = self.options.num_classes
+        return {
+            "accuracy": MulticlassAccuracy(count, average="micro"),
+            "balanced_accuracy": MulticlassStatScores(count, average=None),
+        }
+
+    def _plain(self, found: dict[str, Any]) -> dict[str, Any]:
+        own = [value for value in _recalls(found["balanced_accuracy"]) if value is not None]
+        return {**found, "balanced_accuracy": sum(own) / len(own) if own else float("nan")}
+
+    def _described(self, found: dict[str, Any]) -> dict[str, Any]:
+        recalls = dict(zip(self.classes, _recalls(found["balanced_accuracy"]), strict=True))
+        return {
+            **self._plain(found),
+            "class_accuracy": recalls,
+            "absent_classes": [name for name, value in recalls.items() if value is None],
+            "classes": list(self.classes),
+        }
+
+    def rows(self, predictions: Tensor) -> list[Row]:
+        """class, probability, and p_NAME for each class."""
+        return [self._row(shares) for shares in predictions.float().softmax(-1).tolist()]
+
+    def _row(self, shares: list[float]) -> Row:
+        best = max(range(len(shares)), key=shares.__getitem__)
+        named = zip(self.classes, shares, strict=True)
+        each = {f"p_{name}": round(share, 6) for name, share in named}
+        return {"class": self.classes[best], "probability": round(shares[best], 6), **each}
+
+    def draw(self, batch: Batch, predictions: Tensor) -> Figure:
+        """See Task."""
+        labels = batch.targets["label"][:SHOWN].tolist()
+        found = predictions[:SHOWN].argmax(-1).tolist()
+        titles = [
+            (self.classes[one], self.classes[other], one == other)
+            for one, other in zip(found, labels, strict=True)
+        ]
+        return self.show(batch, titles)
+
+    @classmethod
+    def picture(cls, report: Mapping[str, Any]) -> Figure:
+        """The confusion matrix."""
+        return draw_confusion(report)
+
+
+class _Prepared:
+    """The image's transform, and the label as a number."""
+
+    def __init__(self, transform: Callable[[Values], Values], classes: Sequence[str]) -> None:
+        self.transform, self.classes = transform, classes
+
+    def __call__(self, values: Values) -> Values:
+        values = self.transform(values)
+        if "label" in values:
+            values["label"] = class_index(values["label"], self.classes)
+        return values
+
+
+def class_index(label: Any, classes: Sequence[str]) -> int:
+    """A label, a number or a name, as its class's number. Raises ValueError for another one."""
+    if isinstance(label, str) and label in classes:
+        return classes.index(label)
+    try:
+        number = int(label)
+    except (TypeError, ValueError):
+        number = -1
+    if not 0 <= number < len(classes):
+        names = ", ".join(classes[:10])
+        raise ValueError(f"label {label!r}, allowed is 0 to {len(classes) - 1} or one of {names}")
+    return number
 
 
 def balanced_weights(counts: Sequence[int]) -> list[float]:
     """Factors by which classes of so many samples weigh the same, with mean 1 over samples."""
     total = sum(counts)
     return [total / (len(counts) * count) for count in counts]
+
+
+def _values(predictions: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    return predictions.float(), to_device(batch.targets["label"], predictions.device)
+
+
+def _recalls(scores: list[list[int]]) -> list[float | None]:
+    """Each class's share of right predictions, None without samples. scores: rows of true and
+    false positives, true and false negatives, samples."""
+    return [right / samples if samples else None for right, _, _, _, samples in scores]

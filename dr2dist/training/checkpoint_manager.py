@@ -44,13 +44,15 @@ class Progress:
     skipped: int = 0
     guard: Memory = field(default_factory=Memory)
 
-    def note_validation(self, found: dict[str, Any], metric: str) -> bool:
-        """Takes note of a validation; whether it is the best one, by the metric's largest value.
+    def note_validation(self, found: dict[str, Any], metric: str, wanted: str) -> bool:
+        """Takes note of a validation; whether it is the best one, by the metric's largest ("max")
+        or least ("min") value.
 
         One with a value that is not finite, such as the loss of outputs that are NaN, never is.
         """
         best = self.best if is_finite(self.best) else None
-        better = is_finite(found) and (best is None or found[metric] > best[metric])
+        sign = 1 if wanted == "max" else -1
+        better = is_finite(found) and (best is None or sign * (found[metric] - best[metric]) > 0)
         self.last, self.best = found, found if better else best
         self.stale = 0 if better else self.stale + 1
         return better

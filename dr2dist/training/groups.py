@@ -1,4 +1,4 @@
-"""What trains, and how fast: frozen parameters, and groups of the optimiser.
+"""How fast parameters train: groups of the optimiser.
 
 Few groups, since each is a partition of its own under ZeRO: parameters with equal settings
 share one, wherever they are in the network.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from dr2dist.backbones.parameters import matching
 from dr2dist.config.optim import Group
-from dr2dist.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -24,18 +23,6 @@ class ParameterGroup:
     parameters: tuple[nn.Parameter, ...]
     lr_scale: float
     weight_decay: float
-
-
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Takes the parameters that match out of training.
-
-    Raises UserError for a pattern that matches none, or if nothing is left to train.
-    """
-    for pattern in patterns:
-        for parameter in _matching(model, pattern, "model.freeze"):
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("model.freeze: every parameter matches, so nothing is left to train")
 
 
 def parameter_groups(
@@ -51,7 +38,7 @@ def parameter_groups(
     settings = _by_timm(model, weight_decay, layer_decay)
     taken: set[nn.Parameter] = set()
     for number, group in enumerate(groups):
-        for parameter in _matching(model, group.match, f"optim.groups.{number}.match"):
+        for parameter in matching(model, group.match, f"optim.groups.{number}.match"):
             if parameter.requires_grad and parameter not in taken:
                 scale, decay = settings[parameter]
                 own = decay if group.weight_decay is None else group.weight_decay
@@ -86,11 +73,3 @@ def _by_timm(
         for group in found
         for parameter in group["params"]
     }
-
-
-def _matching(model: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:
-    named = dict(model.named_parameters())
-    found = [parameter for name, parameter in named.items() if fnmatchcase(name, pattern)]
-    if not found:
-        raise UserError(f"{key}: '{pattern}' matches no parameter{nearest(pattern, named)}")
-    return found

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from dr2dist.backbones.build import build_model
-from dr2dist.backbones.network import convert
+from dr2dist.assembly import Blueprint, assemble
+from dr2dist.backbones.convert import convert
+from dr2dist.backbones.measure import measure, on_meta, training_flops
 from dr2dist.coefficients import Schedule
 from dr2dist.config import Config
+from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, read_index
 from dr2dist.errors import UserError
 from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
@@ -22,9 +24,8 @@ from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer, layers_of
 from dr2dist.parallel.pipeline.partition import partition
 from dr2dist.reversible import Setting
-from dr2dist.tasks.classification import balanced_weights
-from dr2dist.training.groups import freeze, parameter_groups
-from dr2dist.training.speed import model_flops
+from dr2dist.tasks.task import Task
+from dr2dist.training.groups import parameter_groups
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Plan:
 
     grid: stages and data-parallel replicas. layers: of the network if it is cut into stages;
     parts: which are each stage's.
-    steps: optimiser steps. steps_per_epoch: whole global batches of an epoch. class_weights:
-    factors of the classes' losses, None for 1. image_size: height and width in pixels; mean, std
-    of the three channels. deepspeed: DeepSpeed's configuration. lengths: functions of each chain.
-    parameters, trained: of the model, in numbers. groups: of the optimiser. flops: of training on
-    one image. remainder_bits: for each element and function, at the smallest beta.
+    steps: optimiser steps. steps_per_epoch: whole global batches of an epoch. blueprint: of the
+    network and its task; task: that has seen the training data. deepspeed: DeepSpeed's
+    configuration. lengths: functions of each chain. parameters, trained: of the model, in numbers.
+    groups: of the optimiser. flops: of training on one sample. inputs: numbers of one sample's
+    inputs. remainder_bits: for each element and function, at the smallest beta.
     """
 
     grid: Grid
@@ -48,16 +49,15 @@ class Plan:
     schedule: Schedule
     train: Index
     val: Index | None
-    class_weights: tuple[float, ...] | None
-    image_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    blueprint: Blueprint
+    task: Task
     deepspeed: dict[str, Any]
     lengths: dict[str, int]
     parameters: int
     trained: int
     groups: int
     flops: int
+    inputs: int
     remainder_bits: int
 
     @property
@@ -115,7 +115,7 @@ class Plan:
         flight = min(self.grid.stages - number, self.deepspeed["gradient_accumulation_steps"])
         inputs = sum(4 * self._elements(shape) for shape in self._inputs_kept(number))
         # The first function of a chain keeps none: it reverses by y = beta x.
-        kept = [layer for layer in own if layer.kind == "function" and layer.index]
+        kept = [layer for layer in own if layer.kind == "function" and layer.place.function]
         size = sum(self._elements(layer.shape) for layer in kept) * self.remainder_bits // 8
         other = f" and {inputs:,} of inputs" if inputs else ""
         return (
@@ -124,7 +124,7 @@ class Plan:
 
     def _inputs_kept(self, number: int) -> list[tuple[int, ...]]:
         """Shapes of one sample's input to the stem, the transitions and the tail of a stage."""
-        shapes = [(3, *self.image_size), *(layer.shape for layer in self.layers)]
+        shapes = [(self.inputs,), *(layer.shape for layer in self.layers)]
         return [shapes[i] for i in self.parts[number] if self.layers[i].kind != "function"]
 
     def _elements(self, shape: tuple[int, ...]) -> int:
@@ -134,8 +134,10 @@ class Plan:
     def _cut(self, layer: Layer) -> str:
         size = (2 if layer.hands_on_state else 1) * 4 * self._elements(layer.shape)
         back = 2 * size if layer.hands_on_state else size
-        on = size + sum(4 * math.prod(each.shape) for each in layer.shared)
-        back += sum(4 * math.prod(each.shape) for each in layer.shared if each.trained)
+        batch = int(self.deepspeed["train_micro_batch_size_per_gpu"])
+        beside = [(4 * math.prod(each.shape_of(batch)), each.trained) for each in layer.carried]
+        on = size + sum(count for count, _ in beside)
+        back += sum(count for count, trained in beside if trained)
         return f"{on:,} bytes on and {back:,} back a micro-batch (fp32)"
 
 
@@ -156,7 +158,10 @@ def make_plan(config: Config, ranks: int) -> Plan:
         )
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * per_epoch))
     schedule = config.coefficients.schedule(steps)
-    model = _model(config)
+    blueprint = Blueprint.of(config, train.classes)
+    _check_weights(config.model.weights)
+    model, task, _ = assemble(blueprint, "meta")
+    _check_data(config, task, train, val)
     optim = config.optim
     groups = parameter_groups(model, optim.weight_decay, optim.layer_decay, optim.groups)
     with _as_user_error("coefficients"):
@@ -164,9 +169,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
         net = convert(model)
         lengths = {chain.name: len(chain.functions) for chain in net.chains}
         schedule.check(setting, list(lengths.values()))
-    normalised = model.pretrained_cfg
-    size = config.model.image_size or tuple(normalised["input_size"][1:])
-    layers = layers_of(net, size) if grid.stages > 1 else []
+    layers = layers_of(net) if grid.stages > 1 else []
     return Plan(
         grid=grid,
         layers=layers,
@@ -176,16 +179,15 @@ def make_plan(config: Config, ranks: int) -> Plan:
         schedule=schedule,
         train=train,
         val=val,
-        class_weights=_class_weights(config, train),
-        image_size=size,
-        mean=config.data.mean or normalised["mean"],
-        std=config.data.std or normalised["std"],
+        blueprint=blueprint,
+        task=task,
         deepspeed=_deepspeed(config, grid.replicas),
         lengths=lengths,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         groups=len(groups),
-        flops=model_flops(model, size),
+        flops=training_flops(measure(on_meta(net))),
+        inputs=sum(leaf.numel() for leaf in tree_leaves(net.family.example(net))),
         remainder_bits=_remainder_bits(setting, schedule),
     )
 
@@ -205,50 +207,26 @@ def _check_precision(precision: str) -> None:
         )
 
 
-def _class_weights(config: Config, train: Index) -> tuple[float, ...] | None:
-    if not config.task.balance_classes:
-        return config.task.class_weights
-    labels = Counter(sample.label for shard in train.shards for sample in shard.samples)
-    for label, name in enumerate(train.classes):
-        if not labels[label]:
-            raise UserError(f"task.balance_classes: data.train has no sample of class '{name}'")
-    return tuple(balanced_weights([labels[label] for label in range(len(train.classes))]))
-
-
 def _indices(config: Config) -> tuple[Index, Index | None]:
     train = read_index(config.data.train)[1]
     val = None if config.data.val is None else read_index(config.data.val)[1]
-    for index in (train, val):
-        if index is not None and len(index.classes) != config.task.num_classes:
-            raise UserError(
-                f"task.num_classes is {config.task.num_classes}, the shards have "
-                f"{len(index.classes)} classes: {', '.join(index.classes[:10])}"
-            )
-    if val is not None and val.classes != train.classes:
-        raise UserError("data.val: its classes differ from those of data.train")
     return train, val
 
 
-def _model(config: Config) -> Any:
-    weights = config.model.weights
+def _check_data(config: Config, task: Task, train: Index, val: Index | None) -> None:
+    """Raises UserError for data that are not what the task learns."""
+    Fields(task.fields, config.data.fields)
+    task.check_index(train, "data.train")
+    if val is not None:
+        if val.classes != train.classes:
+            raise UserError("data.val: its classes differ from those of data.train")
+        task.check_index(val, "data.val")
+    task.learn_from(train)
+
+
+def _check_weights(weights: str | None) -> None:
     if weights not in (None, "hub") and not Path(str(weights)).is_file():
         raise UserError(f"model.weights: {weights} does not exist")
-    with torch.device("meta"):
-        model = build_model(config.model.name, weights=None, **model_options(config))
-    freeze(model, config.model.freeze)
-    return model
-
-
-def model_options(config: Config) -> dict[str, Any]:
-    """What build_model takes beside the model's name and weights."""
-    part = config.model
-    return {
-        "image_size": part.image_size,
-        "num_classes": config.task.num_classes,
-        "drop_path": part.drop_path,
-        "dropout": part.dropout,
-        "options": part.options,
-    }
 
 
 def _deepspeed(config: Config, replicas: int) -> dict[str, Any]:

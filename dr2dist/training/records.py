@@ -6,7 +6,6 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dr2dist.files import atomic_write
 from dr2dist.training.folder import CONFIG, SUMMARY
-from dr2dist.training.validation import Look
 
 
 class Records:
     """The files of a run's folder; made on rank 0 only.
 
-    config: the resolved configuration, by which a folder is known as a run's. classes: names by
-    label. step: the applied one that the run starts from; what was written of later ones is
-    dropped.
+    config: the resolved configuration, by which a folder is known as a run's. step: the applied one
+    that the run starts from; what was written of later ones is dropped.
     """
 
-    def __init__(self, folder: Path, config: str, classes: Sequence[str], step: int = 0) -> None:
-        self.folder, self._classes = folder, classes
+    def __init__(self, folder: Path, config: str, step: int = 0) -> None:
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.write_text(CONFIG, config)
         self._cut_back(step)
@@ -52,20 +49,9 @@ class Records:
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
 
-    def show(self, step: int, look: Look) -> None:
-        """Held-out images with labels and predictions, for TensorBoard."""
-        low, high = look.images.amin((1, 2, 3)), look.images.amax((1, 2, 3))
-        figure = Figure(figsize=(2 * len(look.images), 2.4), layout="constrained")
-        parts = zip(look.images, look.labels, look.predicted, low, high, strict=True)
-        for place, (image, label, predicted, least, most) in enumerate(parts):
-            axes = figure.add_subplot(1, len(look.images), place + 1)
-            axes.imshow(((image - least) / (most - least).clamp(min=1e-6)).permute(1, 2, 0).numpy())
-            names = self._classes[int(label)], self._classes[int(predicted)]
-            axes.set_title(names[1], color="black" if names[0] == names[1] else "red")
-            axes.set_xlabel(names[0])
-            axes.set_xticks([], [])
-            axes.set_yticks([], [])
-        self._board.add_figure("held_out", figure, step)
+    def show(self, step: int, look: Figure) -> None:
+        """What a task draws of held-out samples, for TensorBoard."""
+        self._board.add_figure("held_out", look, step)
 
     def write_text(self, name: str, text: str) -> None:
         """A whole file, written aside and renamed."""

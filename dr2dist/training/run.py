@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from dr2dist.backbones.build import build_deferred, build_model
-from dr2dist.backbones.network import convert
+from dr2dist.assembly import assemble
+from dr2dist.backbones.convert import convert
 from dr2dist.config import Config, dump_config
 from dr2dist.config.coefficients import Guarded
+from dr2dist.data.fields import Fields
 from dr2dist.data.order import train_batches, validation_batches
 from dr2dist.data.stream import ShardDataset, loader
-from dr2dist.data.transforms import eval_transform, train_transform
 from dr2dist.errors import UserError
 from dr2dist.parallel.agreement import AgreedError, agree, from_first
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
@@ -28,11 +26,10 @@ from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only
 from dr2dist.parallel.processes import init_distributed, largest, share_cores
-from dr2dist.tasks.classification import Classification
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.folder import find_start, finished
-from dr2dist.training.groups import ParameterGroup, freeze, kept_groups, parameter_groups
-from dr2dist.training.plan import Plan, make_plan, model_options
+from dr2dist.training.groups import ParameterGroup, kept_groups, parameter_groups
+from dr2dist.training.plan import Plan, make_plan
 from dr2dist.training.profile import Profile
 from dr2dist.training.records import Records, peak_memory
 from dr2dist.training.schedule import learning_rate
@@ -79,7 +76,7 @@ def _run(config: Config, rank: int, ranks: int) -> dict[str, Any]:
     records = None
     if rank == 0:
         text = dump_config(config)
-        records = Records(Path(config.output), text, plan.train.classes, engine.applied)
+        records = Records(Path(config.output), text, engine.applied)
     trainer = _trainer(config, plan, engine, lr_scales, records, manager, progress)
     return _train(config, plan, trainer)
 
@@ -93,7 +90,7 @@ def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
         failure = error
     except AgreedError:
         raise
-    except UserError as error:  # of this rank alone: an image that cannot be read
+    except UserError as error:  # of this rank alone: a sample that cannot be read
         line = str(error).strip().splitlines()[-1].removeprefix("dr2dist.errors.UserError: ")
         raise UserError(f"rank {dist.get_rank()}: {line}") from None
     summary = _summary(config, plan, trainer, time.monotonic() - start, failure)
@@ -108,8 +105,8 @@ def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
 
 def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, ...]]:
     """The engine, and the learning-rate scale of each of its groups."""
-    model, weights = _model(config)
-    freeze(model, config.model.freeze)
+    in_parts = config.parallel.zero == 3 or plan.grid.stages > 1
+    model, _, weights = assemble(plan.blueprint, "in parts" if in_parts else "whole")
     groups = parameter_groups(
         model, config.optim.weight_decay, config.optim.layer_decay, config.optim.groups
     )
@@ -130,17 +127,6 @@ def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, 
     return engine, tuple(group.lr_scale for group in groups)
 
 
-def _model(config: Config) -> tuple[torch.nn.Module, Callable[[str], Tensor] | None]:
-    """The model; under ZeRO-3 and in stages without its parameters, and what gives them one at a
-    time."""
-    torch.default_generator.manual_seed(config.train.seed)  # models are built on the CPU
-    part, options = config.model, model_options(config)
-    in_parts = config.parallel.zero == 3 or config.parallel.stages > 1
-    if in_parts and part.weights != "hub":
-        return build_deferred(part.name, weights=part.weights, **options)
-    return build_model(part.name, weights=part.weights, **options), None
-
-
 def _optimizer(config: Config, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
     """Over groups; fused, one pass over memory, on GPUs and for what is offloaded from them."""
     optim = config.optim
@@ -156,16 +142,11 @@ def _optimizer(config: Config, groups: list[ParameterGroup]) -> torch.optim.Opti
 def _facts(config: Config, plan: Plan) -> dict[str, Any]:
     """What every checkpoint says of the run: all that the exported model needs."""
     return {
-        "model": config.model.name,
-        "image_size": config.model.image_size,
-        "options": config.model.options,
+        **plan.blueprint.described(),
+        "preprocessing": plan.task.preprocessing,
+        "plugins": list(config.plugins),
         "arithmetic": config.reversible.arithmetic,
         "fraction_bits": config.setting().fraction_bits,
-        "classes": list(plan.train.classes),
-        "input_size": plan.image_size,
-        "mean": list(plan.mean),
-        "std": list(plan.std),
-        "resize": "timm",
         "global_batch": plan.global_batch,
         "dr2dist": __version__,
     }
@@ -192,17 +173,10 @@ def _trainer(
         lr_scales=lr_scales,
         limits=config.coefficients.limits() if isinstance(config.coefficients, Guarded) else None,
     )
-    task = Classification(
-        config.task.num_classes,
-        label_smoothing=config.task.label_smoothing,
-        class_weights=plan.class_weights,
-        mixup=config.task.mixup,
-        cutmix=config.task.cutmix,
-    )
     train, val = _streams(config, plan, engine)
     return Trainer(
         engine,
-        task,
+        plan.task,
         pace,
         train,
         val,
@@ -216,18 +190,11 @@ def _trainer(
 
 
 def _streams(config: Config, plan: Plan, engine: ReversibleEngine) -> Any:
-    data, train = config.data, config.train
-    shape = (plan.image_size, plan.mean, plan.std)
-    transform = train_transform(
-        *shape,
-        hflip=data.hflip,
-        vflip=data.vflip,
-        scale=data.scale,
-        rand_augment=data.rand_augment,
-        erase=data.erase,
+    data, train, task = config.data, config.train, plan.task
+    skip, fields = data.unreadable == "skip", Fields(task.fields, data.fields)
+    dataset = ShardDataset(
+        data.train, fields, task.transform(data), train.seed, "next" if skip else "fail"
     )
-    skip = data.unreadable == "skip"
-    dataset = ShardDataset(data.train, transform, train.seed, "next" if skip else "fail")
     batches = train_batches(
         len(dataset),
         dataset.index.streams,
@@ -239,17 +206,18 @@ def _streams(config: Config, plan: Plan, engine: ReversibleEngine) -> Any:
         start=engine.applied,
     )
     needed = engine.first or engine.last
-    stream = iter(loader(dataset, batches, data.num_workers) if needed else ())
+    collate = task.collate
+    stream = iter(loader(dataset, batches, data.num_workers, collate) if needed else ())
     if data.val is None:
         return stream, None
     held_out = ShardDataset(
-        data.val, eval_transform(*shape), unreadable="blank" if skip else "fail"
+        data.val, fields, task.transform(), unreadable="drop" if skip else "fail"
     )
     own = validation_batches(
         len(held_out), batch=train.micro_batch, rank=engine.replica, ranks=engine.replicas
     )
     items = [[(0, index) for index in batch] for batch in own]
-    return stream, loader(held_out, items, data.num_workers) if needed else items
+    return stream, loader(held_out, items, data.num_workers, collate) if needed else items
 
 
 def _summary(

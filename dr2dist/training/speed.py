@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 PEAK_FLOPS: dict[str, dict[str, float]] = {
     "A100": {"fp32": 19.5e12, "bf16": 312e12, "fp16": 312e12},
@@ -17,16 +15,6 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "H200": {"fp32": 67e12, "bf16": 989e12, "fp16": 989e12},
 }
 """Dense FLOP/s by a part of the device's name, from NVIDIA's data sheets of the SXM boards."""
-
-
-def model_flops(model: nn.Module, size: tuple[int, int]) -> int:
-    """FLOPs of a forward and backward pass for one image, without any recomputation.
-
-    model: on the meta device. The backward pass counts as two forward passes.
-    """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, *size, device="meta"))
-    return 3 * int(counter.get_total_flops())
 
 
 def device_peak(precision: str) -> float | None:

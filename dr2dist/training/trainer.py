@@ -13,14 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dr2dist.coefficients import Guard, Limits, Schedule
+from dr2dist.data.batch import Batch
 from dr2dist.data.randomness import seed_device, seeded
-from dr2dist.data.stream import Batch
 from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepError
 from dr2dist.parallel.processes import total
 from dr2dist.parallel.verdict import Verdict
 from dr2dist.reversible.certificate import worst_drift
-from dr2dist.reversible.transfer import to_device
-from dr2dist.tasks.classification import Classification
+from dr2dist.tasks.task import Task
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.profile import Profile
 from dr2dist.training.records import Records, peak_memory
@@ -59,8 +58,9 @@ class Pace:
 class Trainer:
     """Runs the steps of one rank.
 
-    train: endless micro-batches, none on stages that need no samples. val: this replica's share,
-    gone through at each validation.
+    train: endless micro-batches, none on stages that need no samples: those of a step are there
+    before the step before is applied, so that what its losses are divided by is known in time.
+    val: this replica's share, gone through at each validation.
     records: on rank 0, None elsewhere. manager: of the run's checkpoints. progress: what an
     engine that goes on from a checkpoint has reached. seed: of mixing, dropout and the like, this
     rank's own; each step draws from a stream of its own, so a repeated step is the same.
@@ -69,7 +69,7 @@ class Trainer:
     def __init__(
         self,
         engine: ReversibleEngine,
-        task: Classification,
+        task: Task,
         pace: Pace,
         train: Iterator[Batch],
         val: Iterable[Batch] | None,
@@ -92,6 +92,8 @@ class Trainer:
         )
         self._skipped = 0
         self._checked: list[tuple[Batch, Tensor]] = []
+        self._next: list[Batch] | None = None
+        self._counted = 0.0
 
     def run(self) -> None:
         """All steps. Raises UnprovenStepError, before applying it, at one that is not proven."""
@@ -125,8 +127,7 @@ class Trainer:
         step = self.engine.applied
         alpha, beta = self.pace.schedule.at(step if self.guard is None else self.guard.memory.place)
         self.engine.net.set_coefficients(alpha, beta)
-        with self.speed.waiting():
-            batches = list(islice(self.train, self.pace.accumulate))
+        batches = self._batches()
         rate = self.pace.learning_rate(step)
         rates = [rate * scale for scale in self.pace.lr_scales]
         try:
@@ -137,8 +138,9 @@ class Trainer:
             raise UnprovenStepError(named) from None
         self.progress.loss = verdict.loss
         if self.engine.last:  # stages see the same samples
-            self._skipped += sum(batch["skipped"] for batch in batches)
-        self.speed.count(sum(batch["count"] for batch in batches))
+            self._skipped += sum(batch.skipped for batch in batches)
+        self._counted = verdict.counted_next
+        self.speed.count(sum(batch.count for batch in batches))
         self._note_drift(verdict)
         self._let_guard_decide(verdict)
         bar.update()
@@ -146,34 +148,57 @@ class Trainer:
         if self._due(self.pace.log_every):
             self._log(verdict, rate)
 
+    def _batches(self) -> list[Batch]:
+        """The step's micro-batches, and behind the scenes those of the step after it.
+
+        Every rank must call it: at the first step ranks add up what their samples count.
+        """
+        if self._next is None:
+            self._next = self._fetch()
+            self._counted = total(self._counts(self._next))
+        batches, last = self._next, self.engine.applied + 1 >= self.pace.steps
+        self._next = [] if last else self._fetch()
+        return batches
+
+    def _fetch(self) -> list[Batch]:
+        with self.speed.waiting():
+            return list(islice(self.train, self.pace.accumulate))
+
+    def _counts(self, batches: list[Batch]) -> float:
+        """What the losses of micro-batches are sums over: each is counted where its loss is."""
+        return sum(map(self.task.counts, batches)) if self.engine.last else 0.0
+
     def _work(self, batches: list[Batch]) -> StepBatches:
         """The step on its micro-batches, which stages without inputs or labels do not have."""
         step = self.engine.applied
+        # Engines take the mean over micro-batches and replicas: of sums, divided by a mean.
+        normaliser = self._counted / (self.pace.accumulate * self.engine.replicas) or 1.0
 
         def begin() -> None:
             self._checked = []
             seed_device(self.engine.device, *self.seed, step)
 
-        def mixed(number: int) -> tuple[Tensor, Tensor]:
-            batch = batches[number]
+        def augmented(number: int) -> Batch:
             with seeded(*self.seed, step, number):
-                return self.task.mix(batch["image"], batch["label"])
+                return self.task.augment(batches[number])
 
-        def loss(number: int, output: Tensor) -> Tensor:
-            self._checked.append((batches[number], output.detach().isfinite().flatten(1).all(1)))
-            return self.task.training_loss(output, to_device(mixed(number)[1], self.engine.device))
+        def loss(number: int, output: Any) -> Tensor:
+            found = self.task.loss(output, augmented(number), normaliser)
+            self._checked.append((batches[number], found.finite))
+            return found.total
 
-        return StepBatches(begin, lambda number: mixed(number)[0], loss)
+        counted = self._counts(self._next or [])
+        return StepBatches(begin, lambda number: augmented(number).inputs, loss, counted)
 
     def _name_samples(self, verdict: Verdict) -> Verdict:
         """Adds the samples of a step that was not finite; every rank must call it."""
         if "finite" not in verdict.kinds:
             return verdict
-        whole = [key for batch, _ in self._checked for key in batch["keys"]]
+        whole = [key for batch, _ in self._checked for key in batch.keys]
         bad = [
             key
             for batch, fine in self._checked
-            for key, good in zip(batch["keys"], fine.tolist(), strict=True)
+            for key, good in zip(batch.keys, fine.tolist(), strict=True)
             if not good
         ]
         found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -252,4 +277,4 @@ class Trainer:
             if look is not None:
                 self.records.show(step, look)
         self.speed.restart()
-        return self.progress.note_validation({"step": step, **found}, self.task.best)
+        return self.progress.note_validation({"step": step, **found}, *self.task.best)

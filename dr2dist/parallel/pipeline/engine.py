@@ -30,7 +30,6 @@ from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.parallel.pipeline.link import BackwardMessage, ForwardMessage, Link
 from dr2dist.parallel.pipeline.stage import Pass, Stage
 from dr2dist.parallel.verdict import Report, Verdict, decide
-from dr2dist.reversible.transfer import to_device
 
 
 class StagedEngine(ReversibleEngine):
@@ -94,7 +93,9 @@ class StagedEngine(ReversibleEngine):
                     runner.do(command)
             self._link.finish()
             # Only the last stage has losses; the verdict averages over all ranks.
-            report = Report(total * self.grid.stages, self._watch.take(), self.chains)
+            report = Report(
+                total * self.grid.stages, self._watch.take(), self.chains, work.counted_next
+            )
             return decide(report, self.coefficients, self.applied)
 
     def by_stage(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -120,16 +121,16 @@ class StagedEngine(ReversibleEngine):
         dist.all_reduce(squared, group=self._groups.get_pipe_parallel_group())
         return squared.sqrt()
 
-    def forward(self, images: Tensor | None) -> Any:
+    def forward(self, inputs: Mapping[str, Tensor] | None) -> Any:
         """The network's output on the last stage, None on others; no gradients.
 
-        images: [B, C, H, W] on the first stage. Every stage must come here.
+        inputs: by name, [B, ...], on the first stage. Every stage must come here.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             given = (
                 self._link.receive_any()
-                if images is None
-                else ForwardMessage(self._here(images), {})
+                if inputs is None
+                else ForwardMessage(self._here(inputs), {})
             )
             found = ForwardMessage(*self.stage.infer(*given))
         if self.last:
@@ -137,9 +138,6 @@ class StagedEngine(ReversibleEngine):
         self._link.send_any(found)
         self._link.finish()
         return None
-
-    def _here(self, images: Tensor) -> Tensor:
-        return to_device(images, self.device, self._held)
 
     def _neighbour(self, step: int) -> int | None:
         """The rank of the next (1) or the previous (-1) stage of the same replica, if there is."""
@@ -153,7 +151,7 @@ class StagedEngine(ReversibleEngine):
 
     @property
     def first(self) -> bool:
-        """Whether images enter here."""
+        """Whether samples enter here."""
         return self.number == 0
 
     @property
@@ -205,7 +203,8 @@ class _ScheduleRunner:
             self._forward()
         elif isinstance(command, schedule.SendActivation):
             run = self.passes[-1]
-            link.send_forward(ForwardMessage(run.message(), run.shared))
+            carried = run.carried
+            link.send_forward(ForwardMessage(run.message(), carried))
         elif isinstance(command, schedule.RecvGrad):
             self.returned = link.receive_backward()
         elif isinstance(command, schedule.BackwardPass):
@@ -218,14 +217,14 @@ class _ScheduleRunner:
     def _forward(self) -> None:
         engine = self.engine
         if engine.first:
-            self.given = ForwardMessage(engine._here(self.work.images(self.begun)), {})
+            self.given = ForwardMessage(engine._here(self.work.inputs(self.begun)), {})
         assert self.given is not None
         given, self.given = self.given, None
         with engine._clock.computing():
             with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine._autocast):
                 run = engine.stage.forward(*given)
             if engine.last:
-                loss = self.work.loss(self.begun, run.given)
+                loss = self.work.loss(self.begun, run.output)
                 self.total += loss.detach().double() / self.count
                 run.end_with(loss)
                 self.losses.append(loss.detach())

@@ -2,135 +2,126 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from dr2dist.backbones.forward import AutogradDriver
+from dr2dist.backbones.measure import Measured, measure, on_meta, parameters_of
 from dr2dist.backbones.network import ReversibleNetwork
+from dr2dist.backbones.walk import Flow, Kind, Place
 from dr2dist.errors import UserError
+from dr2dist.parallel.pipeline.carried import Carried, Skeleton, tensors_of
 from dr2dist.reversible import Sides
-
-Kind = Literal["stem", "transition", "function", "tail"]
-
-
-@dataclass(frozen=True)
-class Shared:
-    """An input that functions share. trained: whether the stem gets a gradient for it."""
-
-    name: str
-    shape: tuple[int, ...]
-    trained: bool
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: the stem, what stands before a chain, a residual function, or norm and head.
+    """One layer: the stem, a transition, a residual function, or norm and head.
 
-    chain: which one, of transitions and functions. index: of a function in its chain. flops: of
-    one sample's forward pass. shape: of one sample's output, without the batch. last: whether it
-    ends its chain. shared: what functions behind it take of the stem beside tokens. parameters:
-    how many numbers they are.
+    flops: of one sample's forward pass. shape: of one sample's tokens behind it, rows among them.
+    carried: what crosses a cut behind it beside tokens. skeleton: the sides there. parameters: how
+    many numbers they are.
     """
 
-    kind: Kind
-    chain: int
-    index: int
+    place: Place
     flops: int
     shape: tuple[int, ...]
-    last: bool = False
-    shared: tuple[Shared, ...] = ()
-    parameters: int = 0
+    carried: tuple[Carried, ...]
+    skeleton: Skeleton
+    parameters: int
+
+    @property
+    def kind(self) -> Kind:
+        """See Place."""
+        return self.place.kind
 
     @property
     def hands_on_state(self) -> bool:
         """Whether a chain goes on behind it, so that both parts of its state must."""
-        return self.kind == "function" and not self.last
+        return self.kind == "function" and not self.place.last
+
+    @property
+    def rows(self) -> int:
+        """Rows of tokens that a sample has."""
+        return self.shape[0]
 
 
-def layers_of(net: ReversibleNetwork, size: tuple[int, int]) -> list[Layer]:
-    """The network's layers in order, measured on the meta device for images of a size.
+def layers_of(net: ReversibleNetwork) -> list[Layer]:
+    """The network's layers in order, measured on the meta device for inputs of one sample.
 
-    Raises UserError for a network that cannot be cut: one that drops tokens in training, whose
-    functions share what differs from sample to sample, or whose family does not say what its head
-    uses.
+    Raises UserError for a network that cannot be cut: one that drops tokens in training, or whose
+    family does not say what its head uses.
     """
-    if net._tail is None:
+    if net.family.tail is None and net.task_head is None:
         raise UserError(f"parallel.stages: the family {net.family.name} does not name its tail")
-    meta: Any = copy.deepcopy(net).to("meta")
-    meta._cut()  # functions still hold a block's own parameters as they were
-    images = torch.empty(1, 3, *size, device="meta")
-    stem = meta.family.stem(meta.train(), images)  # with its graph, which tells what is trained
+    meta = on_meta(net)
+    found = measure(meta)
+    _check_shape(_training_shape(meta), tuple(found[0].flow.value.shape))
+    return _completed(found, meta)
+
+
+def _training_shape(meta: ReversibleNetwork) -> tuple[int, ...]:
+    meta.train()
     with torch.no_grad():
-        layers = list(_walk(meta.eval(), images))
-    _check_shape(tuple(stem.tokens.shape[1:]), layers[0].shape)
-    shared = [_shared(name, value, stem.batched) for name, value in stem.sides.items()]
-    return _completed(layers, meta, shared)
+        flow = AutogradDriver(meta, {}, ()).stem(meta.family.example(meta))
+    meta.eval()
+    return tuple(flow.value.shape)
 
 
 def _check_shape(training: tuple[int, ...], evaluation: tuple[int, ...]) -> None:
     if training != evaluation:
         raise UserError(
-            f"parallel.stages: the stem gives tokens {list(training)} in training and "
-            f"{list(evaluation)} otherwise (patch_drop_rate), stages need the same"
+            f"parallel.stages: the stem gives tokens {list(training[1:])} in training and "
+            f"{list(evaluation[1:])} otherwise (patch_drop_rate), stages need the same"
         )
 
 
-def _shared(name: str, value: Any, batched: Sequence[str]) -> Shared:
-    if name in batched or not isinstance(value, Tensor):
-        raise UserError(
-            f"parallel.stages: functions share the input {name}, which stages do not hand on: it "
-            "must be a tensor that is the same for all samples"
+def _completed(found: Sequence[Measured], net: ReversibleNetwork) -> list[Layer]:
+    """The layers, each with what the ones behind it take beside tokens."""
+    needed: set[object] = set()
+    layers = []
+    for measured in reversed(found):
+        place, flow = measured.place, measured.flow
+        tail = place.kind == "tail"
+        layers.append(
+            Layer(
+                place,
+                measured.flops,
+                () if tail else tuple(flow.value.shape),
+                () if tail else _carried(flow, needed),
+                Skeleton(flow),
+                measured.parameters,
+            )
         )
-    return Shared(name, tuple(value.shape), value.requires_grad)
+        needed |= _taken(place, flow, net)
+    return layers[::-1]
 
 
-def _completed(layers: list[Layer], net: Any, shared: Sequence[Shared]) -> list[Layer]:
-    """The layers, each with its parameters and with what the ones behind it take."""
-    sides = Sides({each.name: each for each in shared})
-    needed: set[str] = set()
+def _taken(place: Place, flow: Flow, net: ReversibleNetwork) -> set[object]:
+    """Names of sides, and taps, that a layer takes."""
+    if place.kind == "tail":
+        return set(net.head_taps)
+    if place.kind == "transition" and hasattr(net.items[place.item], "sides"):
+        return set(flow.sides)
+    if place.kind == "function":
+        function = net.items[place.item].functions[place.function]
+        return set(Sides(flow.sides).of(function))
+    return set()
+
+
+def _carried(flow: Flow, needed: set[object]) -> tuple[Carried, ...]:
+    """What of a flow the layers behind need."""
     found = []
-    for layer in reversed(layers):
-        behind = tuple(each for each in shared if each.name in needed)
-        count = sum(parameter.numel() for parameter in parameters_of(net, layer))
-        found.append(replace(layer, shared=behind, parameters=count))
-        if layer.kind == "function":
-            needed |= sides.of(net.chains[layer.chain].functions[layer.index]).keys()
-    return found[::-1]
-
-
-def _walk(net: Any, images: Tensor) -> Iterator[Layer]:
-    counted = _Counted()
-    stem = counted(net.family.stem, net, images)
-    tokens, sides = stem.tokens, Sides(stem.sides)
-    yield Layer("stem", 0, 0, counted.flops, tuple(tokens.shape[1:]))
-    for chain, found in enumerate(net.chains):
-        transition = net._transitions.get(chain)
-        if transition is not None:
-            tokens = counted(transition.module, tokens)
-            yield Layer("transition", chain, 0, counted.flops, tuple(tokens.shape[1:]))
-        for index, function in enumerate(found.functions):
-            counted(function, tokens, **sides.of(function))
-            last = index == len(found.functions) - 1
-            yield Layer("function", chain, index, counted.flops, tuple(tokens.shape[1:]), last)
-    output = counted(net._tail.module, tokens)
-    yield Layer("tail", 0, 0, counted.flops, tuple(output.shape[1:]))
-
-
-class _Counted:
-    """Calls what it is given and counts its FLOPs."""
-
-    flops = 0
-
-    def __call__(self, function: Any, *args: Any, **options: Any) -> Any:
-        with FlopCounterMode(display=False) as counter:
-            result = function(*args, **options)
-        self.flops = int(counter.get_total_flops())
-        return result
+    for key, tensor in tensors_of(flow).items():
+        tap = not isinstance(key[0], str)
+        if (key if tap else key[0]) in needed:
+            rows = len(tensor) if tap or key[0] in flow.batched else None
+            trained = tap or tensor.requires_grad
+            found.append(Carried(key, tuple(tensor.shape), rows, trained))
+    return tuple(found)
 
 
 def keep_only(
@@ -145,7 +136,8 @@ def keep_only(
     only its own are asked for, and stay the same objects.
     Raises UserError if none of its own is trained: DeepSpeed needs something to step.
     """
-    kept = {id(p) for layer in layers[own.start : own.stop] for p in parameters_of(net, layer)}
+    mine = layers[own.start : own.stop]
+    kept = {id(p) for layer in mine for p in parameters_of(net, layer.place)}
     for module in net.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in kept:
@@ -159,25 +151,3 @@ def keep_only(
             f"parallel.stages: nothing of layers {own.start} to {own.stop - 1} is trained; use "
             "fewer stages or freeze less"
         )
-
-
-def parameters_of(net: Any, layer: Layer) -> list[nn.Parameter]:
-    """A layer's parameters."""
-    if layer.kind == "function":
-        return list(net.chains[layer.chain].functions[layer.index].parameters())
-    if layer.kind == "transition":
-        return list(net._transitions[layer.chain].module.parameters())
-    if layer.kind == "tail":
-        return list(net._tail.module.parameters())
-    functions = [function for chain in net.chains for function in chain.functions]
-    others = {id(p) for module in (*functions, *map(_module, net.pieces)) for p in _all(module)}
-    return [parameter for parameter in net.parameters() if id(parameter) not in others]
-
-
-def _module(piece: Any) -> nn.Module:
-    module: nn.Module = piece.module
-    return module
-
-
-def _all(module: nn.Module) -> list[nn.Parameter]:
-    return list(module.parameters())

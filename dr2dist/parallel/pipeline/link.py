@@ -9,28 +9,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dr2dist.parallel.pipeline.layers import Layer, Shared
+from dr2dist.parallel.pipeline.carried import Carried, Key
+from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.parallel.pipeline.stage import Pass, Stage
 from dr2dist.reversible.transfer import to_device
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of what functions share, by the number that tells of it."""
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.bool,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.float64,
+)
+"""Of what goes beside tokens, by the number that tells of it."""
 
 
 class ForwardMessage(NamedTuple):
-    """What crosses a cut forward: tokens or a stacked state, and what functions share, by name."""
+    """What crosses a cut forward: tokens or a stacked state (into the first stage come the
+    network's inputs), and what goes beside."""
 
-    value: Tensor
-    shared: dict[str, Tensor]
+    value: Any
+    carried: dict[Key, Tensor]
 
 
 class BackwardMessage(NamedTuple):
     """What crosses a cut backward: the gradient, the state that was sent, if it comes back, and
-    gradients of what is shared."""
+    gradients of what goes beside."""
 
     gradient: Tensor
     state: Tensor | None
-    shared: dict[str, Tensor]
+    carried: dict[Key, Tensor]
 
 
 class Link:
@@ -54,13 +65,13 @@ class Link:
         self.previous, self.next = neighbours
         self.batch, self.held, self.device = batch, held, device
         self._sent: deque[tuple[Any, Tensor]] = deque()
-        self._shared_dtypes: list[torch.dtype] | None = None
+        self._dtypes: list[torch.dtype] | None = None
         self._told = False
 
     def _form(self, layer: Layer | None, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
         """(shape, dtype) of what crosses the cut behind a layer."""
         assert layer is not None
-        shape = (batch, *layer.shape)
+        shape = (batch * layer.rows, *layer.shape[1:])
         if not layer.hands_on_state:
             return shape, self.held
         exact = self.stage.net.chains[0].setting.arithmetic == "exact"
@@ -76,7 +87,7 @@ class Link:
         # Tokens may have autocast's dtype, where nothing of theirs is lost.
         _, dtype = self._form(self.after, self.batch)
         self._send(message.value.to(dtype), self.next)
-        self._send_shared(message.shared)
+        self._send_carried(message.carried)
 
     def receive_any(self) -> ForwardMessage:
         """As receive_forward, for any number of samples."""
@@ -84,29 +95,30 @@ class Link:
 
     def _receive_handed(self, batch: int) -> ForwardMessage:
         value = self._receive(*self._form(self.before, batch), self.previous)
-        return ForwardMessage(value, self._receive_shared())
+        return ForwardMessage(value, self._receive_carried(batch))
 
     def send_any(self, message: ForwardMessage) -> None:
         """As send_forward, for any number of samples."""
-        batch = message.value.shape[1 if self.stage.gives_state else 0]
+        assert self.after is not None
+        batch = message.value.shape[1 if self.stage.gives_state else 0] // self.after.rows
         self._send(to_device(torch.tensor([batch]), self.device), self.next)
         self.send_forward(message)
 
-    def _receive_shared(self) -> dict[str, Tensor]:
-        """Each in the dtype that the stem gives it, which only the first stage knows: it is told
+    def _receive_carried(self, batch: int) -> dict[Key, Tensor]:
+        """Each in the dtype that it was made in, which only the stage before knows: it is told
         once."""
-        shared = _shared(self.before)
-        if self._shared_dtypes is None and shared:
-            codes = self._receive((len(shared),), torch.int64, self.previous)
-            self._shared_dtypes = [DTYPES[code] for code in codes.tolist()]
+        expected = _carried(self.before)
+        if self._dtypes is None and expected:
+            codes = self._receive((len(expected),), torch.int64, self.previous)
+            self._dtypes = [DTYPES[code] for code in codes.tolist()]
         found = {}
-        for each, dtype in zip(shared, self._shared_dtypes or (), strict=True):
-            found[each.name] = self._receive(each.shape, dtype, self.previous)
-            found[each.name].requires_grad_(each.trained)
+        for each, dtype in zip(expected, self._dtypes or (), strict=True):
+            value = self._receive(each.shape_of(batch), dtype, self.previous)
+            found[each.key] = value.requires_grad_(each.trained)
         return found
 
-    def _send_shared(self, shared: dict[str, Tensor]) -> None:
-        values = [shared[each.name].detach() for each in _shared(self.after)]
+    def _send_carried(self, carried: dict[Key, Tensor]) -> None:
+        values = [carried[each.key].detach() for each in _carried(self.after)]
         if not self._told and values:
             codes = [DTYPES.index(value.dtype) for value in values]
             self._send(to_device(torch.tensor(codes), self.device), self.next)
@@ -118,12 +130,12 @@ class Link:
         """See BackwardMessage."""
         self.finish()
         gradient, state = self._receive_gradient(*self._form(self.after, self.batch))
-        shared = {
-            each.name: self._receive(each.shape, torch.float32, self.next)
-            for each in _shared(self.after)
+        carried = {
+            each.key: self._receive(each.shape_of(self.batch), torch.float32, self.next)
+            for each in _carried(self.after)
             if each.trained
         }
-        return BackwardMessage(gradient, state, shared)
+        return BackwardMessage(gradient, state, carried)
 
     def _receive_gradient(
         self, shape: tuple[int, ...], dtype: torch.dtype
@@ -144,14 +156,15 @@ class Link:
             gradient = torch.cat([gradient, state])
         self.finish()
         self._send(gradient, self.previous)
-        for each in _shared(self.before):
+        for each in _carried(self.before):
             if each.trained:
                 self._send(self._gradient_of(each, run), self.previous)
 
-    def _gradient_of(self, shared: Shared, run: Pass) -> Tensor:
+    def _gradient_of(self, carried: Carried, run: Pass) -> Tensor:
         """A stage may hand on what it does not use: nothing came of it then."""
-        found = run.shared_grads.get(shared.name)
-        return torch.zeros(shared.shape, device=self.device) if found is None else found
+        found = run.grads.get(carried.key)
+        shape = carried.shape_of(self.batch)
+        return torch.zeros(shape, device=self.device) if found is None else found
 
     def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, rank: int | None) -> Tensor:
         buffer = torch.empty(shape, dtype=dtype, device=self.device)
@@ -171,6 +184,6 @@ class Link:
             self._sent.popleft()[0].wait()
 
 
-def _shared(layer: Layer | None) -> tuple[Shared, ...]:
-    """What functions share that crosses the cut behind a layer."""
-    return () if layer is None else layer.shared
+def _carried(layer: Layer | None) -> tuple[Carried, ...]:
+    """What crosses the cut behind a layer beside tokens."""
+    return () if layer is None else layer.carried

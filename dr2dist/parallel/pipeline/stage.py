@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from dr2dist.backbones.backbone import Transition
+from dr2dist.backbones.forward import AutogradDriver
 from dr2dist.backbones.network import ReversibleNetwork
+from dr2dist.backbones.walk import Flow, Place, walk
+from dr2dist.parallel.pipeline.carried import Key, tensors_of
 from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.reversible import Chain, Gradient, Layout, Segment, Sides, State, Tape
 from dr2dist.reversible.calls.replay import kept_statistics
 
-Shares = dict[str, Tensor]
-"""What functions share beside the tokens, by name; or gradients of it, fp32."""
+Tensors = dict[Key, Tensor]
+"""What goes beside the tokens; or gradients of it, fp32."""
 
 
 class Stage:
@@ -36,53 +42,69 @@ class Stage:
     ) -> None:
         self.net, self.returned = net, returned
         self.layers = layers[own.start : own.stop]
-        before = layers[own.start - 1] if own.start else None
-        self.takes_state = before is not None and before.hands_on_state
+        self.places = [layer.place for layer in self.layers]
+        self.before = layers[own.start - 1] if own.start else None
+        self.takes_state = self.before is not None and self.before.hands_on_state
         self.gives_state = self.layers[-1].hands_on_state
-        self.runs = _runs(self.layers)
 
-    def forward(self, value: Tensor, shared: Mapping[str, Tensor] | None = None) -> Pass:
-        """Images, tokens [B, ...], or a state [2, B, ...] in memory of its own, to an open pass.
+    def forward(self, value: Any, carried: Mapping[Key, Tensor] | None = None) -> Pass:
+        """Inputs, tokens [B, ...], or a state [2, B, ...] in memory of its own, to an open pass.
 
-        shared: what the stages before hand on; those that gradients are wanted of require them.
+        carried: what the stages before hand on; those that gradients are wanted of require them.
         """
-        run = Pass(self, dict(shared or {}))
-        given: Tensor | State = State(value[0], value[1]) if self.takes_state else value
-        for layers in self.runs:
-            given = run.extend(layers, given)
-        run.given = given
+        run = Pass(self)
+        run.flow = walk(self.places, self._given(value, carried), run)
         return run
 
-    def infer(self, value: Tensor, shared: Mapping[str, Tensor] | None = None) -> tuple[Any, Any]:
-        """The same without a pass: what crosses the cut or comes out, and what is shared."""
-        given: Any = State(value[0], value[1]) if self.takes_state else value
-        shares: Mapping[str, Tensor] = shared or {}
+    def infer(self, value: Any, carried: Mapping[Key, Tensor] | None = None) -> tuple[Any, Any]:
+        """The same without a pass: what crosses the cut or comes out, and what goes beside it."""
         with torch.no_grad():
-            for layers in self.runs:
-                if layers[0].kind == "stem":
-                    stem = self.net.family.stem(self.net, given)
-                    given, shares = stem.tokens, stem.sides
-                elif layers[0].kind == "function":
-                    given = self._infer_chain(layers, given, Sides(dict(shares)))
-                else:
-                    given = _call_of(self.net, layers[0])(given)
-        return torch.stack(tuple(given)) if self.gives_state else given, shares
+            found = walk(self.places, self._given(value, carried), _Inference(self))
+        if not isinstance(found, Flow):
+            return found, {}
+        value = torch.stack(tuple(found.value)) if self.gives_state else found.value
+        return value, tensors_of(found)
 
-    def _infer_chain(
-        self, layers: Sequence[Layer], given: Tensor | State, sides: Sides
-    ) -> Tensor | State:
-        chain, segment = self._segment(layers)
+    def _given(self, value: Any, carried: Mapping[Key, Tensor] | None) -> Any:
+        if self.before is None:
+            return value
+        given = State(value[0], value[1]) if self.takes_state else value
+        return self.before.skeleton.fill(given, carried or {})
+
+    def segment(self, run: Sequence[Place]) -> tuple[Chain, Segment]:
+        """A chain, and the part of it that some layers are."""
+        chain = self.net.items[run[0].item]
+        functions = list(chain.functions)[run[0].function : run[-1].function + 1]
+        return chain, Segment(functions, chain.runner, run[0].function)
+
+    def taps(self, run: Sequence[Place]) -> list[int]:
+        """Functions of a segment, by their numbers in it, behind which a head takes tokens."""
+        wanted = self.net.head_taps
+        return [n for n, place in enumerate(run) if (place.item, place.function) in wanted]
+
+
+class _Inference(AutogradDriver):
+    """Runs a stage's layers without gradients."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage.net, {}, stage.net.head_taps)
+        self.stage = stage
+
+    def functions(self, run: Sequence[Place], flow: Flow) -> Flow:
+        """See Driver."""
+        chain, segment = self.stage.segment(run)
+        sides, taps = Sides(flow.sides, flow.batched), self.stage.taps(run)
+        given, flow.value = flow.value, None
         dtype = _dtype(segment) if isinstance(given, State) else given.dtype
         layout = Layout.given(chain.setting)
-        if layers[-1].last:
-            return segment.infer(given, sides, chain.setting, layout, dtype=dtype)[0]
-        return segment.infer_state(given, sides, chain.setting, layout, dtype)
+        infer = segment.infer if run[-1].last else segment.infer_state
+        flow.value, tapped = infer(given, sides, chain.setting, layout, taps, dtype)
+        flow.taps |= {_tap(run[n]): tokens for n, tokens in zip(taps, tapped, strict=True)}
+        return flow
 
-    def _segment(self, layers: Sequence[Layer]) -> tuple[Chain, Segment]:
-        """A chain, and the part of it that some layers are."""
-        chain = self.net.chains[layers[0].chain]
-        functions = list(chain.functions)[layers[0].index : layers[-1].index + 1]
-        return chain, Segment(functions, chain.runner, layers[0].index)
+
+def _tap(place: Place) -> tuple[int, int]:
+    return place.item, place.function
 
 
 def _dtype(segment: Segment) -> torch.dtype:
@@ -90,82 +112,131 @@ def _dtype(segment: Segment) -> torch.dtype:
     return next(segment.functions[0].parameters()).dtype
 
 
-def _runs(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Functions of one chain together, all else by itself."""
-    runs: list[list[Layer]] = []
-    for layer in layers:
-        last = runs[-1][-1] if runs else None
-        if last and last.kind == layer.kind == "function" and last.chain == layer.chain:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return runs
-
-
-class Pass:
+class Pass(AutogradDriver):
     """A micro-batch between its forward and its backward pass.
 
-    given: what the last layer gave: tokens, a state, or the network's output with its graph.
-    shared: what functions share. shared_grads: of it, fp32, as far as the backward pass has come.
+    flow: what the last layer gave: tokens or a state, and what goes beside them; behind the tail
+    the network's output with its graph. grads: of what goes beside tokens, fp32, as far as the
+    backward pass has come.
     """
 
-    def __init__(self, stage: Stage, shared: Shares) -> None:
-        self.stage, self.shared = stage, shared
-        self.given: Any = None
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage.net, {}, stage.net.head_taps)
+        self.stage = stage
+        self.flow: Any = None
         self.state_taken: State | None = None
-        self.shared_grads: Shares = {}
+        self.grads: Tensors = {}
         self._undo: list[_Graph | _Reversal] = []
 
-    def extend(self, layers: Sequence[Layer], given: Tensor | State) -> Any:
-        """Runs some layers on what the ones before them gave."""
-        first, net = layers[0], self.stage.net
-        if first.kind == "function":
-            sides = Sides(self.shared)
-            reversal = _Reversal(*self.stage._segment(layers), given, sides, layers[-1].last)
-            self._undo.append(reversal)
-            return reversal.state if reversal.ends_open else reversal.tokens()
-        assert isinstance(given, Tensor)
-        if first.kind == "stem":
-            graph: _Graph = _StemGraph(net, given, self)
-        else:
-            graph = _Graph(_call_of(net, first), given)
+    @property
+    def output(self) -> Any:
+        """The network's output, on the last stage."""
+        return self.flow
+
+    def stem(self, inputs: Any) -> Flow:
+        """See Driver: under a checkpoint, for which the inputs alone are kept."""
+        net, stem = self.net, super().stem
+
+        def run(_: Any) -> Flow:
+            return checkpoint(
+                stem,
+                inputs,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), kept_statistics(net)),
+            )
+
+        return self._extend(_Graph(run, None, {}))
+
+    def transition(self, place: Place, flow: Flow) -> Flow:
+        """See Driver."""
+        if not isinstance(self.net.items[place.item], Transition):
+            found = self._extend(
+                _Graph(lambda tokens, _: self._pass_on(place, Flow(tokens)), flow.value, {})
+            )
+            return replace(flow, value=found.value)
+        sides = tensors_of(replace(flow, taps={}))
+        skeleton = self._skeleton_before(place)
+        found = self._extend(
+            _Graph(
+                lambda tokens, beside: self._pass_on(place, skeleton.fill(tokens, beside)),
+                flow.value,
+                sides,
+            )
+        )
+        return replace(found, taps=flow.taps)
+
+    def _pass_on(self, place: Place, flow: Flow) -> Flow:
+        return self.net.run_transition(place, flow)
+
+    def _skeleton_before(self, place: Place) -> Any:
+        number = self.stage.places.index(place)
+        before = self.stage.layers[number - 1] if number else self.stage.before
+        assert before is not None
+        return before.skeleton
+
+    def functions(self, run: Sequence[Place], flow: Flow) -> Flow:
+        """See Driver."""
+        given, flow.value = flow.value, None
+        sides = Sides(flow.sides, flow.batched)
+        reversal = _Reversal(*self.stage.segment(run), given, sides, run, self.stage.taps(run))
+        self._undo.append(reversal)
+        for key, tokens in reversal.tapped.items():
+            flow.taps[key] = tokens.requires_grad_()
+        reversal.tapped = {}
+        flow.value = reversal.tokens() if run[-1].last else reversal.state
+        return flow
+
+    def tail(self, flow: Flow) -> Any:
+        """See Driver."""
+        graph = _Graph(
+            lambda tokens, taps: Flow(self.net.run_tail(tokens, taps)), flow.value, flow.taps
+        )
         self._undo.append(graph)
-        return graph.output if first.kind == "tail" else graph.drop_output()
+        return graph.take_output()
+
+    def _extend(self, graph: _Graph) -> Flow:
+        self._undo.append(graph)
+        return graph.drop_outputs()
 
     def message(self) -> Tensor:
         """What crosses the cut, in memory of its own: tokens, or the state stacked."""
-        given, self.given = self.given, None
+        value, self.flow.value = self.flow.value, None
         if not self.stage.gives_state:
-            tokens: Tensor = given
+            tokens: Tensor = value
             return tokens
-        message = torch.stack(tuple(given))
+        message = torch.stack(tuple(value))
         # The pass goes on from the message: no state is held twice.
         reversal = self._undo[-1]
         assert isinstance(reversal, _Reversal)
         reversal.state = None if self.stage.returned else State(message[0], message[1])
         return message
 
+    @property
+    def carried(self) -> Tensors:
+        """What goes beside it."""
+        return tensors_of(self.flow)
+
     def end_with(self, loss: Tensor) -> None:
         """Takes the loss of the network's output for what the pass is differentiated from."""
         graph = self._undo[-1]
         assert isinstance(graph, _Graph)
-        graph.drop_output(loss)
-        self.given = None
+        graph.root = _edge(loss)
+        self.flow = None
 
     def backward(
         self,
         gradient: Tensor,
         returned: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
+        carried: Mapping[Key, Tensor] | None = None,
     ) -> Tensor | None:
         """From the gradient of what was given to that of what was taken, which is returned.
 
         gradient: of a loss, of tokens [B, ...], or of both parts of a state [2, B, ...]; consumed.
-        returned: the state that the next stage has reconstructed, stacked. shared: gradients of
-        what is shared, from the stages behind. Where the stage took a state the result is
+        returned: the state that the next stage has reconstructed, stacked. carried: gradients of
+        what goes beside, from the stages behind. Where the stage took a state the result is
         [2, B, ...]; `state_taken` then holds that state again.
         """
-        self._add(shared or {})
+        self.add(carried or {})
         found: Any = gradient
         if self.stage.gives_state:
             found = Gradient(gradient[0], gradient[1])
@@ -175,82 +246,76 @@ class Pass:
                 last.state = State(returned[0], returned[1])
         while self._undo:
             step = self._undo.pop()
-            found = step.backward(found)
-            self._add(step.shared_grads)
+            found = step.backward(found, self)
         if self.stage.takes_state:
             assert isinstance(step, _Reversal)
             self.state_taken = step.state
             return torch.stack((found.x, found.y))
         return found if isinstance(found, Tensor) else None
 
-    def _add(self, grads: Mapping[str, Tensor]) -> None:
-        for name, grad in grads.items():
-            known = self.shared_grads.get(name)
-            self.shared_grads[name] = grad.float() if known is None else known + grad
-
-
-def _call_of(net: Any, layer: Layer) -> Callable[[Tensor], Any]:
-    if layer.kind == "transition":
-        return lambda tokens: net._transitions[layer.chain](tokens, net._chunk_size)
-
-    def tail(tokens: Tensor) -> Any:
-        net._tail.module.renew(net)
-        return net._tail(tokens, net._chunk_size)
-
-    return tail
+    def add(self, grads: Mapping[Any, Tensor]) -> None:
+        """Adds gradients of what goes beside tokens."""
+        for key, grad in grads.items():
+            known = self.grads.get(key)
+            self.grads[key] = grad.float() if known is None else known + grad
 
 
 class _Graph:
-    """A transition or the tail under ordinary autograd; they keep no more than their input."""
+    """A stem, a transition or the tail under ordinary autograd.
 
-    shared_grads: Mapping[str, Tensor] = {}
+    call: called as call(tokens, beside), or call(None) for the stem, and gives a Flow; it keeps no
+    more than its inputs. beside: what goes beside tokens and gradients go to.
+    """
 
-    def __init__(self, call: Callable[[Tensor], Any], given: Tensor) -> None:
-        self.input = given.detach().requires_grad_()
+    def __init__(
+        self, call: Callable[..., Flow], tokens: Tensor | None, beside: Mapping[Any, Tensor]
+    ) -> None:
+        self.tokens = None if tokens is None else _leaf(tokens)
+        self.beside = {key: _leaf(value) for key, value in beside.items() if value.requires_grad}
         with torch.enable_grad():
-            self.output: Any = call(self.input)
-        self._root: GradientEdge | None = None
+            given = (None,) if tokens is None else (self.tokens, {**beside, **self.beside})
+            self.output: Any = call(*given)
+        self.root: GradientEdge | None = None
+        self.edges: dict[Key, GradientEdge] = {}
 
-    def drop_output(self, root: Tensor | None = None) -> Tensor:
-        """The output without its graph, of which only the root stays here."""
-        output: Tensor = self.output if root is None else root
-        self._root = _edge(output)
-        self.output = None
-        return output.detach()
+    def take_output(self) -> Any:
+        """The network's output, with its graph, which is not held here."""
+        output, self.output = self.output.value, None
+        return output
 
-    def backward(self, gradient: Tensor) -> Tensor | None:
-        if self._root is not None:
-            torch.autograd.backward(self._root, gradient)
-        found, self.input.grad = self.input.grad, None
-        return found
+    def drop_outputs(self) -> Flow:
+        """What it gave, without its graph, of which only the roots stay here."""
+        flow, self.output = self.output, None
+        self.root = _edge(flow.value)
+        found = {key: _edge(value) for key, value in tensors_of(flow).items()}
+        self.edges = {key: edge for key, edge in found.items() if edge is not None}
 
+        def cut(value: Any) -> Any:
+            return _leaf(value) if isinstance(value, Tensor) and value.requires_grad else value
 
-class _StemGraph(_Graph):
-    """The stem, whose outputs are tokens and what functions share; it keeps the images alone."""
+        sides = tree_map(cut, flow.sides)
+        return Flow(flow.value.detach(), sides, flow.batched, dict(flow.taps))
 
-    def __init__(self, net: Any, images: Tensor, run: Pass) -> None:
-        with torch.enable_grad():
-            stem = checkpoint(
-                net.family.stem,
-                net,
-                images,
-                use_reentrant=False,
-                context_fn=lambda: (nullcontext(), kept_statistics(net)),
-            )
-        self.output, self._run = stem.tokens, run
-        self._edges = {name: _edge(value) for name, value in stem.sides.items()}
-        run.shared = {
-            name: value.detach().requires_grad_(self._edges[name] is not None)
-            for name, value in stem.sides.items()
-        }
-
-    def backward(self, gradient: Tensor) -> None:
-        roots = [(self._root, gradient)]
-        roots += [(self._edges[name], grad) for name, grad in self._run.shared_grads.items()]
-        known = [(root, grad) for root, grad in roots if root is not None]
-        if known:
-            edges, grads = map(list, zip(*known, strict=True))
+    def backward(self, gradient: Tensor, run: Pass) -> Tensor | None:
+        """From the tokens' or the loss's gradient to that of the tokens that went in."""
+        roots = [] if self.root is None else [(self.root, gradient)]
+        for key, edge in self.edges.items():
+            if key in run.grads:
+                roots.append((edge, run.grads.pop(key)))
+        if roots:
+            edges, grads = map(list, zip(*roots, strict=True))
             torch.autograd.backward(edges, grads)
+        for key, leaf in self.beside.items():
+            if leaf.grad is not None:
+                run.add({key: leaf.grad})
+        if self.tokens is None:
+            return None
+        found, self.tokens.grad = self.tokens.grad, None
+        return torch.zeros_like(self.tokens) if found is None else found
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_()
 
 
 def _edge(value: Tensor) -> GradientEdge | None:
@@ -261,21 +326,28 @@ class _Reversal:
     """Functions of a chain, run and ready to be reversed."""
 
     def __init__(
-        self, chain: Chain, segment: Segment, given: Tensor | State, sides: Sides, last: bool
+        self,
+        chain: Chain,
+        segment: Segment,
+        given: Tensor | State,
+        sides: Sides,
+        run: Sequence[Place],
+        taps: list[int],
     ) -> None:
-        self.chain, self.segment, self.ends_open = chain, segment, not last
+        self.chain, self.segment, self._run, self._taps = chain, segment, run, taps
         setting, layout = chain.setting, Layout.given(chain.setting)
         self.began_with_state = isinstance(given, State)
         self.tape: Tape
         self.state: State | None
-        self.shared_grads: Mapping[str, Tensor] = {}
         with torch.no_grad():
             if isinstance(given, State):
                 self.dtype = _dtype(segment)
-                self.state, self.tape = segment.go_on(given, self.dtype, sides, setting, layout)
+                found = segment.go_on(given, self.dtype, sides, setting, layout, taps)
             else:
                 self.dtype = given.dtype
-                self.state, self.tape, _ = segment.forward(given, sides, setting, layout)
+                found = segment.forward(given, sides, setting, layout, taps=taps)
+        self.state, self.tape, handed = found
+        self.tapped = {_tap(run[tap]): tokens for tap, tokens in handed.items()}
         chain.open(self.tape)
 
     def tokens(self) -> Tensor:
@@ -283,19 +355,20 @@ class _Reversal:
         assert self.state is not None
         return self.tape.arithmetic.hand_out(self.state.current, self.tape.dtype)
 
-    def backward(self, gradient: Any) -> Any:
+    def backward(self, gradient: Any, run: Pass) -> Any:
         """From tokens' or a state's gradient to that of what it began with."""
         if isinstance(gradient, Tensor):
             dtype = torch.promote_types(gradient.dtype, torch.float32)
             gradient = Gradient(gradient.to(dtype).contiguous(), None)
         held = self.tape.remainder_bytes
         state, self.state = self.state, None
+        keys = {tap: _tap(self._run[tap]) for tap in self._taps}
+        taps = {tap: run.grads.pop(key) for tap, key in keys.items() if key in run.grads}
         with torch.no_grad():
-            result = self.segment.backward(self.tape, state, gradient)
+            result = self.segment.reversal(self.tape, state, gradient, taps).finish()
         self.chain.enter(self.tape, held)
         self.state = result.state
-        # Stages share plain tensors: one leaf a side.
-        self.shared_grads = {name: grad for (name, _), grad in result.sides.items()}
+        run.add(result.sides)
         if self.began_with_state:
             return result.grad
         self.state = None

@@ -1,11 +1,10 @@
-"""What a model family must say so that its models can be made reversible."""
+"""Residual functions as parts of a model's blocks."""
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,66 +13,6 @@ from torch import Tensor, nn
 from dr2dist.backbones.slicing import Factor, Slicing, drop_paths, replaced_modules
 from dr2dist.errors import UserError
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
-
-
-@dataclass
-class Stem:
-    """What enters the first chain.
-
-    tokens: [B, ...]. sides: inputs that all functions share, by name. batched: names of those
-    sides whose dim 0 is the batch.
-    """
-
-    tokens: Tensor
-    sides: dict[str, Any] = field(default_factory=dict)
-    batched: Sequence[str] = ()
-
-
-class Family(ABC):
-    """How models of one family split into stem, chains with transitions between them, and head.
-
-    A new family is one subclass, given to `register_backbone`.
-    """
-
-    name: str
-    patterns: tuple[str, ...]
-    """Model names that it covers, for people to read."""
-    tail: tuple[str, ...] | None = None
-    """The model's modules and parameters that `norm` and `head` use, missing ones included.
-
-    Where they are named, both run in slices of the batch and keep no activations; where not, they
-    run as they stand.
-    """
-
-    @abstractmethod
-    def matches(self, model: nn.Module) -> bool:
-        """Whether the model is built as this family is. Decided by structure."""
-
-    @abstractmethod
-    def functions(self, model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
-        """One (name, residual functions) for each chain. Raises UserError for an unknown block."""
-
-    @abstractmethod
-    def stem(self, model: Any, images: Tensor, **options: Any) -> Stem:
-        """Images [B, C, H, W] to tokens, and the sides."""
-
-    def transition(self, model: Any, index: int) -> nn.Module | None:
-        """What stands before chain `index`, tokens to tokens; nothing unless a family says so."""
-        return None
-
-    def norm(self, model: Any, tokens: Tensor) -> Tensor:
-        """What ends `forward_features` after the last chain."""
-        result: Tensor = model.norm(tokens)
-        return result
-
-    def head(self, model: Any, features: Tensor) -> Any:
-        """Features to the model's output; the default is timm's own `forward_head`."""
-        return model.forward_head(features)
-
-    def intermediates(self, net: Any, images: Tensor, **options: Any) -> Any:
-        """`forward_intermediates` with timm's arguments and outputs."""
-        raise UserError(f"{self.name} models give no intermediate features")
-
 
 Compute = Callable[..., Tensor]
 
@@ -221,10 +160,3 @@ def _parts_of(
 
 def _forward(kind: Any) -> Any:
     return kind.forward
-
-
-def is_built_as(model: nn.Module, kind: type) -> bool:
-    """Whether a model is of a class and computes its features as the class does."""
-    own: Any = type(model)
-    known: Any = kind
-    return isinstance(model, kind) and own.forward_features is known.forward_features

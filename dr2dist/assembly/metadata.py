@@ -1,0 +1,140 @@
+"""What an exported file says of itself: all that is needed to run it rightly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+
+from dr2dist.assembly.blueprint import Blueprint
+from dr2dist.config.task import DEFAULT_TASK
+from dr2dist.errors import UserError, one_line
+from dr2dist.tasks.registry import options_from
+from dr2dist.version import __version__
+
+WARNING = (
+    "alpha {alpha}, beta {beta}: plain timm loads these weights WITHOUT AN ERROR and computes "
+    "OTHER OUTPUTS; use dr2dist.load"
+)
+
+
+Option = bool | int | float | str
+
+
+class ExportMetadata(BaseModel):
+    """What a file says of its model.
+
+    model, image_size (height, width), options: how timm builds it. alpha, beta, arithmetic,
+    fraction_bits: how its residual functions are joined. task: the section `task`. classes: names
+    by label. preprocessing: how samples become inputs, as plain values. plugins: modules that know
+    the task or the backbone. step: applied optimiser steps, None where nobody counted. dr2dist:
+    the version that trained it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    model: str
+    image_size: tuple[int, int] | None
+    options: dict[str, Option] = {}
+    alpha: float
+    beta: float
+    arithmetic: Literal["exact", "float"]
+    fraction_bits: int
+    task: dict[str, Any]
+    classes: tuple[str, ...] = ()
+    preprocessing: dict[str, Any]
+    plugins: tuple[str, ...] = ()
+    step: int | None
+    dr2dist: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_versions_before(cls, values: Any) -> Any:
+        """Up to 0.1 files had one task, and said of images what is in preprocessing now."""
+        if not isinstance(values, dict) or "task" in values or "input_size" not in values:
+            return values
+        said = {"size": list(values["input_size"]), "channels": 3, "mean": values.get("mean")}
+        said |= {"std": values.get("std"), "resize": values.get("resize", "floor")}
+        task = {"name": "classification", "num_classes": len(values.get("classes", ()))}
+        return {**values, "task": task, "preprocessing": said}
+
+    @property
+    def conventional(self) -> bool:
+        """Whether plain timm computes the same."""
+        return self.beta == 0
+
+    def blueprint(self) -> Blueprint:
+        """How the network is built. Raises UserError for a task that is not known."""
+        return Blueprint(
+            model=self.model,
+            task=options_from(self.task, self.plugins),
+            classes=self.classes,
+            image_size=self.image_size,
+            options=self.options,
+            preprocessing=self.preprocessing,
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """For the file."""
+        values = {name: json.dumps(value) for name, value in self.model_dump(mode="json").items()}
+        warning = WARNING.format(alpha=self.alpha, beta=self.beta)
+        return values if self.conventional else {"WARNING": warning, **values}
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Raises UserError if the file cannot be read or was not exported by dr2dist."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
+        if "alpha" not in metadata:
+            raise UserError(
+                f"{path}: does not say under which alpha and beta it was trained, so its outputs "
+                "would be a guess; make it with 'dr2dist export' or dr2dist.save, or load it with "
+                "timm"
+            )
+        try:
+            known = {name: json.loads(v) for name, v in metadata.items() if name != "WARNING"}
+            return cls.model_validate(known)
+        except (ValueError, ValidationError) as error:
+            raise UserError(f"{path}: its metadata are not dr2dist's: {one_line(error)}") from None
+
+
+def metadata_of(
+    net: Any,
+    task: Mapping[str, Any] | None,
+    classes: tuple[str, ...],
+    preprocessing: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> ExportMetadata:
+    """What is said of a converted timm model that was trained in a loop of one's own.
+
+    task: a section `task`, None for classification. preprocessing: instead of what the model says.
+    Raises UserError for what is not of its kind.
+    """
+    alpha, beta = net.coefficients
+    setting, family = net.chains[0].setting, net.family
+    built_for = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    try:
+        return ExportMetadata(
+            model=net.pretrained_cfg["architecture"],
+            image_size=built_for,
+            options=dict(options),
+            alpha=alpha,
+            beta=beta,
+            arithmetic=setting.arithmetic,
+            fraction_bits=setting.fraction_bits,
+            task=dict(task or {"name": DEFAULT_TASK, "num_classes": len(classes)}),
+            classes=classes,
+            preprocessing={**family.preprocessing(net), "resize": "timm", **preprocessing},
+            step=None,
+            dr2dist=__version__,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UserError(f"save: {field} is {first['input']!r}; {first['msg']}") from None

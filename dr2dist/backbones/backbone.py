@@ -1,0 +1,162 @@
+"""The contract of a backbone: what a model family says, so that its models can be reversible."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dr2dist.errors import UserError
+
+OUTPUT = "output"
+"""The feature that is the backbone's whole output: tokens after its last layer and norm."""
+
+
+@dataclass
+class Stem:
+    """What enters the first layer.
+
+    tokens: [B, ...]; several rows a sample, [B * rows, ...], where a sample is cut into parts.
+    sides: inputs that all functions share, by name: tensors or pytrees of them, which are
+    differentiable, and plain values. batched: names of those sides whose tensors have the rows of
+    tokens in dim 0.
+    """
+
+    tokens: Tensor
+    sides: dict[str, Any] = field(default_factory=dict)
+    batched: Sequence[str] = ()
+
+
+class ChainOf(NamedTuple):
+    """Residual functions at one resolution, under the name that the certificate calls them by."""
+
+    name: str
+    functions: list[nn.Module]
+
+
+class Transition(NamedTuple):
+    """What stands before, between or after chains and is not reversible.
+
+    module: maps tokens [B, ...] to tokens, and is run again in the backward pass, in slices of the
+    batch. With sides it is called as module(tokens, sides) and gives (tokens, sides), on whole
+    batches, for all functions behind it.
+    """
+
+    name: str
+    module: nn.Module
+    sides: bool = False
+
+
+class FeatureInfo(NamedTuple):
+    """Tokens that a head can ask for.
+
+    name: of the feature. chain, function: after which function of which chain; OUTPUT is after
+    all. channels: its width. stride: input units to one token. layout: of the tokens, such as
+    "BNC" or "BHWC".
+    """
+
+    name: str
+    chain: int
+    function: int
+    channels: int
+    stride: int
+    layout: str
+
+
+class Backbone(ABC):
+    """How models of one family split into stem, chains with transitions between them, and head.
+
+    A new family is one subclass, given to `register_backbone`.
+    """
+
+    name: str
+    patterns: tuple[str, ...]
+    """Model names that it covers, for people to read."""
+    input: str | None = "image"
+    """The one of a batch's inputs that is the stem's; None: the stem takes all of them, by name."""
+    tail: tuple[str, ...] | None = None
+    """The model's modules and parameters that `norm` and `head` use, missing ones included.
+
+    Where they are named, both run in slices of the batch and keep no activations; where not, they
+    run as they stand.
+    """
+
+    @abstractmethod
+    def matches(self, model: nn.Module) -> bool:
+        """Whether the model is built as this family is. Decided by structure."""
+
+    @abstractmethod
+    def layers(self, model: Any) -> list[ChainOf | Transition]:
+        """Chains and transitions between stem and norm, in order.
+
+        Every walk over a network follows it: forward, features, stages, costs, export. Raises
+        UserError for an unknown block.
+        """
+
+    @abstractmethod
+    def stem(self, model: Any, inputs: Any, /, **options: Any) -> Stem:
+        """Inputs, a tensor [B, ...] or several by name (see `input`), to tokens and sides."""
+
+    def norm(self, model: Any, tokens: Tensor) -> Tensor:
+        """What ends `forward_features` after the last layer."""
+        result: Tensor = model.norm(tokens)
+        return result
+
+    def head(self, model: Any, features: Tensor) -> Any:
+        """Features to the model's output; the default is timm's own `forward_head`."""
+        return model.forward_head(features)
+
+    def preprocessing(self, model: Any) -> dict[str, Any]:
+        """How samples become inputs, as plain values, for the task's transform.
+
+        By default of images: size (height, width), channels, mean and std of each.
+        """
+        cfg, channels = model.pretrained_cfg, input_channels(model)
+        mean, std = list(cfg["mean"]), list(cfg["std"])
+        if channels != len(mean):
+            mean, std = ([sum(v) / len(v)] * channels for v in (mean, std))
+        return {"size": list(input_size(model)), "channels": channels, "mean": mean, "std": std}
+
+    def example(self, model: Any) -> Any:
+        """Inputs of one sample, on the model's device: what `stem` takes, with a batch of 1."""
+        first = next(p for p in model.parameters() if p.is_floating_point())
+        shape = (1, input_channels(model), *input_size(model))
+        return torch.zeros(shape, dtype=first.dtype, device=first.device)
+
+    def features(self, model: Any) -> list[FeatureInfo]:
+        """What a head of a task can ask for; the last one is OUTPUT. None unless a family says."""
+        return []
+
+    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
+        """Tokens of a feature as a map [B, C, H, W]. Raises UserError where there is none."""
+        raise UserError(f"{self.name} models have no maps")
+
+    def intermediates(self, net: Any, inputs: Any, /, **options: Any) -> Any:
+        """`forward_intermediates` with timm's arguments and outputs."""
+        raise UserError(f"{self.name} models give no intermediate features")
+
+
+def input_size(model: Any) -> tuple[int, int]:
+    """Height and width of the images that a timm model is built for."""
+    found = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = found or model.pretrained_cfg["input_size"][1:]
+    return int(height), int(width)
+
+
+def input_channels(model: Any) -> int:
+    """Channels of the images that a timm model takes."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 4 and name.endswith("weight"):
+            return int(parameter.shape[1])  # the patch embedding comes first
+    return int(model.pretrained_cfg["input_size"][0])
+
+
+def is_built_as(model: nn.Module, kind: type) -> bool:
+    """Whether a model is of a class and computes its features as the class does."""
+    own: Any = type(model)
+    known: Any = kind
+    return isinstance(model, kind) and own.forward_features is known.forward_features

@@ -1,0 +1,119 @@
+"""From a model to a reversible network, by the family that knows it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dr2dist.backbones.backbone import Backbone
+from dr2dist.backbones.beit import BeitBackbone
+from dr2dist.backbones.eva import EvaBackbone
+from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork, blank
+from dr2dist.backbones.swin import SwinBackbone
+from dr2dist.backbones.vit import VitBackbone
+from dr2dist.errors import UserError
+from dr2dist.reversible import Setting
+from dr2dist.reversible.arithmetic.setting import Arithmetic, Memory
+from dr2dist.reversible.failure import OnFailure
+
+log = logging.getLogger(__name__)
+
+_families: list[Backbone] = [VitBackbone(), EvaBackbone(), BeitBackbone(), SwinBackbone()]
+
+
+def convert(
+    model: nn.Module,
+    alpha: float = 0.9,
+    beta: float = 0.1,
+    arithmetic: Arithmetic = "exact",
+    memory: Memory = "reverse",
+    chunk_size: int | Literal["auto"] | None = None,
+    fraction_bits: int = 18,
+    chunk_tokens: int | None = None,
+    memory_budget: int | None = None,
+    chunk_budget: int | None = None,
+    on_failure: OnFailure = "raise",
+    compile: bool = False,
+) -> Any:
+    """A reversible network from a supported model (Dr2Net, arXiv 2401.04105).
+
+    The result is called as the model is, gives outputs of the same structure and shares its
+    parameters, buffers and modules by reference; the model itself stays usable.
+
+    alpha, beta: coefficients of the two residuals. arithmetic: "exact" reverses bit for bit,
+    "float" with round-off. memory: "reverse" reconstructs activations, "store" keeps them,
+    "checkpoint" keeps each function's input, "budget" keeps as many as memory_budget bytes hold.
+    chunk_size: samples per slice of the batch; "auto" for the largest slices, of samples or
+    tokens, whose working set stays within chunk_budget bytes.
+    fraction_bits: resolution of exact states, 2^-fraction_bits. chunk_tokens: tokens per slice
+    inside a sample, with a chunk_size of 1, for functions that can run so (see docs/memory.md).
+    on_failure: what happens at a backward pass whose reversal is not proven: "raise" ReversalError,
+    "warn", or "record" for `certificate()`; on a GPU at a later forward pass, so that the host
+    never waits. compile: run residual functions in training by torch.compile, forth and back.
+
+    Raises UserError for a model that is not supported and ValueError for a setting that is not.
+    """
+    setting = Setting(
+        alpha,
+        beta,
+        arithmetic,
+        memory,
+        chunk_size,
+        fraction_bits,
+        chunk_tokens,
+        memory_budget,
+        chunk_budget,
+    )
+    family = family_of(model)
+    net = blank(type(model))
+    net.__dict__.update({key: _own(value) for key, value in model.__dict__.items()})
+    assert isinstance(net, ReversibleNetwork)
+    net.family = family
+    net.chains = ()
+    net._cut({**asdict(setting), "on_failure": on_failure, "compile": compile})
+    values = torch.empty(2, dtype=torch.int64, device="cpu")
+    net.register_buffer(COEFFICIENTS_NAME, values)
+    net._note_coefficients()
+    # Every rank sets its own; a broadcast of them would make the host wait at each pass.
+    object.__setattr__(net, "_ddp_params_and_buffers_to_ignore", [COEFFICIENTS_NAME])
+    return net
+
+
+def _own(value: Any) -> Any:
+    """Registries are copied, so that changing the network's leaves the model's as they were."""
+    return copy.copy(value) if isinstance(value, dict | set) else value
+
+
+def family_of(model: nn.Module) -> Backbone:
+    if isinstance(model, ReversibleNetwork):
+        raise UserError("the model is converted already")
+    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        raise UserError(
+            "the model has gradient checkpointing switched on, which has no effect on a "
+            "reversible network; switch it off, or convert with memory='checkpoint'"
+        )
+    for family in _families:
+        if family.matches(model):
+            return family
+    known = "; ".join(f"{f.name} ({', '.join(f.patterns)})" for f in _families)
+    raise UserError(f"{type(model).__name__} is not supported; supported families: {known}")
+
+
+def register_backbone(family: Backbone) -> None:
+    """Makes `convert` know a family of one's own; it is asked before the ones known so far.
+
+    Raises UserError if the name is taken.
+    """
+    if any(family.name == known.name for known in _families):
+        raise UserError(f"a backbone family named '{family.name}' is registered already")
+    _families.insert(0, family)
+
+
+def supported_backbones() -> dict[str, tuple[str, ...]]:
+    """Families that `convert` knows, each with patterns of model names."""
+    return {family.name: family.patterns for family in _families}

@@ -1,0 +1,75 @@
+"""The sections `task` and `data` of a task: what a task's own add is theirs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, create_model
+
+from dr2dist.config.section import Section
+from dr2dist.errors import UserError, nearest
+
+
+class TaskOptions(Section):
+    """What is learnt. A task's own options are a subclass, whose `name` registering adds."""
+
+    name: str = ""
+
+    def outputs(self) -> int:
+        """Outputs of the backbone's own head; 0 for a task that brings a head."""
+        return 0
+
+    def check_micro_batch(self, micro_batch: int) -> None:
+        """Raises ValueError for samples of a micro-batch that the task cannot take."""
+
+
+class Data(Section):
+    """Shards, and how their samples are prepared."""
+
+    train: str = Field(description="a folder of shards, or a brace pattern of shards")
+    val: str | None = Field(None, description="the same for validation; null: none")
+    num_workers: int = Field(0, ge=0, description="loader processes of each rank")
+    unreadable: Literal["fail", "skip"] = Field(
+        "fail", description="samples that cannot be read; skip: counted, the next one instead"
+    )
+    fields: dict[str, str] = Field(
+        {}, description="members of a sample instead of the task's, such as {label: json#category}"
+    )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What is said here of how samples are prepared, in place of what the model says."""
+        return {}
+
+
+class _Sections(NamedTuple):
+    options: type[TaskOptions]
+    data: type[Data]
+
+
+DEFAULT_TASK = "classification"
+_tasks: dict[str, _Sections] = {}
+
+
+def register_sections(name: str, options: type[TaskOptions], data: type[Data]) -> None:
+    """Makes the sections of a task known, whose name they then say; others of the name go."""
+    tag: Any = Literal[name]
+    described = Field(name, description="the task")
+    _tasks[name] = _Sections(
+        create_model(
+            options.__name__, __base__=options, __doc__=options.__doc__, name=(tag, described)
+        ),
+        data,
+    )
+
+
+def sections_of(name: Any) -> tuple[type[TaskOptions], type[Data]]:
+    """The sections `task` and `data` of a task. Raises UserError for an unknown name."""
+    if name not in _tasks:
+        hint = nearest(name, _tasks) if isinstance(name, str) else ""
+        raise UserError(f"task.name: found {name!r}; allowed is {', '.join(_tasks)}{hint}")
+    return _tasks[name]
+
+
+def task_names() -> tuple[str, ...]:
+    """The tasks that are known."""
+    return tuple(_tasks)

@@ -1,0 +1,68 @@
+"""Members of samples to values, by their extensions: a closed list, and nothing is unpickled."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+IMAGE_TYPES = ("bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
+
+LARGEST = 2**30
+"""Bytes of a member that are read at most."""
+
+
+def open_image(source: Path | BinaryIO) -> Image.Image:
+    """A whole image, decoded. Raises ValueError for whatever is wrong with it."""
+    try:
+        with Image.open(source) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _image(data: bytes) -> Image.Image:
+    return open_image(io.BytesIO(data))
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8").strip()
+
+
+def _number(data: bytes) -> int:
+    return int(_text(data))
+
+
+def _array(data: bytes) -> Any:
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+DECODERS: dict[str, Callable[[bytes], Any]] = {
+    **dict.fromkeys(IMAGE_TYPES, _image),
+    "cls": _number,
+    "json": json.loads,
+    "npy": _array,
+    "txt": _text,
+}
+"""By the last part of an extension: PIL images, a whole number, JSON, numpy arrays, text."""
+
+
+def decode(extension: str, data: bytes) -> Any:
+    """A member's value. Raises ValueError for an extension that is not known or bad contents."""
+    kind = extension.rpartition(".")[2].lower()
+    if kind not in DECODERS:
+        raise ValueError(f".{extension}: allowed types are {', '.join(DECODERS)}")
+    if len(data) > LARGEST:
+        raise ValueError(f".{extension} has {len(data)} bytes, allowed are {LARGEST}")
+    try:
+        return DECODERS[kind](data)
+    except ValueError as error:
+        raise ValueError(f".{extension}: {error}") from None
+    except (OSError, EOFError) as error:
+        raise ValueError(f".{extension}: {error}") from None

@@ -1,0 +1,91 @@
+"""Which members of a sample a task needs, in webdataset's syntax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dr2dist.data.decoders import decode
+from dr2dist.errors import UserError, nearest
+
+Members = Mapping[str, bytes]
+"""A sample as it lies in a shard: what its files hold, by extension."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """An extension that may carry a field, and the key of its JSON that does (`json#category`)."""
+
+    extension: str
+    key: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Alternative:
+        """Of one alternative's text."""
+        extension, _, key = text.strip().partition("#")
+        return cls(extension.lower(), key or None)
+
+
+class Field:
+    """A field of a sample.
+
+    text: extensions that may carry it, the first one that is there counts: `jpg;png;json#image`.
+    Raises UserError for a text without any.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.text = name, text
+        self.alternatives = [Alternative.parse(part) for part in text.split(";") if part.strip()]
+        if not self.alternatives or not all(each.extension for each in self.alternatives):
+            raise UserError(f"data.fields: {name} is '{text}', allowed is such as jpg;png")
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """All of them, in order."""
+        return tuple(each.extension for each in self.alternatives)
+
+    def choose(self, extensions: Sequence[str]) -> Alternative | None:
+        """What carries the field in a sample with these extensions."""
+        return next((each for each in self.alternatives if each.extension in extensions), None)
+
+    def decode(self, members: Members) -> Any:
+        """The field's value. Raises ValueError if it is not there or cannot be read."""
+        chosen = self.choose(list(members))
+        if chosen is None:
+            found = ", ".join(f".{name}" for name in members) or "nothing"
+            raise ValueError(f"has no {self.name} ({self.text}), only {found}")
+        value = decode(chosen.extension, members[chosen.extension])
+        for part in chosen.key.split(".") if chosen.key else ():
+            if not isinstance(value, dict) or part not in value:
+                raise ValueError(f".{chosen.extension} has no key '{chosen.key}'")
+            value = value[part]
+        return value
+
+
+class Fields:
+    """The fields of a task. Raises UserError for an override of one that it does not have."""
+
+    def __init__(
+        self, usual: Mapping[str, str], overrides: Mapping[str, str] | None = None
+    ) -> None:
+        for name in overrides or ():
+            if name not in usual:
+                raise UserError(
+                    f"data.fields: {name} is not a field of the task{nearest(name, usual)}; "
+                    f"allowed are {', '.join(usual)}"
+                )
+        self.all = [Field(name, text) for name, text in {**usual, **(overrides or {})}.items()]
+
+    def only(self, names: Sequence[str]) -> list[Field]:
+        """Those with these names."""
+        return [field for field in self.all if field.name in names]
+
+    def wanted(self, extensions: Sequence[str]) -> list[str]:
+        """Which of a sample's members the fields need."""
+        chosen = [field.choose(extensions) for field in self.all]
+        return [each.extension for each in chosen if each is not None]
+
+    def decode(self, members: Members) -> dict[str, Any]:
+        """All fields by name. Raises ValueError for one that is not there or cannot be read."""
+        return {field.name: field.decode(members) for field in self.all}

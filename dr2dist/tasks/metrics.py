@@ -1,0 +1,80 @@
+"""Metrics that ranks share: torchmetrics', and such as need whole samples side by side."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from dr2dist.data.batch import Batch
+
+
+class TorchMetrics:
+    """A collection of torchmetrics'.
+
+    metrics: by name, moved to the device. values: what of predictions and batch they are given.
+    plain: their values to plain ones, if these are not just numbers.
+    """
+
+    def __init__(
+        self,
+        metrics: Mapping[str, Any],
+        device: torch.device,
+        values: Callable[[Any, Batch], tuple[Tensor, Tensor]],
+        plain: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
+        self._metrics = MetricCollection(dict(metrics)).to(device)
+        self._values, self._plain = values, plain
+
+    def update(self, predictions: Any, batch: Batch) -> None:
+        """See Metrics."""
+        self._metrics.update(*self._values(predictions, batch))
+
+    def compute(self) -> dict[str, Any]:
+        """See Metrics."""
+        found: dict[str, Any] = {name: v.tolist() for name, v in self._metrics.compute().items()}
+        return found if self._plain is None else self._plain(found)
+
+
+class KeyedMetrics(ABC):
+    """Gathers what is said of every sample on all ranks, merges parts of one sample by key.
+
+    Samples are brought into the order of their keys, so that the result depends neither on ranks
+    nor on ties.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[str, Any]] = []
+
+    @abstractmethod
+    def entries(self, predictions: Any, batch: Batch) -> Sequence[tuple[str, Any]]:
+        """(key, plain values or CPU tensors) of each sample, or part of a sample, of a batch."""
+
+    def merge(self, parts: list[Any]) -> Any:
+        """The parts of one sample, such as tiles, as one; a sample has one part unless said."""
+        (part,) = parts
+        return part
+
+    @abstractmethod
+    def score(self, samples: list[tuple[str, Any]]) -> dict[str, Any]:
+        """The metrics of all samples, by rising key."""
+
+    def update(self, predictions: Any, batch: Batch) -> None:
+        """See Metrics."""
+        self._entries += self.entries(predictions, batch)
+
+    def compute(self) -> dict[str, Any]:
+        """See Metrics."""
+        everywhere: list[list[tuple[str, Any]]] = [self._entries]
+        if dist.is_initialized():
+            everywhere = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everywhere, self._entries)
+        by_key: dict[str, list[Any]] = {}
+        for key, part in (entry for entries in everywhere for entry in entries):
+            by_key.setdefault(key, []).append(part)
+        return self.score([(key, self.merge(by_key[key])) for key in sorted(by_key)])

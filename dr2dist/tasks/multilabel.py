@@ -1,0 +1,182 @@
+"""Multi-label classification: any number of classes for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self
+
+import torch
+from matplotlib.figure import Figure
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics.classification import (
+    MultilabelAveragePrecision,
+    MultilabelF1Score,
+    MultilabelStatScores,
+)
+
+from dr2dist.config.task import TaskOptions
+from dr2dist.data.batch import Batch
+from dr2dist.data.index import Index
+from dr2dist.errors import UserError
+from dr2dist.reversible.transfer import to_device
+from dr2dist.tasks.classification import class_index
+from dr2dist.tasks.images import IMAGE, SHOWN, ImageTask
+from dr2dist.tasks.metrics import TorchMetrics
+from dr2dist.tasks.task import Loss, Row, Values, finite_samples
+
+Weight = Annotated[float, Field(gt=0)]
+
+
+class MultilabelOptions(TaskOptions):
+    """Any number of classes for each image, by binary cross entropy of each."""
+
+    num_classes: int = Field(ge=1, description="classes of the head")
+    threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a class is said")
+    positive_weights: tuple[Weight, ...] | None = Field(
+        None, description="a factor of each class's losses where it is there; null: 1"
+    )
+
+    def outputs(self) -> int:
+        """See TaskOptions."""
+        return self.num_classes
+
+    @model_validator(mode="after")
+    def _one_weight_a_class(self) -> Self:
+        if self.positive_weights and len(self.positive_weights) != self.num_classes:
+            raise ValueError(
+                f"positive_weights has {len(self.positive_weights)} values, allowed is one for "
+                f"each of num_classes, {self.num_classes}"
+            )
+        return self
+
+
+class Multilabel(ImageTask):
+    """The mean over classes of binary cross entropy; the best has the highest mean average
+    precision.
+
+    A sample's labels are numbers or names of classes: in JSON a list or one of them, in text
+    between spaces, commas or semicolons. Outputs are logits [B, num_classes], targets
+    {"labels": fp32 [B, num_classes]} of 0 and 1.
+    """
+
+    name = "multilabel"
+    Options = MultilabelOptions
+    fields: ClassVar[Mapping[str, str]] = {"image": IMAGE, "labels": "json#labels;txt;cls"}
+    best = ("mean_average_precision", "max")
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.classes = self.classes or tuple(map(str, range(self.options.num_classes)))
+
+    def check_index(self, index: Index, source: str) -> None:
+        """See Task. An index without classes has labels that are numbers."""
+        count = self.options.num_classes
+        if index.classes and len(index.classes) != count:
+            raise UserError(
+                f"task.num_classes is {count}, {source} has {len(index.classes)} classes"
+            )
+        if index.classes and index.classes != self.classes:
+            raise UserError(
+                f"{source}: has the classes {', '.join(index.classes[:10])}; allowed are "
+                f"{', '.join(self.classes[:10])}"
+            )
+
+    def transform(self, data: Any = None) -> Callable[[Values], Values]:
+        """See Task."""
+        return _Prepared(super().transform(data), self.classes)
+
+    def loss(self, outputs: Tensor, batch: Batch, normaliser: float, training: bool = True) -> Loss:
+        """See Task."""
+        labels = to_device(batch.targets["labels"], outputs.device)
+        said = self.options.positive_weights if training else None
+        weights = None if said is None else to_device(torch.tensor(said), outputs.device)
+        each = functional.binary_cross_entropy_with_logits(
+            outputs.float(), labels, pos_weight=weights, reduction="none"
+        ).mean(1)
+        counted = each if batch.count else each * 0
+        return Loss(counted.sum() / normaliser, finite_samples(outputs))
+
+    def metrics(self, device: torch.device) -> TorchMetrics:
+        """mean_average_precision over classes that there are samples of, and f1, over classes."""
+        return TorchMetrics(self._measured(), device, _values, self._plain)
+
+    def report(self, device: torch.device) -> TorchMetrics:
+        """All of metrics(), with average_precision by class (null where there is no sample),
+        absent_classes and classes."""
+        return TorchMetrics(self._measured(), device, _values, self._described)
+
+    def _measured(self) -> dict[str, Any]:
+        count, threshold = self.options.num_classes, self.options.threshold
+        return {
+            "average_precision": MultilabelAveragePrecision(count, average=None),
+            "f1": MultilabelF1Score(count, threshold=threshold, average="macro"),
+            "scores": MultilabelStatScores(count, threshold=threshold, average=None),
+        }
+
+    def _by_class(self, found: dict[str, Any]) -> dict[str, float | None]:
+        pairs = zip(found["average_precision"], found["scores"], strict=True)
+        values = [one if support else None for one, (*_, support) in pairs]
+        return dict(zip(self.classes, values, strict=True))
+
+    def _plain(self, found: dict[str, Any]) -> dict[str, Any]:
+        own = [value for value in self._by_class(found).values() if value is not None]
+        mean = sum(own) / len(own) if own else float("nan")
+        return {"mean_average_precision": mean, "f1": found["f1"]}
+
+    def _described(self, found: dict[str, Any]) -> dict[str, Any]:
+        by_class = self._by_class(found)
+        return {
+            **self._plain(found),
+            "average_precision": by_class,
+            "absent_classes": [name for name, value in by_class.items() if value is None],
+            "classes": list(self.classes),
+        }
+
+    def rows(self, predictions: Tensor) -> list[Row]:
+        """classes, those said, between semicolons, and p_NAME for each class."""
+        return [self._row(shares) for shares in predictions.float().sigmoid().tolist()]
+
+    def _row(self, shares: list[float]) -> Row:
+        each = {f"p_{n}": round(s, 6) for n, s in zip(self.classes, shares, strict=True)}
+        return {"classes": self._said(shares), **each}
+
+    def _said(self, shares: Sequence[float]) -> str:
+        limit = self.options.threshold
+        named = zip(self.classes, shares, strict=True)
+        return ";".join(name for name, share in named if share >= limit)
+
+    def draw(self, batch: Batch, predictions: Tensor) -> Figure:
+        """See Task."""
+        found = [self._said(s) for s in predictions[:SHOWN].float().sigmoid().tolist()]
+        true = [self._said(row) for row in batch.targets["labels"][:SHOWN].tolist()]
+        pairs = zip(found, true, strict=True)
+        return self.show(batch, [(one, other, one == other) for one, other in pairs])
+
+
+class _Prepared:
+    """The image's transform, and the labels as 0 and 1."""
+
+    def __init__(self, transform: Callable[[Values], Values], classes: Sequence[str]) -> None:
+        self.transform, self.classes = transform, classes
+
+    def __call__(self, values: Values) -> Values:
+        values = self.transform(values)
+        if "labels" in values:
+            hot = torch.zeros(len(self.classes))
+            for label in _listed(values["labels"]):
+                hot[class_index(label, self.classes)] = 1
+            values["labels"] = hot
+        return values
+
+
+def _listed(labels: Any) -> list[Any]:
+    if isinstance(labels, str):
+        return labels.replace(",", " ").replace(";", " ").split()
+    return list(labels) if isinstance(labels, list) else [labels]
+
+
+def _values(predictions: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    labels = to_device(batch.targets["labels"], predictions.device)
+    return predictions.float().sigmoid(), labels.long()

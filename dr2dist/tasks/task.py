@@ -1,0 +1,171 @@
+"""What a task is: everything of a run that depends on what is learnt."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import default_collate
+
+from dr2dist.backbones.backbone import FeatureInfo
+from dr2dist.config.task import Data, TaskOptions
+from dr2dist.data.batch import Batch
+from dr2dist.data.index import Index
+
+Values = dict[str, Any]
+"""A sample's fields by name."""
+
+Row = dict[str, Any]
+"""What is predicted of a sample, for a line of CSV or an object of JSON."""
+
+
+class Loss(NamedTuple):
+    """A micro-batch's loss.
+
+    total: scalar fp32 with a graph, a sum over what `counts` counts, divided by the normaliser.
+    parts: named shares of it, for records. finite: bool [B], samples whose outputs are.
+    """
+
+    total: Tensor
+    finite: Tensor
+    parts: Mapping[str, Tensor] = {}
+
+
+class Head(NamedTuple):
+    """A head of the task's own.
+
+    module: called as module(features) with a list of tensors [B, ...], one for each tap. taps:
+    names of the backbone's features that it is given, in its order.
+    """
+
+    module: nn.Module
+    taps: tuple[str, ...]
+
+
+class Metrics(Protocol):
+    """Counts each sample once over all ranks."""
+
+    def update(self, predictions: Any, batch: Batch) -> None:
+        """Takes in a batch's predictions."""
+
+    def compute(self) -> dict[str, Any]:
+        """Plain values by name, the same on every rank; every rank must call it."""
+
+
+class Task(ABC):
+    """One kind of learning: fields of samples, losses, metrics and what is shown of them.
+
+    A new task is one subclass, given to `register_task`. Subclasses take the constructor's
+    arguments as they are.
+
+    options: the section `task`. classes: names by label, as the shards' index has them.
+    preprocessing: how samples become the network's inputs, as plain values: the backbone's
+    `preprocessing` with what the section `data` says instead.
+    """
+
+    name: ClassVar[str]
+    """By which configurations choose it."""
+    Options: ClassVar[type[TaskOptions]] = TaskOptions
+    """The section `task`."""
+    Data: ClassVar[type[Data]] = Data
+    """The section `data`."""
+    fields: ClassVar[Mapping[str, str]]
+    """What of a sample is read, in webdataset's syntax: {"image": "jpg;png", "label": "cls"}."""
+    inputs: ClassVar[tuple[str, ...]]
+    """Those fields that are inputs of the network; prediction has no others."""
+    best: ClassVar[tuple[str, Literal["max", "min"]]]
+    """The metric by which the best weights are chosen."""
+
+    def __init__(
+        self,
+        options: Any,
+        classes: Sequence[str] = (),
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.options, self.classes, self.preprocessing = (
+            options,
+            tuple(classes),
+            dict(preprocessing or {}),
+        )
+
+    def check_index(self, index: Index, source: str) -> None:  # noqa: B027  (most take any)
+        """Raises UserError if shards are not what the task was made for. source: their name."""
+
+    def learn_from(self, index: Index) -> None:  # noqa: B027  (most tasks need nothing)
+        """Takes what training needs to know of all training data, such as counts of classes."""
+
+    @abstractmethod
+    def transform(self, data: Any = None) -> Callable[[Values], Values]:
+        """Decoded fields to what `collate` takes, for training, or for evaluation without data.
+
+        data: the section `data`. In evaluation there may be inputs only. Must be picklable.
+        """
+
+    def collate(self, samples: Sequence[Values]) -> tuple[dict[str, Tensor], Any]:
+        """Samples to (inputs [B, ...] by name, targets): what is there, stacked."""
+        stacked = default_collate(list(samples))
+        inputs = {name: stacked.pop(name) for name in self.inputs}
+        return inputs, stacked
+
+    def head(self, features: Sequence[FeatureInfo]) -> Head | None:
+        """The task's own head; None for the backbone's, with as many outputs as options say."""
+        return None
+
+    def augment(self, batch: Batch) -> Batch:
+        """A training batch changed as a whole, as by mixing samples. Draws from the global streams
+        of the CPU, which are seeded; every stage that needs a batch calls it."""
+        return batch
+
+    def counts(self, batch: Batch) -> float:
+        """How many things of a batch its loss is a sum over, by its targets alone."""
+        return float(batch.count)
+
+    @abstractmethod
+    def loss(self, outputs: Any, batch: Batch, normaliser: float, training: bool = True) -> Loss:
+        """The loss of the network's outputs: a sum, divided by the normaliser.
+
+        normaliser: the mean of `counts` over all micro-batches of an optimiser step, which makes
+        the gradient independent of how samples are cut into them. A batch of which nothing counts
+        gives a zero that has a graph. training: with what regularises training only.
+        """
+
+    def predictions(self, outputs: Any, batch: Batch) -> Any:
+        """What the outputs say, of the task's own type: boxes after suppression, seconds."""
+        return outputs
+
+    @abstractmethod
+    def metrics(self, device: torch.device) -> Metrics:
+        """Numbers of a validation; a new object. device: of the network's outputs."""
+
+    def report(self, device: torch.device) -> Metrics:
+        """All that `dr2dist evaluate` tells; what it gives are values of JSON."""
+        return self.metrics(device)
+
+    @abstractmethod
+    def rows(self, predictions: Any) -> list[Row]:
+        """One row for each sample, of plain values."""
+
+    def draw(self, batch: Batch, predictions: Any) -> Figure | None:
+        """Some held-out samples with what is predicted of them; None if there is nothing to see."""
+        return None
+
+    @classmethod
+    def picture(cls, report: Mapping[str, Any]) -> Figure | None:
+        """A report as a picture."""
+        return None
+
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """What a loaded model's pretrained_cfg says of how samples are prepared."""
+        return {}
+
+
+def finite_samples(outputs: Any) -> Tensor:
+    """bool [B]: samples all of whose outputs are finite. outputs: a pytree of [B, ...]."""
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    fine = [leaf.detach().isfinite().flatten(1).all(1) for leaf in leaves]
+    return torch.stack(fine).all(0)
