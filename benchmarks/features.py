@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import dr2dist
-from dr2dist.backbones.build import build_model
+from dr2dist.assembly import assemble
 from dr2dist.config import load_config
+from dr2dist.data.fields import Fields
 from dr2dist.data.stream import ShardDataset
 from dr2dist.training.plan import make_plan
 
@@ -24,17 +26,13 @@ PAIRS = ((1.0, 0.0), (0.95, 0.05), (0.9, 0.1), (0.5, 0.5), (1.0, 0.1), (0.3, 0.7
 
 def main() -> None:
     """Prints one line for each pair of coefficients."""
-    from dr2dist.data.transforms import eval_transform
-
     root = Path(__file__).resolve().parent.parent
     config = load_config(str(root / "configs/elpv_vit_small.yaml"), [])
     plan = make_plan(config, 1)
-    transform = eval_transform(plan.image_size, plan.mean, plan.std)
-    data = ShardDataset(root / str(config.data.val), transform)
-    images = torch.stack([data[0, index]["image"] for index in range(32)])
-    model = build_model(
-        config.model.name, weights=config.model.weights, image_size=plan.image_size, num_classes=2
-    ).eval()
+    task = plan.task
+    data = ShardDataset(root / str(config.data.val), Fields(task.fields), task.transform())
+    images = torch.stack([data[0, index].values["image"] for index in range(32)])
+    model: Any = assemble(plan.blueprint).model.eval()
     with torch.inference_mode():
         wanted = model.forward_features(images)
         for alpha, beta in PAIRS:

@@ -119,11 +119,12 @@ def network(depth: int) -> Any:
 def stages_of(way: str, count: int) -> tuple[Any, list[Layer], list[range]]:
     """(network, layers, the layers of each of `count` stages of BLOCKS blocks)."""
     net = network(count * BLOCKS)
-    layers = layers_of(net, (SIZE, SIZE))
+    layers = layers_of(net)
     cuts = [0, *(1 + 2 * BLOCKS * stage for stage in range(1, count)), len(layers)]
     if not way.startswith("exact"):
         for cut in cuts[1:-1]:  # tokens alone cross it
-            layers[cut - 1] = replace(layers[cut - 1], last=True)
+            layer = layers[cut - 1]
+            layers[cut - 1] = replace(layer, place=layer.place._replace(last=True))
     return net, layers, [range(a, b) for a, b in itertools.pairwise(cuts)]
 
 
@@ -135,7 +136,7 @@ def memory(way: str, flight: int, folder: Path) -> dict[str, int]:
     stage: Any = BlockStage(net, range(BLOCKS, 2 * BLOCKS), False, False, way)
     if exact:
         stage, dtype = Stage(net, layers, parts[1], way == RETURNED), np.int32
-    tokens = torch.randn(BATCH, *layers[1].shape)
+    tokens = torch.randn(BATCH, *layers[1].shape[1:])
     arithmetic: Any = arithmetic_of(net.chains[0].setting, torch.float32, torch.device("cpu"))
     values = torch.stack(tuple(arithmetic.start(tokens))) if exact else tokens
     shape = tuple(values.shape)
@@ -217,7 +218,8 @@ def times(rounds: int) -> dict[str, list[float]]:
         for way in random.Random(number).sample(WAYS, len(WAYS)):
             dist.barrier()
             start = time.monotonic()
-            engines[way].step(StepBatches(lambda: None, lambda _: images, loss), ACCUMULATE, [1e-3])
+            batches = StepBatches(lambda: None, lambda _: {"image": images}, loss)
+            engines[way].step(batches, ACCUMULATE, [1e-3])
             dist.barrier()
             if number:
                 found[way].append(time.monotonic() - start)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import dr2dist
 from dr2dist.backbones.build import build_deferred, build_model
+from dr2dist.backbones.parameters import freeze as freeze_parameters
 from dr2dist.config import load_config
 from dr2dist.parallel.deepspeed_json import deepspeed_config
 from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepError
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.reversible import Chain
-from dr2dist.training.groups import freeze as freeze_parameters
 from dr2dist.training.run import run
 from tests.models import build
 
@@ -92,7 +92,7 @@ def take_step(engine: ReversibleEngine, step: int, accumulate: int = 1, between:
             between()
         return nn.functional.cross_entropy(output.float(), batches[number][1])
 
-    work = StepBatches(lambda: None, lambda number: batches[number][0], loss)
+    work = StepBatches(lambda: None, lambda number: {"image": batches[number][0]}, loss)
     return engine.step(work, accumulate, [LEARNING_RATE] * engine.num_groups)
 
 
@@ -291,7 +291,7 @@ def sharded_build(bf16: bool) -> tuple[int, int, int, bool]:
     sizes = [value.numel() for value in whole.values()]
     work = StepBatches(
         lambda: None,
-        lambda number: torch.randn(1, 3, 32, 32),
+        lambda number: {"image": torch.randn(1, 3, 32, 32)},
         lambda number, output: output.float().sum(),
     )
     engine.step(work, 1, [1e-2])

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dr2dist
+from dr2dist.backbones.parameters import freeze as freeze_parameters
 from dr2dist.inference.exported import export
 from dr2dist.parallel.deepspeed_json import Precision, deepspeed_config
 from dr2dist.parallel.engine import DTYPES, ReversibleEngine
 from dr2dist.training.checkpoint import checkpoint_folder
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
-from dr2dist.training.groups import freeze as freeze_parameters
 from tests.cases import full_state, make_engine, micro_batches, take_step
 from tests.models import build, images
 
@@ -68,7 +68,7 @@ def _steps(engine: ReversibleEngine, first: int, last: int) -> list[tuple[float,
 def _held_out(engine: ReversibleEngine) -> Tensor:
     engine.net.eval()
     with torch.no_grad():
-        return engine.forward(images(3)).float().clone()
+        return engine.forward({"image": images(3)}).float().clone()
 
 
 def _exported(file: Path, engine: ReversibleEngine, bf16: bool) -> Tensor:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dr2dist.data.batch import Batch
+from dr2dist.data.fields import Fields
 from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import image_folder
+from dr2dist.data.stream import ShardDataset, loader
+from dr2dist.tasks.classification import Classification, ClassificationOptions
+from dr2dist.tasks.images import IMAGE
 
 
 def make_folder(root: Path, count: int = 23, size: int = 40) -> Path:
@@ -30,3 +36,32 @@ def make_small_shards(root: Path, count: int = 60, size: int = 40) -> Path:
     output = root / "shards"
     make_shards(records, classes, output, samples_per_shard=16, val_fraction=0.3, progress=False)
     return output
+
+
+FIELDS = Fields({"image": IMAGE, "label": "cls"})
+
+
+def classification(num_classes: int, **options: Any) -> Classification:
+    """The task with options."""
+    return Classification(ClassificationOptions(num_classes=num_classes, **options))
+
+
+def collate(samples: Any) -> Any:
+    """Images and labels, stacked."""
+    return classification(2).collate(samples)
+
+
+def labelled(labels: Any, outputs: Any = None) -> Batch:
+    """A batch of labels, with or without images."""
+    inputs = {} if outputs is None else {"image": outputs}
+    return Batch(inputs, {"label": labels}, [str(k) for k in range(len(labels))], len(labels))
+
+
+def batches(dataset: ShardDataset, items: Any, workers: int = 0) -> Any:
+    """The loader of a dataset of images with labels."""
+    return loader(dataset, items, workers, collate)
+
+
+def on_image(transform: Any, image: Any) -> Any:
+    """What a transform of samples makes of an image alone."""
+    return transform({"image": image})["image"]

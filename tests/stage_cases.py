@@ -45,7 +45,7 @@ def make_engine(
     if noisy:
         options |= {"drop_path_rate": 0.3, "proj_drop_rate": 0.1}
     net = dr2dist.convert(build(kind, **options), **setting).train()
-    layers = layers_of(net, SIZE)
+    layers = layers_of(net)
     parts = partition([layer.flops for layer in layers], stages)
     if cuts is not None:
         parts = tuple(range(a, b) for a, b in zip((0, *cuts), (*cuts, len(layers)), strict=True))
@@ -77,7 +77,7 @@ def work(engine: StagedEngine, step: int, accumulate: int) -> StepBatches:
     def loss(number: int, output: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output.float(), own(labels, number))
 
-    return StepBatches(lambda: None, lambda number: own(images, number), loss)
+    return StepBatches(lambda: None, lambda number: {"image": own(images, number)}, loss)
 
 
 def curve(kind: str, stages: int, steps: int = 8, accumulate: int = 4, **options: Any) -> Any:
@@ -98,7 +98,7 @@ def peaks(counts: tuple[int, ...]) -> list[int]:
     labels = torch.zeros(batch, dtype=torch.int64)
     some = StepBatches(
         lambda: None,
-        lambda number: torch.ones(batch, 3, *SIZE),
+        lambda number: {"image": torch.ones(batch, 3, *SIZE)},
         lambda number, output: nn.functional.cross_entropy(output.float(), labels),
     )
     found = []

@@ -16,17 +16,23 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from dr2dist.config.data import RandAugment
-from dr2dist.data.transforms import eval_transform, to_rgb, train_transform
 from PIL import Image
 
+from dr2dist.data.fields import Fields
 from dr2dist.data.index import read_index
 from dr2dist.data.order import epoch_order, train_batches, validation_batches
 from dr2dist.data.shards import make_shards, verify_shards
 from dr2dist.data.sources import SOURCES
-from dr2dist.data.stream import ShardDataset, loader
+from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
-from tests.images import make_folder, make_small_shards
+from dr2dist.tasks.transforms import (
+    ImageData,
+    RandAugment,
+    eval_transform,
+    to_channels,
+    train_transform,
+)
+from tests.images import FIELDS, batches, make_folder, make_small_shards, on_image
 
 NORMAL = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -77,8 +83,8 @@ def test_sources(tmp_path: Path) -> None:
     )
     records, classes = SOURCES["elpv"](tmp_path)
     assert [record.label for record in records] == [1, 0] and classes[1] == "defective"
-    with pytest.raises(UserError, match="no column 'label'; did you mean 'labels'"):
-        (tmp_path / "bad.csv").write_text("path,labels\n")
+    with pytest.raises(UserError, match="no column 'label' .*; did you mean 'lable'"):
+        (tmp_path / "bad.csv").write_text("path,lable\n")
         SOURCES["csv"](tmp_path / "bad.csv")
     with pytest.raises(UserError, match="holds no images"):
         (tmp_path / "empty").mkdir()
@@ -120,7 +126,7 @@ def test_verify_names_the_fault(tmp_path: Path) -> None:
 
     def relabel(folder: Path) -> None:
         index = json.loads((folder / "index.json").read_text())
-        index["shards"][0]["samples"][3][4] = 9
+        index["shards"][0]["samples"][3][2] = 9
         (folder / "index.json").write_text(json.dumps(index))
 
     assert "shard-000001.tar: checksum differs" in broken(flip)
@@ -137,9 +143,11 @@ def test_verify_names_the_fault(tmp_path: Path) -> None:
 def test_pickles_in_a_shard_are_never_loaded(tmp_path: Path) -> None:
     shards = make_small_shards(tmp_path) / "train"
     index = json.loads((shards / "index.json").read_text())
-    index["shards"][0]["samples"][0][1] = "pickle"
+    sample = index["shards"][0]["samples"][0]
+    sample[1]["pickle"] = sample[1].pop("png")
     (shards / "index.json").write_text(json.dumps(index))
-    dataset = ShardDataset(shards, eval_transform((8, 8), *NORMAL))
+    fields = Fields({"image": "pickle", "label": "cls"})
+    dataset = ShardDataset(shards, fields, eval_transform((8, 8), *NORMAL))
     with pytest.raises(UserError, match=r"\.pickle: allowed types are"):
         dataset[0, 0]
 
@@ -207,27 +215,29 @@ def test_validation_counts_each_sample_once(samples: int, ranks: int) -> None:
 
 def test_augmentation_is_keyed_by_the_sample(tmp_path: Path) -> None:
     shards = make_small_shards(tmp_path) / "train"
-    transform = train_transform((16, 16), *NORMAL, hflip=True, vflip=True, scale=(0.3, 1.0))
-    dataset = ShardDataset(shards, transform, seed=1)
+    said = ImageData(train="", vflip=True, scale=(0.3, 1.0))
+    transform = train_transform((16, 16), *NORMAL, said)
+    dataset = ShardDataset(shards, FIELDS, transform, seed=1)
     items = [[(0, 3), (1, 3)], [(0, 5)], []]
     state = torch.get_rng_state()
-    batches = [list(loader(dataset, items, workers)) for workers in (0, 2)]
+    runs = [list(batches(dataset, items, workers)) for workers in (0, 2)]
     assert torch.equal(torch.get_rng_state(), state)
-    for one, other in zip(*batches, strict=True):
-        assert torch.equal(one["image"], other["image"]) and one["keys"] == other["keys"]
-    first, second, empty = batches[0]
-    assert first["image"].shape == (2, 3, 16, 16) and first["image"].dtype == torch.float32
-    assert not torch.equal(first["image"][0], first["image"][1])
-    assert (first["count"], second["count"], empty["count"]) == (2, 1, 0)
-    other = ShardDataset(shards, transform, seed=2)
-    assert not torch.equal(other[0, 3]["image"], dataset[0, 3]["image"])
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one.inputs["image"], other.inputs["image"]) and one.keys == other.keys
+    first, second, empty = runs[0]
+    images = first.inputs["image"]
+    assert images.shape == (2, 3, 16, 16) and images.dtype == torch.float32
+    assert not torch.equal(images[0], images[1])
+    assert (first.count, second.count, empty.count) == (2, 1, 0)
+    other = ShardDataset(shards, FIELDS, transform, seed=2)
+    assert not torch.equal(other[0, 3].values["image"], dataset[0, 3].values["image"])
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
     shards = make_small_shards(tmp_path) / "train"
     sample = read_index(shards)[1].shards[0].samples[2]
     broken_at(shards, [2])
-    dataset = ShardDataset(shards, eval_transform((8, 8), *NORMAL))
+    dataset = ShardDataset(shards, FIELDS, eval_transform((8, 8), *NORMAL))
     with pytest.raises(UserError, match=rf"shard-000000\.tar: sample '{sample.key}' cannot"):
         dataset[0, 2]
 
@@ -237,7 +247,8 @@ def broken_at(shards: Path, places: list[int]) -> None:
     _, index = read_index(shards)
     with (shards / index.shards[0].name).open("r+b") as file:
         for place in places:
-            file.seek(index.shards[0].samples[place].offset)
+            (image,) = set(index.shards[0].samples[place].members) - {"cls"}
+            file.seek(index.shards[0].samples[place].members[image][0])
             file.write(b"x" * 50)
 
 
@@ -246,54 +257,55 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_of_validation(
 ) -> None:
     shards = make_small_shards(tmp_path) / "train"
     transform = eval_transform((8, 8), *NORMAL)
-    whole = ShardDataset(shards, transform)
+    whole = ShardDataset(shards, FIELDS, transform)
     samples = {index: whole[0, index] for index in (1, 2, 4, 5)}
     broken_at(shards, [2, 3, 6])
     items = [[(0, 1), (0, 2)], [(0, 3), (0, 5)], [(0, 2), (0, 3)]]
-    first, second, third = loader(ShardDataset(shards, transform, unreadable="next"), items, 0)
-    assert torch.equal(first["image"][1], samples[4]["image"])
-    assert first["keys"] == [samples[1]["key"], samples[4]["key"]]
-    assert int(first["label"][1]) == samples[4]["label"]
-    assert [batch["skipped"] for batch in (first, second, third)] == [2, 1, 3]
-    assert [batch["count"] for batch in (first, second, third)] == [2, 2, 2]
-    first, second, third = loader(ShardDataset(shards, transform, unreadable="blank"), items, 2)
-    assert [batch["keys"] for batch in (first, second)] == [
-        [samples[1]["key"]],
-        [samples[5]["key"]],
-    ]
-    assert [batch["skipped"] for batch in (first, second, third)] == [1, 1, 2]
-    assert [batch["count"] for batch in (first, second, third)] == [1, 1, 0]
-    assert third["image"].shape == (1, 3, 8, 8) and not third["image"].any()
+    replaced = ShardDataset(shards, FIELDS, transform, unreadable="next")
+    first, second, third = batches(replaced, items)
+    assert torch.equal(first.inputs["image"][1], samples[4].values["image"])
+    assert first.keys == [samples[1].key, samples[4].key]
+    assert int(first.targets["label"][1]) == samples[4].values["label"]
+    assert [batch.skipped for batch in (first, second, third)] == [2, 1, 3]
+    assert [batch.count for batch in (first, second, third)] == [2, 2, 2]
+    dropped = ShardDataset(shards, FIELDS, transform, unreadable="drop")
+    first, second, third = batches(dropped, items, 2)
+    assert [batch.keys for batch in (first, second)] == [[samples[1].key], [samples[5].key]]
+    assert [batch.skipped for batch in (first, second, third)] == [1, 1, 2]
+    assert [batch.count for batch in (first, second, third)] == [1, 1, 0]
+    assert third.inputs["image"].shape == (1, 3, 8, 8)
 
 
 def test_strong_augmentation_is_keyed_by_the_sample_too(tmp_path: Path) -> None:
     shards = make_small_shards(tmp_path) / "train"
     plain, strong = (
-        train_transform((16, 16), *NORMAL, hflip=False, vflip=False, scale=(1, 1), **more)
+        train_transform((16, 16), *NORMAL, ImageData(train="", hflip=False, scale=(1, 1), **more))
         for more in ({}, {"rand_augment": RandAugment(), "erase": 0.9})
     )
     items = [[(epoch, index) for index in range(4)] for epoch in range(2)]
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    runs = [list(loader(ShardDataset(shards, strong, 1), items, workers)) for workers in (0, 2)]
+    dataset = ShardDataset(shards, FIELDS, strong, 1)
+    runs = [list(batches(dataset, items, workers)) for workers in (0, 2)]
     assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
     assert torch.equal(states[2], torch.get_rng_state())
     for one, other in zip(*runs, strict=True):
-        assert torch.equal(one["image"], other["image"])
-    assert not torch.equal(runs[0][0]["image"], runs[0][1]["image"])
-    unchanged = next(iter(loader(ShardDataset(shards, plain, 1), items, 0)))
-    assert not torch.equal(unchanged["image"], runs[0][0]["image"])
+        assert torch.equal(one.inputs["image"], other.inputs["image"])
+    strongly = [batch.inputs["image"] for batch in runs[0]]
+    assert not torch.equal(strongly[0], strongly[1])
+    unchanged = next(iter(batches(ShardDataset(shards, FIELDS, plain, 1), items)))
+    assert not torch.equal(unchanged.inputs["image"], strongly[0])
 
 
 def test_sizes_that_are_not_square() -> None:
     pixels = np.zeros((60, 90, 3), np.uint8)
     pixels[:, 30:60] = 255  # a white stripe in the middle
     image = Image.fromarray(pixels)
-    found = eval_transform((20, 10), *NORMAL)(image)
+    found = on_image(eval_transform((20, 10), *NORMAL), image)
     assert found.shape == (3, 20, 10) and float(found[:, :, 1:9].min()) > 0.9
-    found = eval_transform((10, 20), *NORMAL)(image)
+    found = on_image(eval_transform((10, 20), *NORMAL), image)
     assert found.shape == (3, 10, 20) and float(found[:, :, :5].max()) < -0.9
-    transform = train_transform((12, 28), *NORMAL, hflip=True, vflip=True, scale=(0.5, 1))
-    assert transform(image).shape == (3, 12, 28)
+    transform = train_transform((12, 28), *NORMAL, ImageData(train="", scale=(0.5, 1)))
+    assert on_image(transform, image).shape == (3, 12, 28)
 
 
 def test_any_image_becomes_rgb() -> None:
@@ -304,11 +316,11 @@ def test_any_image_becomes_rgb() -> None:
         Image.fromarray(wanted),
         Image.fromarray(wanted).convert("LA"),
     ):
-        found = np.asarray(to_rgb(image))
+        found = np.asarray(to_channels(image))
         assert found.shape == (8, 8, 3)
         assert np.array_equal(found[..., 1], wanted)
     palette = Image.fromarray(wanted).convert("P")
-    assert to_rgb(palette).mode == "RGB"
+    assert to_channels(palette).mode == "RGB"
 
 
 def test_members_lie_where_the_index_says(tmp_path: Path) -> None:
@@ -318,6 +330,7 @@ def test_members_lie_where_the_index_says(tmp_path: Path) -> None:
         data = (shards / shard.name).read_bytes()
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             for sample in shard.samples:
-                member = tar.extractfile(f"{sample.key}.{sample.extension}")
-                assert member is not None
-                assert member.read() == data[sample.offset : sample.offset + sample.size]
+                assert sorted(sample.members) in (["cls", "jpg"], ["cls", "png"])
+                for extension, (offset, size) in sample.members.items():
+                    member = tar.extractfile(f"{sample.key}.{extension}")
+                    assert member is not None and member.read() == data[offset : offset + size]

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from dr2dist.data.transforms import train_transform
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dr2dist.config.optim import Optim
 from dr2dist.config.schema import Parallel
-from dr2dist.data.stream import ShardDataset, loader
+from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
 from dr2dist.parallel import processes
 from dr2dist.parallel.master_weights import Fragment, MasterWeights
@@ -30,11 +29,11 @@ from dr2dist.reversible import Chain, State
 from dr2dist.reversible.arithmetic import fused
 from dr2dist.reversible.certificate import Flags, Probe
 from dr2dist.reversible.transfer import to_device
-from dr2dist.tasks.classification import Classification
+from dr2dist.tasks.transforms import ImageData, train_transform
 from dr2dist.training.groups import ParameterGroup
 from dr2dist.training.run import _optimizer
 from tests.functions import make_chain, tokens
-from tests.images import make_small_shards
+from tests.images import FIELDS, batches, classification, labelled, make_small_shards
 from tests.waits import Waits
 
 GPU = torch.device("cuda", 0)
@@ -104,7 +103,7 @@ def test_a_chain_forth_and_back_makes_the_host_wait_for_nothing(
 
 def test_what_is_made_for_a_step_is_queued(fake_gpu: Waits) -> None:
     chain = make_chain(2)
-    task = Classification(3, class_weights=[1.0, 2.0, 3.0], label_smoothing=0.1)
+    task = classification(3, class_weights=[1.0, 2.0, 3.0], label_smoothing=0.1)
     output, labels = torch.zeros(4, 3, device=GPU), torch.zeros(4, dtype=torch.int64)
     zero = torch.zeros((), device=GPU)
     fake_gpu.found.clear()
@@ -113,7 +112,7 @@ def test_what_is_made_for_a_step_is_queued(fake_gpu: Waits) -> None:
         flags.note_start(zero > 1)
         flags.note_done()
         chain.ledger.record(flags.tensor, zero, 0)
-        assert task.training_loss(output, to_device(labels, GPU)).device == GPU
+        assert task.loss(output, labelled(labels), 4.0).total.device == GPU
         assert Report(zero, zero, [chain]).pack((0.5, 0.5), 3).device == GPU
     probe = Probe(State(output, output))
     assert probe.drift(State(output, output)).device == GPU
@@ -152,21 +151,22 @@ def test_workers_start_from_a_clean_process_where_there_is_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shards = make_small_shards(tmp_path, 8) / "train"
-    transform = train_transform((8, 8), [0.5] * 3, [0.5] * 3, hflip=True, vflip=False, scale=(1, 1))
-    dataset = ShardDataset(shards, transform)
+    data = ImageData(train="", scale=(1, 1))
+    dataset = ShardDataset(shards, FIELDS, train_transform((8, 8), [0.5] * 3, [0.5] * 3, data))
     items = [[(0, 0), (0, 1)], [(0, 2)]]
-    plain: Any = loader(dataset, items, 0)
+    plain: Any = batches(dataset, items, 0)
     here = list(plain)
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: True)
-        there: Any = loader(dataset, items, 1)
+        there: Any = batches(dataset, items, 1)
     assert there.pin_memory and not plain.pin_memory
     assert there.multiprocessing_context.get_start_method() == "forkserver"
     with pytest.warns(UserWarning, match="pin_memory"):  # there is no GPU to pin it for
         found = list(there)
     for one, other in zip(here, found, strict=True):
-        assert torch.equal(one["image"], other["image"])
-        assert torch.equal(one["label"], other["label"]) and one["keys"] == other["keys"]
+        assert torch.equal(one.inputs["image"], other.inputs["image"])
+        assert torch.equal(one.targets["label"], other.targets["label"])
+        assert one.keys == other.keys
 
 
 @pytest.mark.parametrize("entry", ["launch/train.py", "dr2dist/training/main.py"])

@@ -14,7 +14,6 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from dr2dist.data.transforms import eval_transform
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,7 +23,8 @@ import dr2dist
 from dr2dist.data.stream import ShardDataset
 from dr2dist.inference.exported import export
 from dr2dist.inference.portable import plain
-from tests.images import make_small_shards
+from dr2dist.tasks.transforms import eval_transform
+from tests.images import FIELDS, make_small_shards, on_image
 from tests.models import build, images
 from tests.pool import Pool
 
@@ -111,7 +111,8 @@ def test_evaluation_leaves_out_what_cannot_be_read_if_told_so(
     shutil.copytree(shards / "val", copied)
     shard = json.loads((copied / "index.json").read_text())["shards"][0]
     with (copied / shard["name"]).open("r+b") as file:
-        file.seek(shard["samples"][3][2])
+        members = shard["samples"][3][1]
+        file.seek(members[(set(members) - {"cls"}).pop()][0])
         file.write(b"x" * 50)
     report = tmp_path / "report.json"
     line = ["evaluate", str(exported), str(copied), "--output", str(report)]
@@ -131,8 +132,10 @@ def test_the_report_is_that_of_plain_counting(
     found = json.loads(report.read_text())
     net = dr2dist.load(exported)
     cfg = net.pretrained_cfg
-    dataset = ShardDataset(shards / "val", eval_transform((32, 32), cfg["mean"], cfg["std"]))
-    samples = [dataset[0, index] for index in range(len(dataset))]
+    dataset = ShardDataset(
+        shards / "val", FIELDS, eval_transform((32, 32), cfg["mean"], cfg["std"])
+    )
+    samples = [dataset[0, index].values for index in range(len(dataset))]
     labels = torch.tensor([sample["label"] for sample in samples])
     with torch.no_grad():
         output = net(torch.stack([sample["image"] for sample in samples]))
@@ -213,7 +216,7 @@ def test_predictions_of_files_and_folders(
     output = tmp_path / "predictions.csv"
     arguments = ("predict", str(exported), str(images), str(gray), "--output")
     status, out, _ = command(capfd, *arguments, str(output), "--batch", "7")
-    assert status == 0 and "61 images, 0 of them unreadable" in out
+    assert status == 0 and "61 samples, 0 of them unreadable" in out
     rows = list(csv.DictReader(output.open()))
     assert [row["path"] for row in rows] == [*map(str, sorted(images.rglob("*.*g"))), str(gray)]
     net = dr2dist.load(exported)
@@ -221,7 +224,7 @@ def test_predictions_of_files_and_folders(
     transform = eval_transform((32, 32), cfg["mean"], cfg["std"])
     for row in rows[::20]:
         with torch.no_grad(), Image.open(row["path"]) as image:
-            shares = net(transform(image)[None]).softmax(1)[0]
+            shares = net(on_image(transform, image)[None]).softmax(1)[0]
         assert float(row["p_dark"]) == pytest.approx(float(shares[1]), abs=1e-4)
         assert row["class"] == cfg["label_names"][int(shares.argmax())]
     assert command(capfd, *arguments, str(tmp_path / "p.txt"))[0] == 2
@@ -237,12 +240,12 @@ def test_an_unreadable_image_is_named_or_gets_a_row(
     output = tmp_path / "predictions.json"
     arguments = ("predict", str(exported), str(images), "--output", str(output))
     status, _, err = command(capfd, *arguments)
-    assert status == 2 and f"{images / 'broken.png'}: is not a readable image" in err
+    assert status == 2 and f"{images / 'broken.png'}: cannot be read" in err
     assert not output.exists()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         status, out, _ = command(capfd, *arguments, "--skip-unreadable")
-    assert status == 0 and "2 images, 1 of them unreadable" in out
+    assert status == 0 and "2 samples, 1 of them unreadable" in out
     broken, whole = json.loads(output.read_text())
     assert "error" in broken and "class" not in broken and whole["class"] in ("bright", "dark")
     status, _, err = command(capfd, "predict", str(exported), "nowhere", "--output", str(output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from dr2dist.data.transforms import eval_transform
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,8 +17,11 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.transforms.v2 import functional
 
 import dr2dist
-from dr2dist.inference.exported import ExportMetadata, ready
+from dr2dist.assembly import ExportMetadata
+from dr2dist.inference.exported import ready
 from dr2dist.inference.predict import predict
+from dr2dist.tasks.transforms import eval_transform
+from tests.images import on_image
 
 MEAN, STD = (0.31, 0.42, 0.53), (0.21, 0.22, 0.23)
 SIZES = [(32, 32), (48, 32), (32, 80)]
@@ -46,7 +49,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_timms_transform_of_a_loaded_model_is_that_of_evaluation(file: Path) -> None:
-    net, (_, ours, _) = dr2dist.load(file), ready(file)
+    net, ours = dr2dist.load(file), ready(file)[1].transform()
     size = net.pretrained_cfg["input_size"][1:]
     in_runs = eval_transform(size, MEAN, STD)
     for use_test_size in (False, True):
@@ -54,10 +57,10 @@ def test_timms_transform_of_a_loaded_model_is_that_of_evaluation(file: Path) -> 
         theirs: Any = create_transform(**config, is_training=False)
         for shape in SHAPES:
             image = picture(*shape)
-            found = ours(image)
+            found = on_image(ours, image)
             assert found.shape == (3, *size) and found.dtype == torch.float32
             assert torch.equal(found, theirs(image)), shape
-            assert torch.equal(found, in_runs(image)), shape
+            assert torch.equal(found, on_image(in_runs, image)), shape
 
 
 def test_predictions_are_those_of_timms_transform(file: Path, tmp_path: Path) -> None:
@@ -75,14 +78,19 @@ def test_predictions_are_those_of_timms_transform(file: Path, tmp_path: Path) ->
 
 def test_files_of_earlier_versions_keep_their_preprocessing(file: Path, tmp_path: Path) -> None:
     with safe_open(file, "pt") as opened:
-        metadata = {k: v for k, v in opened.metadata().items() if k != "resize"}
+        metadata = opened.metadata()
+    # Versions before had one task, and these keys in place of its preprocessing.
+    said = json.loads(metadata.pop("preprocessing"))
+    del metadata["task"]
+    metadata |= {key: json.dumps(said[key]) for key in ("mean", "std")}
+    metadata["input_size"] = json.dumps(said["size"])
     earlier = tmp_path / "earlier.safetensors"
     save_file(load_file(file), earlier, metadata)
     assert (
-        ExportMetadata.read(file).resize == "timm"
-        and ExportMetadata.read(earlier).resize == "floor"
+        ExportMetadata.read(file).preprocessing["resize"] == "timm"
+        and ExportMetadata.read(earlier).preprocessing["resize"] == "floor"
     )
-    size, differing = ExportMetadata.read(file).input_size, 0
+    size, differing = said["size"], 0
     for shape in SHAPES:
         image = picture(*shape)
         scale = max(size[0] / image.height, size[1] / image.width)
@@ -93,7 +101,7 @@ def test_files_of_earlier_versions_keep_their_preprocessing(file: Path, tmp_path
         wanted = (torch.from_numpy(values) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
             STD
         ).view(3, 1, 1)
-        found = ready(earlier)[1](image)
+        found = on_image(ready(earlier)[1].transform(), image)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
-        differing += not torch.equal(found, ready(file)[1](image))
+        differing += not torch.equal(found, on_image(ready(file)[1].transform(), image))
     assert differing or size == (32, 32)

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dr2dist.config.data import RandAugment
-from dr2dist.data.transforms import train_transform
 from PIL import Image
 
 from dr2dist.data.randomness import seed_device, seeded
 from dr2dist.reversible.calls.replay import stable_seed
-from dr2dist.tasks.classification import Classification
+from dr2dist.tasks.transforms import ImageData, RandAugment, train_transform
+from tests.images import classification, labelled, on_image
 
 ROOT = Path(__file__).parent.parent
 NORMAL = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 STREAMS = """
 import random, numpy, torch
 from dr2dist.data.randomness import seeded, seed_device
+from tests.images import classification, labelled, on_image
 with seeded(7, -1, 3):
     print(torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.random())
 seed_device(torch.device("cpu"), 7, 2, 5)
@@ -85,22 +85,18 @@ def test_augmentation_and_mixing_leave_gpus_alone(gpus: list[torch.Generator]) -
     transform = train_transform(
         (16, 16),
         *NORMAL,
-        hflip=True,
-        vflip=True,
-        scale=(0.3, 1.0),
-        rand_augment=RandAugment(),
-        erase=0.9,
+        ImageData(train="", vflip=True, scale=(0.3, 1.0), rand_augment=RandAugment(), erase=0.9),
     )
     pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3)).astype(np.uint8)
-    image, task = Image.fromarray(pixels), Classification(3, mixup=0.5, cutmix=0.5)
+    image, task = Image.fromarray(pixels), classification(3, mixup=0.5, cutmix=0.5)
     before = [generator.get_state() for generator in gpus]
     torch.default_generator.manual_seed(1)
     cpu = torch.get_rng_state()
 
     def draw(*key: int) -> Any:
         with seeded(*key):
-            images = torch.stack([transform(image) for _ in range(4)])
-            return task.mix(images, torch.tensor([0, 1, 2, 0]))[0]
+            images = torch.stack([on_image(transform, image) for _ in range(4)])
+            return task.augment(labelled(torch.tensor([0, 1, 2, 0]), images)).inputs["image"]
 
     one, other, again = draw(1, 2), draw(1, 3), draw(1, 2)
     assert torch.equal(one, again) and not torch.equal(one, other)

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import timm
 import torch
-from dr2dist.data.transforms import eval_transform
 from torch import nn
 
 import dr2dist
+from dr2dist.backbones.parameters import freeze
 from dr2dist.config.optim import Group, Optim
 from dr2dist.data.order import train_batches
 from dr2dist.data.randomness import seeded
-from dr2dist.data.stream import ShardDataset, loader
+from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
-from dr2dist.tasks.classification import Classification
+from dr2dist.tasks.transforms import eval_transform
 from dr2dist.training.checkpoint import Checkpoint, checkpoints
-from dr2dist.training.groups import freeze, parameter_groups
+from dr2dist.training.groups import parameter_groups
 from dr2dist.training.schedule import learning_rate
-from tests.images import make_small_shards
+from tests.images import FIELDS, batches, classification, labelled, make_small_shards
 from tests.models import build
 from tests.pool import Pool
 
@@ -76,16 +76,17 @@ def plain_loop(shards: Path) -> tuple[dict[str, Any], dict[str, Any], list[float
     torch.manual_seed(0)
     model = timm.create_model(MODEL, num_classes=2, **SIZE)
     net = dr2dist.convert(model, 0.9, 0.1, memory="store").train()
-    dataset = ShardDataset(shards / "train", eval_transform((32, 32), *NORMAL))
+    dataset = ShardDataset(shards / "train", FIELDS, eval_transform((32, 32), *NORMAL))
     items = train_batches(len(dataset), 64, 0, micro_batch=BATCH, accumulate=1, rank=0, ranks=1)
     named = dict(net.named_parameters())
     average = {name: value.detach().clone() for name, value in named.items()}
     speed: dict[str, torch.Tensor] = {}
     norms = []
     optim = Optim(lr=0.02)
-    for step, batch in zip(range(STEPS), loader(dataset, items, 0), strict=False):
+    for step, batch in zip(range(STEPS), batches(dataset, items), strict=False):
         net.zero_grad()
-        nn.functional.cross_entropy(net(batch["image"]), batch["label"]).backward()
+        output = net(batch.inputs["image"])
+        nn.functional.cross_entropy(output, batch.targets["label"]).backward()
         norms.append(float(sum(p.grad.double().square().sum() for p in named.values()) ** 0.5))
         for name, value in named.items():
             decayed = value.ndim > 1 and name not in ("pos_embed", "cls_token")
@@ -237,21 +238,24 @@ def test_schedules_rise_and_end_where_they_say() -> None:
 def test_losses_of_smoothed_weighed_and_mixed_targets() -> None:
     logits, labels = torch.randn(8, 3), torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
     shares = logits.log_softmax(1)
-    task = Classification(3, label_smoothing=0.3, class_weights=[1.0, 2.0, 4.0])
+    task = classification(3, label_smoothing=0.3, class_weights=[1.0, 2.0, 4.0])
     target = 0.7 * nn.functional.one_hot(labels, 3) + 0.1
     wanted = -(target * torch.tensor([1.0, 2.0, 4.0]) * shares).sum(1).mean()
-    assert torch.allclose(task.training_loss(logits, labels), wanted)
-    halves = [task.training_loss(logits[k], labels[k]) for k in (slice(0, 4), slice(4, 8))]
+    assert torch.allclose(task.loss(logits, labelled(labels), 8).total, wanted)
+    parts = (slice(0, 3), slice(3, 8))
+    halves = [task.loss(logits[k], labelled(labels[k]), 4).total for k in parts]
     assert torch.allclose((halves[0] + halves[1]) / 2, wanted)
-    assert torch.allclose(task.loss(logits, labels), -shares[range(8), labels].mean())
+    held_out = task.loss(logits, labelled(labels), 8, training=False).total
+    assert torch.allclose(held_out, -shares[range(8), labels].mean())
     images = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 16, 16)
     before = images.clone()
     for options in ({"mixup": 1.0}, {"cutmix": 1.0}):
-        task = Classification(3, **options)
+        task = classification(3, **options)
         with seeded(1, 2):
-            mixed, targets = task.mix(images, labels)
+            batch = task.augment(labelled(labels, images))
         with seeded(1, 2):
-            again, _ = task.mix(images, labels)
+            again = task.augment(labelled(labels, images)).inputs["image"]
+        mixed, targets = batch.inputs["image"], batch.targets["label"]
         assert torch.equal(mixed, again) and torch.equal(images, before)
         # Image k is mixed with image 7 - k; its target says by how much.
         share = mixed.mean((1, 2, 3))
@@ -260,7 +264,7 @@ def test_losses_of_smoothed_weighed_and_mixed_targets() -> None:
         assert torch.allclose(kept, kept[0].expand(8), atol=1e-4)
         one_hot = nn.functional.one_hot(labels, 3).float()
         assert torch.allclose(targets, kept[0] * one_hot + (1 - kept[0]) * one_hot.flip(0))
-        assert torch.isfinite(task.training_loss(logits, targets))
+        assert torch.isfinite(task.loss(logits, batch, 8).total)
 
 
 def test_balanced_classes_and_an_early_end(

@@ -19,8 +19,8 @@ from dr2dist.backbones.build import build_model
 from dr2dist.data.stream import ShardDataset
 from dr2dist.inference.evaluate import evaluate
 from dr2dist.inference.exported import ready
-from dr2dist.inference.predict import find_images, predict
-from tests.images import make_small_shards
+from dr2dist.inference.predict import predict
+from tests.images import FIELDS, make_small_shards
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", {"depth": 2, "img_size": 64}),
@@ -111,9 +111,9 @@ def test_evaluate_and_predict_take_it(tmp_path: Path) -> None:
     dr2dist.save(net, path, classes=["bright", "dark"], mean=mean, std=std)
     cfg = dr2dist.load(path).pretrained_cfg
     assert (cfg["mean"], cfg["std"], cfg["label_names"]) == (mean, std, ("bright", "dark"))
-    _, transform, _ = ready(path)
-    dataset = ShardDataset(shards, transform)
-    samples = [dataset[0, index] for index in range(len(dataset))]
+    _, task, _ = ready(path)
+    dataset = ShardDataset(shards, FIELDS, task.transform())
+    samples = [dataset[0, index].values for index in range(len(dataset))]
     images = torch.stack([sample["image"] for sample in samples])
     with torch.no_grad():
         logits = copy.deepcopy(net).eval()(images)
@@ -122,8 +122,7 @@ def test_evaluate_and_predict_take_it(tmp_path: Path) -> None:
     report = evaluate(path, shards, progress=False)
     assert report["accuracy"] == pytest.approx(float(right))
     assert report["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, labels)))
-    files = find_images([tmp_path / "images"])[:3]
-    rows = predict(path, files, progress=False)
+    rows = predict(path, [tmp_path / "images"], progress=False)[:3]
     assert {row["class"] for row in rows} <= {"bright", "dark"}
 
 
@@ -184,7 +183,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
         ),
         (plain, {}, "VisionTransformer is not converted; give what dr2dist.convert returns"),
         (adapted, {}, r"blocks\.0\.adapter\.bias is \[2\], in timm's .*not there"),
-        (broken, {}, "output on a random image is not finite"),
+        (broken, {}, "output on a random sample is not finite"),
         (homeless, {}, "pretrained_cfg names no architecture"),
         (features, {}, "it needs a classifier"),
         (net, {"classes": ["a"]}, "classes are 1 names, 1 of them different; the .* 2 outputs"),

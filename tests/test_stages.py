@@ -157,7 +157,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
 def test_a_first_stage_holds_the_images_of_micro_batches_in_flight_and_remainders() -> None:
     # The norm before the blocks would keep tokens.
     net = dr2dist.convert(build("vit-clip", depth=4), alpha=0.5, beta=0.5).train()
-    stage = Stage(net, layers_of(net, (32, 32)), range(5), returned=True)
+    stage = Stage(net, layers_of(net), range(5), returned=True)
     batch, flight, held = 8, [], []
     with Watermark() as mark:
         for _ in range(4):
@@ -174,7 +174,7 @@ def test_running_statistics_of_a_stem_move_once_a_micro_batch() -> None:
     model = build("vit", depth=4)
     model.patch_embed.norm = torch.nn.BatchNorm1d(16)
     net = dr2dist.convert(model, alpha=0.5, beta=0.5).train()
-    stage = Stage(net, layers_of(net, (32, 32)), range(5), returned=True)
+    stage = Stage(net, layers_of(net), range(5), returned=True)
     run = stage.forward(torch.randn(8, 3, 32, 32))
     message = run.message()
     run.backward(torch.ones(2, 8, 17, 48), message.clone())
@@ -185,7 +185,7 @@ def test_running_statistics_of_a_stem_move_once_a_micro_batch() -> None:
 @pytest.mark.parametrize("returned", [True, False])
 def test_a_micro_batch_in_flight_holds_remainders_and_at_most_a_state(returned: bool) -> None:
     net = dr2dist.convert(build("vit", depth=4), alpha=0.5, beta=0.5).train()
-    stage = Stage(net, layers_of(net, (32, 32)), range(3, 7), returned)
+    stage = Stage(net, layers_of(net), range(3, 7), returned)
     batch, tokens, width, functions = 8, 17, 48, 4
     held, flight = [], []
     with Watermark() as mark:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from dr2dist.config.schema import Config
-from dr2dist.config.task import DEFAULT_TASK, sections_of, task_names
+from dr2dist.config.task import DEFAULT_TASK, Data, TaskOptions, sections_of, task_names
 from dr2dist.errors import UserError, nearest, one_line
 
 
@@ -55,7 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _apply(values, override)
     try:
         import_plugins(values.get("plugins") or ())
-        kind = _config_type(_task_name(values))
+        kind = _config_type(*sections_of(_task_name(values)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     try:
@@ -84,9 +85,9 @@ def _task_name(values: dict[str, Any]) -> Any:
     return task.get("name", DEFAULT_TASK) if isinstance(task, dict) else DEFAULT_TASK
 
 
-def _config_type(task: Any) -> type[Config]:
+@functools.cache
+def _config_type(options: type[TaskOptions], data: type[Data]) -> type[Config]:
     """The schema with the sections of a task."""
-    options, data = sections_of(task)
     return create_model(
         "Config", __base__=Config, __doc__=Config.__doc__, task=(options, ...), data=(data, ...)
     )
@@ -100,10 +101,14 @@ def dump_config(config: Config) -> str:
 def describe_config() -> str:
     """All settings with their meaning, one a line; of each task its own."""
     lines = _describe(Config, "", leave_out=("task", "data"))
+    of: dict[tuple[str, type[BaseModel]], list[str]] = {}
     for task in task_names():
         for section, kind in zip(("task", "data"), sections_of(task), strict=True):
-            lines.append(f"{section} {{of {task}}}: {inspect.cleandoc(kind.__doc__ or '')}")
-            lines += _describe(kind, f"{section}.")
+            of.setdefault((section, kind), []).append(task)
+    for (section, kind), tasks in of.items():
+        about = inspect.cleandoc(kind.__doc__ or "").replace("\n", " ")
+        lines.append(f"{section} {{of {', '.join(tasks)}}}: {about}")
+        lines += _describe(kind, f"{section}.")
     return "\n".join(lines)
 
 

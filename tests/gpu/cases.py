@@ -32,7 +32,7 @@ def _work(engine: ReversibleEngine, step: int, begin: Any = lambda: None) -> Ste
         wanted = to_device(own(labels, number), engine.device)
         return nn.functional.cross_entropy(output.float(), wanted)
 
-    return StepBatches(begin, lambda number: own(images, number), loss)
+    return StepBatches(begin, lambda number: {"image": own(images, number)}, loss)
 
 
 def engine_step(zero: int, bf16: bool) -> int:
