@@ -83,7 +83,7 @@ def test_sources(tmp_path: Path) -> None:
     )
     records, classes = SOURCES["elpv"](tmp_path)
     assert [record.label for record in records] == [1, 0] and classes[1] == "defective"
-    with pytest.raises(UserError, match="no column 'label' .*; did you mean 'lable'"):
+    with pytest.raises(UserError, match=r"no column 'label' .*; did you mean 'lable'"):
         (tmp_path / "bad.csv").write_text("path,lable\n")
         SOURCES["csv"](tmp_path / "bad.csv")
     with pytest.raises(UserError, match="holds no images"):
@@ -96,7 +96,7 @@ def test_a_failed_making_leaves_nothing(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images")
     (folder / "dark" / "broken.png").write_bytes(b"no image")
     records, classes = SOURCES["imagefolder"](folder)
-    with pytest.raises(UserError, match=r"broken\.png: is not a readable image"):
+    with pytest.raises(UserError, match=r"broken\.png: cannot be read"):
         make_shards(records, classes, tmp_path / "made", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
     (tmp_path / "made").mkdir()

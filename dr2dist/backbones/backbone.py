@@ -85,6 +85,15 @@ class Backbone(ABC):
     run as they stand.
     """
 
+    def build(self, name: str, **options: Any) -> nn.Module | None:
+        """A model of the family's own by its name in a configuration; None for all others, which
+        timm makes.
+
+        options: `model.options`, and those of num_classes, img_size, drop_path_rate and
+        proj_drop_rate that are asked for.
+        """
+        return None
+
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
         """Whether the model is built as this family is. Decided by structure."""

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dr2dist.backbones.convert import known_families
 from dr2dist.backbones.deferred import deferred, make_buffers
 from dr2dist.backbones.heads import TASK_HEAD
 from dr2dist.errors import UserError, nearest, one_line
@@ -44,9 +45,6 @@ def build_model(
     before its weights are read, as to give it a head. Raises UserError for an unknown
     name, a bad file, or weights that do not fit.
     """
-    if not timm.is_model(name):
-        hint = nearest(name, timm.list_models())
-        raise UserError(f"model.name: '{name}' is not a model of timm{hint}")
     given: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
     for key in options or {}:
         if key in FOREIGN:
@@ -57,13 +55,32 @@ def build_model(
     if image_size is not None:
         given["img_size"] = image_size
     try:
-        model: nn.Module = timm.create_model(name, pretrained=weights == "hub", **given)
+        model = _own_model(name, given) or _timm_model(name, weights == "hub", given)
     except (TypeError, AssertionError, ValueError, LookupError, ArithmeticError, RuntimeError) as e:
         found = one_line(f"{type(e).__name__} {e}")
         raise UserError(f"model: {name} cannot be built with {given}: {found}") from None
     finish(model)
     if weights not in (None, "hub"):
         model.load_state_dict(_read(model, Path(str(weights))), strict=False)
+    return model
+
+
+def _own_model(name: str, given: Mapping[str, Any]) -> nn.Module | None:
+    """A registered family's own."""
+    implied = ("num_classes", "drop_path_rate")
+    said = {key: value for key, value in given.items() if value or key not in implied}
+    for family in known_families():
+        model = family.build(name, **said)
+        if model is not None:
+            return model
+    return None
+
+
+def _timm_model(name: str, pretrained: bool, given: Mapping[str, Any]) -> nn.Module:
+    if not timm.is_model(name):
+        hint = nearest(name, timm.list_models())
+        raise UserError(f"model.name: '{name}' is not a model of timm{hint}")
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **given)
     return model
 
 
@@ -133,6 +150,6 @@ def _fitted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _head_names(model: Any) -> tuple[str, ...]:
-    classifier = model.pretrained_cfg.get("classifier", "head")
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     own = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     return (*own, f"{TASK_HEAD}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -112,6 +113,11 @@ def register_backbone(family: Backbone) -> None:
     if any(family.name == known.name for known in _families):
         raise UserError(f"a backbone family named '{family.name}' is registered already")
     _families.insert(0, family)
+
+
+def known_families() -> Sequence[Backbone]:
+    """All that are registered, the latest first."""
+    return tuple(_families)
 
 
 def supported_backbones() -> dict[str, tuple[str, ...]]:

@@ -16,7 +16,7 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
-from dr2dist.data.decoders import open_image
+from dr2dist.data.decoders import decode
 from dr2dist.data.index import INDEX_NAME, Index, Sample, Shard, read_index
 from dr2dist.data.sources import Record
 from dr2dist.errors import UserError
@@ -120,20 +120,20 @@ def _write_shard(item: tuple[Path, list[Record]]) -> Shard:
     path, records = item
     with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
         for record in records:
-            extension = record.path.suffix.lower().lstrip(".")
-            data = _readable_image(record.path)
-            writer.write({"__key__": record.key, extension: data, **record.members})
+            files = {name: _readable(name, file) for name, file in record.files.items()}
+            writer.write({"__key__": record.key, **files, **record.members})
     labels = {record.key: record.label for record in records}
     samples = tuple(Sample(key, members, labels[key]) for key, members in _members(path).items())
     return Shard(name=path.name, bytes=path.stat().st_size, sha256=sha256(path), samples=samples)
 
 
-def _readable_image(path: Path) -> bytes:
+def _readable(extension: str, path: Path) -> bytes:
     try:
-        open_image(path)
-        return path.read_bytes()
+        data = path.read_bytes()
+        decode(extension, data)
+        return data
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is not a readable image: {error}") from None
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:

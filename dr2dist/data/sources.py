@@ -1,4 +1,4 @@
-"""Where samples come from: each source lists records of image files with what is said of them."""
+"""Where samples come from: each source lists records of files with what is said of them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def image_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: a key that is unique in its source, an image file, further members by extension,
-    and its class where it has one."""
+    """One sample: a key that is unique in its source, its files by extension, further members, and
+    its class where it has one."""
 
     key: str
-    path: Path
+    files: dict[str, Path]
     members: dict[str, bytes] = field(default_factory=dict)
     label: int | None = None
 
@@ -133,9 +133,37 @@ def elpv(path: Path) -> Source:
     return _records(path, found), ["functional", "defective"]
 
 
+def folder_of_files(path: Path) -> Source:
+    """PATH/**: files of one name, less their extensions, are the members of one sample, as in
+    webdataset's shards. A .cls file holds a class's number."""
+    if not path.is_dir():
+        raise UserError(f"{path}: is not a folder of files")
+    samples: dict[str, dict[str, Path]] = {}
+    for file in sorted(path.rglob("*")):
+        name, _, extension = file.relative_to(path).as_posix().rpartition("/")[2].partition(".")
+        if file.is_file() and name and extension:
+            inner = file.relative_to(path).parent / name
+            samples.setdefault(inner.as_posix().replace("/", "-"), {})[extension.lower()] = file
+    if not samples:
+        raise UserError(f"{path}: holds no files with extensions")
+    records = [Record(key, files, {}, _class_of(files)) for key, files in samples.items()]
+    count = max((record.label + 1 for record in records if record.label is not None), default=0)
+    return records, list(map(str, range(count)))
+
+
+def _class_of(files: dict[str, Path]) -> int | None:
+    if "cls" not in files:
+        return None
+    try:
+        return int(files["cls"].read_text())
+    except ValueError as error:
+        raise UserError(f"{files['cls']}: is no class's number: {error}") from None
+
+
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "imagefolder": image_folder,
     "csv": csv_table,
+    "files": folder_of_files,
     "elpv": elpv,
 }
 
@@ -153,5 +181,6 @@ def _records(root: Path, found: list[tuple[Path, Members]]) -> list[Record]:
         while key in taken:
             key, number = f"{base}-{number}", number + 1
         taken.add(key)
-        records.append(Record(key, path, members, label))
+        extension = path.suffix.lower().lstrip(".")
+        records.append(Record(key, {extension: path}, members, label))
     return records

@@ -104,7 +104,8 @@ def load_with_task(path: str | Path) -> Loaded:
         fraction_bits=facts.fraction_bits,
     )
     # What timm says of other sizes than the trained one is not true of these weights.
-    kept = {k: v for k, v in net.pretrained_cfg.items() if not k.startswith("test_")}
+    own = getattr(net, "pretrained_cfg", {})
+    kept = {k: v for k, v in own.items() if not k.startswith("test_")}
     net.pretrained_cfg = {**kept, **task.pretrained_cfg()}
     return Loaded(net.eval(), task, facts)
 
