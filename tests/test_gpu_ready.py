@@ -23,7 +23,8 @@ from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.data.transforms import train_transform
 from dr2dist.errors import UserError
 from dr2dist.parallel import processes
-from dr2dist.parallel.master_weights import Fragment, MasterWeights
+from dr2dist.parallel.fragment import Fragment
+from dr2dist.parallel.master_weights import MasterWeights
 from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.parallel.verdict import Report
 from dr2dist.reversible import Chain, State
