@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dr2dist
+from dr2dist.checkpoints.checkpoint import checkpoint_folder
 from dr2dist.inference.exported import export
 from dr2dist.parallel.deepspeed_json import Precision, deepspeed_config
 from dr2dist.parallel.engine import DTYPES, ReversibleEngine
-from dr2dist.training.checkpoint import checkpoint_folder
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.groups import freeze as freeze_parameters
 from tests.cases import full_state, make_engine, micro_batches, take_step

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import dr2dist
+from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.config.optim import Group, Optim
 from dr2dist.data.order import train_batches
 from dr2dist.data.randomness import seeded
@@ -21,7 +22,6 @@ from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.data.transforms import eval_transform
 from dr2dist.errors import UserError
 from dr2dist.tasks.classification import Classification
-from dr2dist.training.checkpoint import Checkpoint, checkpoints
 from dr2dist.training.groups import freeze, parameter_groups
 from dr2dist.training.schedule import learning_rate
 from tests.images import make_small_shards

@@ -18,10 +18,7 @@ from torch import Tensor, nn
 
 from dr2dist.backbones.build import build_model
 from dr2dist.backbones.network import convert
-from dr2dist.data.transforms import EVALUATION, Resize, Transform, eval_transform
-from dr2dist.errors import UserError, one_line
-from dr2dist.files import atomic_write
-from dr2dist.training.checkpoint import (
+from dr2dist.checkpoints.checkpoint import (
     EMA,
     Checkpoint,
     checkpoint_folder,
@@ -29,6 +26,9 @@ from dr2dist.training.checkpoint import (
     is_finite,
     read_state,
 )
+from dr2dist.data.transforms import EVALUATION, Resize, Transform, eval_transform
+from dr2dist.errors import UserError, one_line
+from dr2dist.files import atomic_write
 
 WARNING = (
     "alpha {alpha}, beta {beta}: plain timm loads these weights WITHOUT AN ERROR and computes "

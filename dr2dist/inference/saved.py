@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
+from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 from dr2dist.inference.arguments import arguments_of
 from dr2dist.inference.exported import ExportMetadata, Option, load, timm_model
-from dr2dist.training.tensors import Source, write_tensors
 from dr2dist.version import __version__
 
 TOLERANCE = 1e-4
