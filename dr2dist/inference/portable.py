@@ -6,7 +6,6 @@ what is written is run once and compared with the module before it gets its name
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable, Collection
 from contextlib import redirect_stdout
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dr2dist.backbones.slicing import replaced_modules
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write
 from dr2dist.inference.exported import ExportMetadata, load
@@ -57,8 +57,7 @@ class PlainChain(nn.Module):
 
 def plain(net: Any) -> Any:
     """A copy of a converted network in evaluation mode, with plain chains; weights are shared."""
-    copied = copy.copy(net)
-    copied.__dict__.update(_modules=dict(net._modules))
+    copied: Any = replaced_modules(net, {})
     copied.eval()  # cuts its chains first
     copied.chains = tuple(PlainChain(chain) for chain in copied.chains)
     return copied
