@@ -42,6 +42,8 @@ setup(
         "demo": ["onnx"],
         "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "test": [
+            "grimp",
+            "import-linter",
             "momentumnet",
             "mypy",
             "onnx",

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dr2dist", description=__doc__)
     parser.add_argument("--version", action="version", version=f"dr2dist {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = _Commands(parser, "COMMAND")
     _add_train(commands)
     _add_shards(commands)
     _add_export(commands)
@@ -58,18 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    text: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+class _Commands:
+    """A choice of commands that a parser is given."""
+
+    def __init__(self, parser: argparse.ArgumentParser, what: str) -> None:
+        self._choice = parser.add_subparsers(required=True, metavar=what)
+
+    def add(self, name: str, text: str, example: str) -> argparse.ArgumentParser:
+        """A command's own parser."""
+        return self._choice.add_parser(
+            name, help=text, description=text, epilog=f"example: {example}"
+        )
 
 
-def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    train = _add(
-        commands,
+def _add_train(commands: _Commands) -> None:
+    train = commands.add(
         "train",
         "Check a configuration and run it under the deepspeed launcher.",
         "dr2dist train configs/elpv_vit_small.yaml --ranks 2 train.epochs=1",
@@ -158,13 +161,12 @@ def _slots(hostfile: Path) -> int:
     return total
 
 
-def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    shards = _add(
-        commands, "shards", "Make or verify shards.", "dr2dist shards verify demo/elpv/train"
+def _add_shards(commands: _Commands) -> None:
+    shards = commands.add(
+        "shards", "Make or verify shards.", "dr2dist shards verify demo/elpv/train"
     )
-    actions = shards.add_subparsers(required=True, metavar="ACTION")
-    make = _add(
-        actions,
+    actions = _Commands(shards, "ACTION")
+    make = actions.add(
         "make",
         "Write webdataset shards and their index from files.",
         "dr2dist shards make --from imagefolder --source photos --output shards/photos "
@@ -178,8 +180,7 @@ def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     make.add_argument("--seed", type=int, default=0, help="of the mixing and the split")
     make.add_argument("--workers", type=_positive, help="files at a time; default: all cores")
     make.set_defaults(command=_shards_make)
-    verify = _add(
-        actions,
+    verify = actions.add(
         "verify",
         "Compare shards with their index: sizes, checksums, members, labels.",
         "dr2dist shards verify 'demo/elpv/train/shard-{000000..000003}.tar'",
@@ -224,9 +225,8 @@ def _add_plugin(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    export = _add(
-        commands,
+def _add_export(commands: _Commands) -> None:
+    export = commands.add(
         "export",
         "Write a run's best or last checkpoint as one file: safetensors for dr2dist, ONNX or a "
         "program of torch.export for anything else.",
@@ -264,9 +264,8 @@ def _export(given: argparse.Namespace) -> int:
     return 0
 
 
-def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    evaluate = _add(
-        commands,
+def _add_evaluate(commands: _Commands) -> None:
+    evaluate = commands.add(
         "evaluate",
         "Measure an exported model on all samples of shards that say what is right.",
         "dr2dist evaluate photos.safetensors shards/photos/val --output report.json",
@@ -315,9 +314,8 @@ def _report_lines(report: dict[str, Any]) -> Iterator[str]:
                 yield f"  {key:16} {'no sample' if number is None else f'{number:.4f}'}"
 
 
-def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    predict = _add(
-        commands,
+def _add_predict(commands: _Commands) -> None:
+    predict = commands.add(
         "predict",
         "Predict for files by an exported model.",
         "dr2dist predict photos.safetensors new_photos --output predictions.csv",
@@ -347,9 +345,8 @@ def _predict(given: argparse.Namespace) -> int:
     return 0
 
 
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    doctor = _add(
-        commands,
+def _add_doctor(commands: _Commands) -> None:
+    doctor = commands.add(
         "doctor",
         "Show what this machine has, and whether a model recomputes bit for bit on it.",
         "dr2dist doctor --model vit_small_patch14_dinov2 --precision bf16",
@@ -357,9 +354,8 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add_doctor_arguments(doctor)
 
 
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    bench = _add(
-        commands,
+def _add_bench(commands: _Commands) -> None:
+    bench = commands.add(
         "bench",
         "Measure memory and step time of all ways to train a model, side by side.",
         "dr2dist bench --model vit_small_patch16_224 --depths 12 24 --output bench",

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.config import load_config
 from dr2dist.parallel.agreement import AgreedError
 from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.reversible.budget.costs import Watermark
-from dr2dist.training.checkpoint import Checkpoint, checkpoints
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.run import run
 from tests import cases

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.errors import UserError
-from dr2dist.training.checkpoint import Checkpoint, checkpoints
 from tests.images import make_small_shards
 from tests.pool import Pool, wait_for
 

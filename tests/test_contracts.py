@@ -14,9 +14,9 @@ from torch import Tensor
 
 import dr2dist
 from dr2dist.backbones.heads import attach_head
+from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.cli import main
 from dr2dist.inference.exported import export
-from dr2dist.training.checkpoint import Checkpoint, checkpoints
 from tests.outside.clouds import POINTS, CloudOptions, Clouds, CloudsBackbone, CloudTask
 from tests.pool import Pool
 
@@ -138,7 +138,7 @@ def test_a_loss_does_not_depend_on_how_samples_are_cut(
     for name, (ranks, overrides) in LAYOUTS.items():
         path = write_config(tmp_path, shards, name.replace(" ", "_"))
         more = ["model.options={depth: 2, drop: 0.0}", "train.steps=2", "data.val=null"]
-        summary = pools[ranks].run(
+        pools[ranks].run(
             "tests.cases:run_config", path=str(path), overrides=[*overrides, *more]
         )[0]
         folder = tmp_path / name.replace(" ", "_")

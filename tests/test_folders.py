@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 import dr2dist
+from dr2dist.checkpoints.checkpoint import checkpoints
+from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.cli import free_port
 from dr2dist.inference.exported import export
-from dr2dist.training.checkpoint import checkpoints
 from dr2dist.training.checkpoint_manager import Progress
-from dr2dist.training.tensors import Source, write_tensors
 from tests.images import make_small_shards
 from tests.pool import Pool
 

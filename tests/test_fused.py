@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from dr2dist.reversible import Setting, State
-from dr2dist.reversible.arithmetic import fused
+from dr2dist.reversible.arithmetic import triton_kernels
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
-from dr2dist.reversible.arithmetic.fused import ELEMENTS, FusedArithmetic, weighted_bits
+from dr2dist.reversible.arithmetic.fused import FusedArithmetic
+from dr2dist.reversible.arithmetic.triton_kernels import ELEMENTS, weighted_bits
 from dr2dist.reversible.budget.costs import Watermark
 from dr2dist.reversible.certificate import NEVER, Flags
 from tests.functions import make_chain, tokens
@@ -106,7 +107,7 @@ def test_a_chains_start_is_compared_in_one_pass(
 def test_nothing_as_large_as_the_tensors_is_made_on_the_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused, "_launch", lambda *_, **__: None)
+    monkeypatch.setattr(triton_kernels, "launch", lambda *_, **__: None)
     count = 1 << 24
     f = torch.empty(count, dtype=torch.bfloat16, device="meta")
     now, before = (torch.empty(count, dtype=torch.int32, device="meta") for _ in range(2))
@@ -225,9 +226,10 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(
         current.pop()
 
     monkeypatch.setattr("torch.cuda.device_of", device_of)
-    kernels = ("_start", "_tokens", "_advance", "_retreat", "_deviation", "_sum")
+    kernels = ("start", "tokens", "advance", "retreat", "deviation", "sum_bits")
     for name in kernels:
-        monkeypatch.setattr(fused, name, Placed(getattr(fused, name), current, log))
+        kernel = Placed(getattr(triton_kernels, name), current, log)
+        monkeypatch.setattr(triton_kernels, name, kernel)
     arithmetic = FusedArithmetic(Setting(0.5, 0.5), torch.float32)
     state = arithmetic.start(torch.ones(9, device=device))
     f = arithmetic.tokens(state.current, torch.float32)
@@ -280,24 +282,24 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import triton.language as tl
-from dr2dist.reversible.arithmetic import fused
+from dr2dist.reversible.arithmetic import triton_kernels as kernels
 
 data = {"now": "*i32", "f": "*bf16", "remainders": "*u8", "sums": "*i64", "count": "i32",
     "place": "i64", "alpha": "fp32", "beta": "fp32", "scale": "fp32", "before": "*i32",
     "after": "*i32", "out": "*i32", "extremes": "*fp64", "counts": "*i64", "value": "*bf16",
     "state": "*i32", "x": "*bf16", "h": "*bf16", "step": "fp32"}
-constants = {"bits": 4, "share": fused.BYTES, "block": fused.ELEMENTS, "wide": tl.float32}
-for kernel in (fused._advance, fused._retreat, fused._deviation, fused._start, fused._tokens,
-        fused._sum):
+constants = {"bits": 4, "share": kernels.BYTES, "block": kernels.ELEMENTS, "wide": tl.float32}
+for kernel in (kernels.advance, kernels.retreat, kernels.deviation, kernels.start, kernels.tokens,
+        kernels.sum_bits):
     own = {name: constants[name] for name in kernel.arg_names if name in constants}
     signature = {name: "constexpr" if name in own else data[name] for name in kernel.arg_names}
     source = ASTSource(kernel, signature, own)
     code = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    if kernel not in (fused._tokens, fused._sum):
+    if kernel not in (kernels.tokens, kernels.sum_bits):
         assert "0d4338000000000000" in code and "0dC338000000000000" in code, "rounding is gone"
-    if kernel == fused._tokens:
+    if kernel == kernels.tokens:
         assert "cvt.rn.bf16" in code, "tokens are not rounded to nearest"
-    if kernel not in (fused._tokens, fused._start):
+    if kernel not in (kernels.tokens, kernels.start):
         # As signed numbers; the last step of the mixing must shift zeros in.
         assert "shr.u64" in code, "the mixing of places is gone"
 """

@@ -22,11 +22,12 @@ from dr2dist.config.schema import Parallel
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
 from dr2dist.parallel import processes
-from dr2dist.parallel.master_weights import Fragment, MasterWeights
+from dr2dist.parallel.fragment import Fragment
+from dr2dist.parallel.master_weights import MasterWeights
 from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.parallel.verdict import Report
 from dr2dist.reversible import Chain, State
-from dr2dist.reversible.arithmetic import fused
+from dr2dist.reversible.arithmetic import triton_kernels
 from dr2dist.reversible.certificate import Flags, Probe
 from dr2dist.reversible.transfer import to_device
 from dr2dist.tasks.transforms import ImageData, train_transform
@@ -55,7 +56,7 @@ class Still:
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     """Tensors on a GPU that is not there: shapes, dtypes and devices, and no kernels."""
-    monkeypatch.setattr(fused, "_launch", lambda *_, **__: None)
+    monkeypatch.setattr(triton_kernels, "launch", lambda *_, **__: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
     monkeypatch.setattr("dr2dist.reversible.segment.Randomness", Still)

@@ -15,13 +15,13 @@ from torch import nn
 
 import dr2dist
 from dr2dist.backbones.parameters import freeze
+from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.config.optim import Group, Optim
 from dr2dist.data.order import train_batches
 from dr2dist.data.randomness import seeded
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
 from dr2dist.tasks.transforms import eval_transform
-from dr2dist.training.checkpoint import Checkpoint, checkpoints
 from dr2dist.training.groups import parameter_groups
 from dr2dist.training.schedule import learning_rate
 from tests.images import FIELDS, batches, classification, labelled, make_small_shards

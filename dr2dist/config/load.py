@@ -105,10 +105,10 @@ def describe_config() -> str:
     for task in task_names():
         for section, kind in zip(("task", "data"), sections_of(task), strict=True):
             of.setdefault((section, kind), []).append(task)
-    for (section, kind), tasks in of.items():
-        about = inspect.cleandoc(kind.__doc__ or "").replace("\n", " ")
+    for (section, own), tasks in of.items():
+        about = inspect.cleandoc(own.__doc__ or "").replace("\n", " ")
         lines.append(f"{section} {{of {', '.join(tasks)}}}: {about}")
-        lines += _describe(kind, f"{section}.")
+        lines += _describe(own, f"{section}.")
     return "\n".join(lines)
 
 

@@ -14,10 +14,7 @@ from torch import Tensor, nn
 
 from dr2dist.assembly import ExportMetadata, assemble
 from dr2dist.backbones.convert import convert
-from dr2dist.errors import UserError, one_line
-from dr2dist.files import atomic_write
-from dr2dist.tasks.task import Task
-from dr2dist.training.checkpoint import (
+from dr2dist.checkpoints.checkpoint import (
     EMA,
     Checkpoint,
     checkpoint_folder,
@@ -25,6 +22,9 @@ from dr2dist.training.checkpoint import (
     is_finite,
     read_state,
 )
+from dr2dist.errors import UserError, one_line
+from dr2dist.files import atomic_write
+from dr2dist.tasks.task import Task
 
 
 def export(

@@ -6,7 +6,6 @@ what is written is run once and compared with the module before it gets its name
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import redirect_stdout
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dr2dist.assembly import ExportMetadata
+from dr2dist.backbones.slicing import replaced_modules
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write
 from dr2dist.inference.exported import load_with_task
@@ -76,8 +76,7 @@ class PlainChain(nn.Module):
 
 def plain(net: Any) -> Any:
     """A copy of a converted network in evaluation mode, with plain chains; weights are shared."""
-    copied = copy.copy(net)
-    copied.__dict__.update(_modules=dict(net._modules))
+    copied: Any = replaced_modules(net, {})
     copied.eval()  # cuts its chains first
     copied.take_items([PlainChain(i) if isinstance(i, Chain) else i for i in copied.items])
     return copied

@@ -17,10 +17,10 @@ from dr2dist.assembly import ExportMetadata, Option, assemble
 from dr2dist.assembly.metadata import metadata_of
 from dr2dist.backbones.arguments import arguments_of
 from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
+from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 from dr2dist.inference.exported import load
-from dr2dist.training.tensors import Source, write_tensors
 
 TOLERANCE = 1e-4
 """Largest difference from the network's own output, relative to the largest of it, on a GPU: its

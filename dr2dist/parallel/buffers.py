@@ -13,8 +13,7 @@ class Buffers:
         self._kept = [
             (module, name, buffer, buffer.clone())
             for module in net.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
 
     @torch.no_grad()
@@ -22,4 +21,4 @@ class Buffers:
         """Gives every buffer the value that it had, also where a module has replaced it."""
         for module, name, buffer, value in self._kept:
             buffer.copy_(value)
-            module._buffers[name] = buffer
+            setattr(module, name, buffer)

@@ -10,18 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from deepspeed.comm.config import CommsLoggerConfig
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, ValidationError
 
 from dr2dist.errors import UserError, nearest
+from dr2dist.parallel.adapter import (
+    CommsLoggerConfig,
+    DeepSpeedThroughputTimerConfig,
+    DeepSpeedZeroConfig,
+    complete_config,
+)
 
 Precision = Literal["fp32", "bf16", "fp16"]
-
-FP16_LOSS_SCALE = 1024
-"""Fixed, since a scale that is found by overflowing would need steps that cannot be proven."""
-
 
 _ALL = (0, 1, 2, 3)
 _REDUCING = (1, 2, 3)
@@ -258,25 +257,7 @@ def deepspeed_config(
     _check_even(extra, source)
     _check_precision(extra, precision, source)
     _check_stage(extra, zero, source)
-    section = {**extra.get("zero_optimization", {}), "stage": zero}
-    # Otherwise ZeRO-3 replaces torch's linear function, in the whole process and for good, by one
-    # that rounds twice in bf16. What it saves are activations, which reversal does not keep.
-    section["memory_efficient_linear"] = False
-    if offload_optimizer:
-        # torch's own optimisers: DeepSpeed's for the CPU would have to be compiled first.
-        section["offload_optimizer"] = {"device": "cpu"}
-        ours["zero_force_ds_cpu_optimizer"] = False
-    # Without ZeRO DeepSpeed keeps bf16 weights without fp32 masters, so there the weights stay
-    # in fp32 and the engine casts while it computes.
-    return {
-        # Otherwise every step would wait for the device, for a speed that is not written.
-        "timers": {"throughput": {"enabled": False}},
-        **extra,
-        **ours,
-        "zero_optimization": section,
-        "bf16": {"enabled": precision == "bf16" and zero > 0},
-        "fp16": {"enabled": precision == "fp16", "loss_scale": FP16_LOSS_SCALE},
-    }
+    return complete_config({**extra, **ours}, zero, precision, offload_optimizer)
 
 
 def _check_keys(values: Any, place: str, zero: int, source: str) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
-from dr2dist.parallel import traces
+from dr2dist.parallel import adapter, traces
 from dr2dist.parallel.buffers import Buffers
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.gathered import GatheredRunner
@@ -90,9 +90,9 @@ class ReversibleEngine:
         self._autocast = precision == "bf16" and not config["bf16"]["enabled"]
         # What parameters are held in.
         self._held = torch.float32 if self._autocast else DTYPES[precision]
-        group = None if groups is None else groups.get_data_parallel_group()
+        self._group = adapter.same_stage(groups)
         if weights is None:
-            given = originals(net, self._held, whole=self.zero < 3, group=group)
+            given = originals(net, self._held, whole=self.zero < 3, group=self._group)
         else:
             given = shard(net, weights, config, self._held)
         parameters = [p for p in net.parameters() if p.requires_grad]
@@ -109,8 +109,8 @@ class ReversibleEngine:
             piece.runner = runner
         self.device = torch.device(self._engine.device)
         self._watch = GradientWatch(parameters, self.device)
-        self.masters = MasterWeights(self._engine, self.zero, given, group)
-        self.average = None if ema is None else ShardedEMA(self.masters, ema, group)
+        self.masters = MasterWeights(self._engine, self.zero, given, self._group)
+        self.average = None if ema is None else ShardedEMA(self.masters, ema, self._group)
         self._planner = net.planner
         self._planner.agree = slowest
         self._micro_batch = int(config["train_micro_batch_size_per_gpu"])
@@ -164,8 +164,7 @@ class ReversibleEngine:
         work.begin()
         for number in range(count):
             loss = work.loss(number, self.forward(work.inputs(number)))
-            self._engine.set_gradient_accumulation_boundary(number == count - 1)
-            self._engine.backward(loss)
+            self.backward(loss, last=number == count - 1)
             total += loss.detach().double() / count
         report = Report(total, self._watch.take(), self.chains, work.counted_next)
         return decide(report, self.coefficients, self.applied)
@@ -183,7 +182,7 @@ class ReversibleEngine:
     @property
     def replicas(self) -> int:
         """Data-parallel ranks."""
-        return int(self._engine.dp_world_size)
+        return dist.get_world_size(self._group)
 
     @property
     def replica(self) -> int:
@@ -222,15 +221,24 @@ class ReversibleEngine:
     def forward(self, inputs: Mapping[str, Tensor] | None) -> Any:
         """The network's output for inputs by name, [B, ...] of any float dtype and device."""
         assert inputs is not None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            return self._engine(self._here(inputs))
+        with self.autocast():
+            return self._engine(self.here(inputs))
 
-    def _here(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def here(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """On this rank's device, floats in the dtype that weights are held in."""
         return {
             name: to_device(value, self.device, self._held if value.is_floating_point() else None)
             for name, value in inputs.items()
         }
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """DeepSpeed's backward pass of a micro-batch. last: of the step."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
+
+    def autocast(self) -> torch.autocast:
+        """What functions are run under."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -244,9 +252,7 @@ class ReversibleEngine:
     def _discard(self, buffers: Buffers) -> None:
         """Forgets the gradients of a step that is not applied, and what it did to buffers."""
         buffers.put_back()
-        if hasattr(self._engine.optimizer, "zero_grad"):
-            self._engine.optimizer.zero_grad()
-        self._engine.zero_grad()
+        adapter.clear_gradients(self._engine)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds between steps, by kind.
@@ -254,11 +260,10 @@ class ReversibleEngine:
         weights: what the network computes with. masters: fp32 copies beside them, of frozen weights
         too. moments: of the optimiser. average: of the weights.
         """
-        shards = (getattr(p, "ds_tensor", p) for p in self.net.parameters())
         fragments = self.masters.fragments
         moments = (m for f in fragments for m in self.masters.moments(f).values() if m.dim())
         return {
-            "weights": sum(shard.nbytes for shard in shards),
+            "weights": sum(adapter.held(p).nbytes for p in self.net.parameters()),
             "masters": self.masters.nbytes,
             "moments": sum(moment.nbytes for moment in moments),
             "average": 0 if self.average is None else self.average.nbytes,
@@ -266,8 +271,7 @@ class ReversibleEngine:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all parameters by name."""
-        named = self.net.named_parameters()
-        return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in named}
+        return {name: adapter.whole_shape(p) for name, p in self.net.named_parameters()}
 
     def buffers(self) -> dict[str, Tensor]:
         """The model's persistent buffers by name, themselves; coefficients go by the step."""

@@ -16,10 +16,10 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from dr2dist.parallel import adapter
 from dr2dist.reversible.calls.runner import LiveFunction
 
 
@@ -60,10 +60,9 @@ class GatheredRunner:
 
     def _start(self, function: nn.Module) -> None:
         """Begins to gather what is not there and not on its way."""
-        parameters: list[Any] = list(function.parameters())
-        missing = [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        if missing:
-            self._started[function] = missing[0].all_gather_coalesced(missing)
+        handle = adapter.start_gathering(function.parameters())
+        if handle is not None:
+            self._started[function] = handle
 
     def _call(
         self, function: nn.Module, leaves: dict[str, Tensor], x: Tensor, **sides: Any

@@ -185,7 +185,8 @@ class _Board:
     """
 
     def __init__(self, rank: int, patience: float) -> None:
-        store: Any = dist.distributed_c10d._get_default_store().clone()
+        world: Any = dist.group.WORLD
+        store = world.get_group_store().clone()
         # Every rank counts its own watches, and all come to the same number.
         self._store = dist.PrefixStore(f"watch/{store.add(f'watches/{rank}', 1)}", store)
         self._patience, self._gone = patience, False

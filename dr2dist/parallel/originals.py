@@ -6,13 +6,14 @@ given is kept aside until masters exist, and for frozen weights, which have no m
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from dr2dist.parallel.fragment import bounds
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,6 @@ def own_share(tensor: Tensor, group: Any = None) -> Original:
     """This rank's share of a tensor, a copy; all are equal but the last ones, as ZeRO-3 cuts."""
     start, stop = bounds(tensor.numel(), dist.get_rank(group), dist.get_world_size(group))
     return Original(start, tensor.reshape(-1)[start:stop].cpu().clone())
-
-
-def bounds(count: int, rank: int, ranks: int) -> tuple[int, int]:
-    """Where a rank's share of `count` values begins and ends."""
-    size = math.ceil(count / ranks)
-    return min(rank * size, count), min((rank + 1) * size, count)
 
 
 def narrows(given: torch.dtype, held: torch.dtype) -> bool:

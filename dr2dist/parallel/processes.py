@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dr2dist.errors import UserError
+from dr2dist.parallel import adapter
 
 
 def init_distributed() -> torch.device:
@@ -24,9 +25,7 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(device)
         deepspeed.init_distributed("nccl")
         return device
-    # DeepSpeed would compile a shared-memory collective at first use, which takes a compiler
-    # and a minute; gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    adapter.refuse_compiled_collectives()
     deepspeed.init_distributed("gloo")
     return torch.device("cpu")
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dr2dist.parallel.master_weights import Fragment, MasterWeights
+from dr2dist.parallel.fragment import Fragment
+from dr2dist.parallel.master_weights import MasterWeights
 
 
 class ShardedEMA:

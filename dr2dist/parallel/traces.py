@@ -7,23 +7,12 @@ ZeRO-3 keeps every network on a list; hooks hold the engine and its tensors thro
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
-import deepspeed
-from deepspeed.comm import comm
-from deepspeed.runtime.zero import parameter_offload
-from deepspeed.utils import logger
+from dr2dist.parallel import adapter
+from dr2dist.parallel.adapter import ProcessState
 
-
-class _ProcessState(NamedTuple):
-    """Of the process: levels of DeepSpeed's logger and its handlers, the rest its own objects."""
-
-    levels: list[int]
-    comms_logger: Any
-    groups: Any
-
-
-_before: dict[weakref.ref[Any], _ProcessState] = {}
+_before: dict[weakref.ref[Any], ProcessState] = {}
 """The latest engine, and what there was before any."""
 
 
@@ -32,11 +21,8 @@ def begin(owner: Any, groups: Any) -> None:
 
     owner: what lives as long as the engine is wanted. groups: its grid, None for none.
     """
-    first = next(iter(_before.values()), None)
-    if first is None:
-        levels = [target.level for target in (logger, *logger.handlers)]
-        first = _ProcessState(levels, comm.comms_logger, deepspeed.utils.groups.mpu)
-    _set(first._replace(comms_logger=type(comm.comms_logger)(), groups=groups))
+    first = next(iter(_before.values()), None) or ProcessState.now()
+    first.with_groups(groups).set()
     _before.clear()
     _before[weakref.ref(owner)] = first
 
@@ -47,15 +33,7 @@ def end_with(owner: Any, engine: Any) -> None:
 
 
 def _end(owner: weakref.ref[Any], engine: Any) -> None:
-    stack = parameter_offload.FWD_MODULE_STACK
-    stack[:] = [module for module in stack if module is not engine.module]
+    adapter.forget_network(engine.module)
     engine.destroy()
     if owner in _before:  # otherwise the settings are a later engine's
-        _set(_before.pop(owner))
-
-
-def _set(settings: _ProcessState) -> None:
-    for target, level in zip((logger, *logger.handlers), settings.levels, strict=True):
-        target.setLevel(level)
-    comm.comms_logger = settings.comms_logger
-    deepspeed.utils.groups.mpu = settings.groups
+        _before.pop(owner).set()

@@ -11,11 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dr2dist.coefficients import Memory
-from dr2dist.errors import UserError
-from dr2dist.parallel.agreement import agree, from_first
-from dr2dist.parallel.engine import ReversibleEngine
-from dr2dist.training.checkpoint import (
+from dr2dist.checkpoints.checkpoint import (
     EMA,
     MANIFEST,
     Checkpoint,
@@ -24,7 +20,11 @@ from dr2dist.training.checkpoint import (
     is_finite,
     write_checkpoint,
 )
-from dr2dist.training.tensors import Source
+from dr2dist.checkpoints.tensors import Source
+from dr2dist.coefficients import Memory
+from dr2dist.errors import UserError
+from dr2dist.parallel.agreement import agree, from_first
+from dr2dist.parallel.engine import ReversibleEngine
 
 
 @dataclass

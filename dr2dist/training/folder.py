@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from dr2dist.checkpoints.checkpoint import checkpoints, read_state
 from dr2dist.config import Config, dump_config
 from dr2dist.errors import UserError
-from dr2dist.training.checkpoint import checkpoints, read_state
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"

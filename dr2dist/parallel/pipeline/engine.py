@@ -8,8 +8,6 @@ ZeRO 0 or 1 on a stage's replicas.
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,11 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid
 from torch import Tensor
 
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.errors import UserError
+from dr2dist.parallel import adapter
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.engine import ReversibleEngine, StepBatches
 from dr2dist.parallel.pipeline.clock import Clock
@@ -59,16 +57,12 @@ class StagedEngine(ReversibleEngine):
                 "layers, allowed with them is 0 or 1; use zero 2 or 3 with parallel.stages 1"
             )
         returned = returned and net.chains[0].setting.memory == "reverse"
-        topology = PipeDataParallelTopology(grid.stages, grid.replicas)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints
-            groups = PipelineParallelGrid(topology)
-        for parameter in net.parameters():
-            # DeepSpeed's norm of the gradient counts what is on this stage alone.
-            parameter.model_parallel = True  # type: ignore[attr-defined]
+        groups = adapter.stage_groups(grid.stages, grid.replicas)
+        adapter.count_in_norm(net.parameters())
         super().__init__(net, optimizer, config, precision, ema, groups=groups)
         self.grid, self._groups = grid, groups
         if self.zero:
-            _one_norm(self._engine.optimizer, groups.get_pipe_parallel_group())
+            adapter.exchange_one_norm(self._engine, adapter.same_replica(groups))
         self.number = grid.place(dist.get_rank())[0]
         self.stage = Stage(net, layers, own, returned)
         self._clock = Clock(self.device)
@@ -118,7 +112,7 @@ class StagedEngine(ReversibleEngine):
 
     def _whole_norm(self) -> Tensor:
         squared = super()._whole_norm().square()
-        dist.all_reduce(squared, group=self._groups.get_pipe_parallel_group())
+        dist.all_reduce(squared, group=adapter.same_replica(self._groups))
         return squared.sqrt()
 
     def forward(self, inputs: Mapping[str, Tensor] | None) -> Any:
@@ -126,11 +120,11 @@ class StagedEngine(ReversibleEngine):
 
         inputs: by name, [B, ...], on the first stage. Every stage must come here.
         """
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+        with self.autocast():
             given = (
                 self._link.receive_any()
                 if inputs is None
-                else ForwardMessage(self._here(inputs), {})
+                else ForwardMessage(self.here(inputs), {})
             )
             found = ForwardMessage(*self.stage.infer(*given))
         if self.last:
@@ -158,28 +152,6 @@ class StagedEngine(ReversibleEngine):
     def last(self) -> bool:
         """Whether the loss is computed here."""
         return self.number == self.grid.stages - 1
-
-
-def _one_norm(optimizer: Any, group: Any) -> None:
-    """Has ZeRO-1 exchange one norm between stages in each step.
-
-    By itself it does so for each of a stage's parameter groups, and stages that differ in their
-    number (by what is frozen, or by layer decay) would wait for each other for ever.
-    """
-    own, exchange = optimizer.scaled_global_norm, optimizer._model_parallel_all_reduce
-
-    def scaled_global_norm(norm_type: int = 2) -> Tensor:
-        optimizer._model_parallel_all_reduce = lambda tensor, op: None
-        try:
-            norm = torch.as_tensor(own(norm_type), dtype=torch.float32)
-        finally:
-            optimizer._model_parallel_all_reduce = exchange
-        # DeepSpeed says -1 for a norm that is not finite.
-        squared = torch.where(norm < 0, torch.inf, norm.square())
-        dist.all_reduce(squared, group=group)
-        return torch.where(squared.isfinite(), squared.sqrt(), -1.0)
-
-    optimizer.scaled_global_norm = scaled_global_norm
 
 
 class _ScheduleRunner:
@@ -217,11 +189,11 @@ class _ScheduleRunner:
     def _forward(self) -> None:
         engine = self.engine
         if engine.first:
-            self.given = ForwardMessage(engine._here(self.work.inputs(self.begun)), {})
+            self.given = ForwardMessage(engine.here(self.work.inputs(self.begun)), {})
         assert self.given is not None
         given, self.given = self.given, None
         with engine._clock.computing():
-            with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine._autocast):
+            with engine.autocast():
                 run = engine.stage.forward(*given)
             if engine.last:
                 loss = self.work.loss(self.begun, run.output)
@@ -242,9 +214,8 @@ class _ScheduleRunner:
                 found.append(run.backward(*(given or (gradient,))))
 
         self.ended += 1
-        engine._engine.set_gradient_accumulation_boundary(self.ended == self.count)
         anchor = torch.zeros((), device=engine.device, requires_grad=True)
-        engine._engine.backward(_Turn.apply(back, anchor, value))
+        engine.backward(_Turn.apply(back, anchor, value), last=self.ended == self.count)
         self.back = run, found[0]
 
 

@@ -52,7 +52,7 @@ def weighted_sums(value: Tensor, place: int = 0, scratch: Tensor | None = None) 
     """
     if value.device.type == "cuda":
         # What a kernel has summed in one run may be summed here in the other.
-        from dr2dist.reversible.arithmetic.fused import weighted_bits
+        from dr2dist.reversible.arithmetic.triton_kernels import weighted_bits
 
         yield weighted_bits(value, place)
         return

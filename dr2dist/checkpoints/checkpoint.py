@@ -23,10 +23,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import sha256
 from dr2dist.parallel.agreement import agree
-from dr2dist.training.tensors import Source, write_tensors
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"

@@ -1,0 +1,1 @@
+"""Checkpoints as files: what training writes, and inference reads too."""

@@ -1,0 +1,240 @@
+"""Triton kernels of exact arithmetic, and how they are launched.
+
+Each program has a share of the elements: ELEMENTS of them, BYTES bytes of a plane of remainders.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BYTES = 256
+"""Of a plane of remainders, a program's share: 8 elements each."""
+
+ELEMENTS = 8 * BYTES
+
+
+def weighted_bits(value: Tensor, place: int) -> Tensor:
+    """The sum of a contiguous tensor's bits, each element's times a weight: int64 scalar.
+
+    Element i's bits, as a signed integer, count splitmix64(place + i) | 1 times, all modulo 2^64:
+    odd weights see every change of one element, and weights that differ by place see two that
+    would cancel.
+    """
+    sums, _ = notes(value)
+    launch(sum_bits, value, value, sums, place, value.numel(), share=BYTES)
+    return sums.sum()
+
+
+def launch(kernel: Any, like: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Runs a kernel, a program for each ELEMENTS of `like`, on that tensor's device.
+
+    Triton itself takes the current device and its stream, wherever the tensors are.
+    """
+    with torch.cuda.device_of(like):
+        kernel[_grid(like)](*arguments, **constants)
+
+
+def _grid(tensor: Tensor) -> tuple[int]:
+    return (triton.cdiv(tensor.numel(), ELEMENTS),)
+
+
+def notes(f: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for each program's sum of bits, int64 [programs], and extremes, fp64 [2, programs]."""
+    programs = _grid(f)[0]
+    sums = torch.empty(programs, dtype=torch.int64, device=f.device)
+    return sums, torch.empty(2, programs, dtype=torch.float64, device=f.device)
+
+
+@triton.jit
+def start(h, state, count, scale, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tokens to X_0."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    value = tl.load(h + at, mask=at < count).to(tl.float64) * tl.cast(scale, tl.float64)
+    tl.store(state + at, _nearest(_held(value)).to(tl.int32), mask=at < count)
+
+
+@triton.jit
+def tokens(  # type: ignore[no-untyped-def]
+    state, x, count, step, wide: tl.constexpr, block: tl.constexpr
+):
+    """A state's tokens: rounded to `wide` first, as everywhere, and then to x's own dtype."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    value = tl.load(state + at, mask=at < count).to(wide) * tl.cast(step, wide)
+    tl.store(x + at, value.to(x.dtype.element_ty), mask=at < count)
+
+
+@triton.jit(do_not_specialize=["place"])
+def advance(  # type: ignore[no-untyped-def]
+    before,
+    now,
+    f,
+    out,
+    remainders,
+    sums,
+    extremes,
+    place,
+    count,
+    alpha,
+    beta,
+    scale,
+    bits: tl.constexpr,
+    share: tl.constexpr,
+):
+    """A step forth, its remainders in `bits` planes, and what it notes of f and of the state."""
+    octet, at = _places(share)
+    inside = at < count
+    source = tl.load(before + at, mask=inside, other=0).to(tl.float64)
+    x = tl.load(now + at, mask=inside, other=0).to(tl.float64)
+    branch = tl.load(f + at, mask=inside, other=0)
+    image = _image(source, beta)
+    total = _function(branch, x, alpha, scale) + image
+    total = tl.where(total == total, total, float("inf"))
+    _store_bits(source - _preimage(image, beta), octet, remainders, count, bits)
+    program = tl.program_id(0)
+    tl.store(sums + program, _weighted(branch, at, place))
+    tl.store(extremes + program, tl.min(total))
+    tl.store(extremes + tl.num_programs(0) + program, tl.max(total))
+    tl.store(out + at, _held(total).to(tl.int32), mask=inside)
+
+
+@triton.jit(do_not_specialize=["place"])
+def retreat(  # type: ignore[no-untyped-def]
+    after,
+    now,
+    f,
+    remainders,
+    sums,
+    place,
+    count,
+    alpha,
+    beta,
+    scale,
+    bits: tl.constexpr,
+    share: tl.constexpr,
+):
+    """A step back, over the state after it, and the sums of f's bits."""
+    octet, at = _places(share)
+    inside = at < count
+    total = tl.load(after + at, mask=inside, other=0).to(tl.float64)
+    x = tl.load(now + at, mask=inside, other=0).to(tl.float64)
+    branch = tl.load(f + at, mask=inside, other=0)
+    before = _preimage(total - _function(branch, x, alpha, scale), beta)
+    found = before.to(tl.int32) + _load_bits(octet, remainders, count, bits)
+    tl.store(sums + tl.program_id(0), _weighted(branch, at, place))
+    tl.store(after + at, found, mask=inside)
+
+
+@triton.jit(do_not_specialize=["place"])
+def deviation(  # type: ignore[no-untyped-def]
+    after, now, f, counts, sums, place, count, alpha, beta, scale, share: tl.constexpr
+):
+    """How many elements a chain's first step would give another value, and f's sums."""
+    _, at = _places(share)
+    inside = at < count
+    found = tl.load(after + at, mask=inside, other=0).to(tl.float64)
+    x = tl.load(now + at, mask=inside, other=0).to(tl.float64)
+    branch = tl.load(f + at, mask=inside, other=0)
+    total = _function(branch, x, alpha, scale) + _image(x, beta)
+    tl.store(counts + tl.program_id(0), tl.sum((total != found).to(tl.int64)))
+    tl.store(sums + tl.program_id(0), _weighted(branch, at, place))
+
+
+@triton.jit(do_not_specialize=["place"])
+def sum_bits(value, sums, place, count, share: tl.constexpr):  # type: ignore[no-untyped-def]
+    """See weighted_bits."""
+    _, at = _places(share)
+    element = tl.load(value + at, mask=at < count, other=0)
+    tl.store(sums + tl.program_id(0), _weighted(element, at, place))
+
+
+@triton.jit
+def _places(share: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's bytes of a plane, [octets], and their elements, [octets, 8]."""
+    octet = tl.program_id(0).to(tl.int64) * share + tl.arange(0, share)
+    return octet, octet[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def _function(branch, x, alpha, scale):  # type: ignore[no-untyped-def]
+    """G in fp64."""
+    return _nearest(branch.to(tl.float64) * tl.cast(scale, tl.float64) + x * _double(alpha))
+
+
+@triton.jit
+def _nearest(value):  # type: ignore[no-untyped-def]
+    """1.5 * 2^52 leaves no room for a fraction: adding it rounds to nearest even."""
+    return (value + 6755399441055744.0) - 6755399441055744.0
+
+
+@triton.jit
+def _image(source, beta):  # type: ignore[no-untyped-def]
+    return tl.floor(source * _double(beta) + 0.5)
+
+
+@triton.jit
+def _preimage(image, beta):  # type: ignore[no-untyped-def]
+    inverse = 1.0 / _double(beta)
+    return tl.ceil(image * inverse - (inverse * 0.5 + 0.000003814697265625))
+
+
+@triton.jit
+def _double(value):  # type: ignore[no-untyped-def]
+    return tl.cast(value, tl.float64)
+
+
+@triton.jit
+def _held(total):  # type: ignore[no-untyped-def]
+    """What int32 can hold; NaN ends outside the range."""
+    total = tl.where(total == total, total, float("inf"))
+    most = tl.full([], 2147483647.0, tl.float64)  # a bare number would be one of fp32: 2^31
+    return tl.minimum(tl.maximum(total, -2147483648.0), most)
+
+
+@triton.jit
+def _weighted(branch, at, place):  # type: ignore[no-untyped-def]
+    """A program's sum of its elements' bits, each times the odd weight of its place.
+
+    What lies outside the tensor was loaded as zeros and adds nothing. Products wrap at 2^64.
+    """
+    mixed = (at + place).to(tl.uint64) + 0x9E3779B97F4A7C15
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB
+    weight = (mixed ^ (mixed >> 31)) | 1
+    return tl.sum(_bits(branch) * weight.to(tl.int64, bitcast=True))
+
+
+@triton.jit
+def _bits(branch):  # type: ignore[no-untyped-def]
+    """The elements' bits as int64."""
+    if branch.dtype.primitive_bitwidth == 64:
+        found = branch.to(tl.int64, bitcast=True)
+    elif branch.dtype.primitive_bitwidth == 32:
+        found = branch.to(tl.int32, bitcast=True).to(tl.int64)
+    else:
+        found = branch.to(tl.int16, bitcast=True).to(tl.int64)
+    return found
+
+
+@triton.jit
+def _store_bits(rest, octet, remainders, count, bits: tl.constexpr):  # type: ignore[no-untyped-def]
+    octets = (count + 7) // 8
+    value = rest.to(tl.int32)
+    for bit in tl.static_range(bits):
+        plane = ((value >> bit) & 1) << tl.arange(0, 8)[None, :]
+        packed = tl.sum(plane, axis=1).to(tl.uint8)
+        tl.store(remainders + bit * octets + octet, packed, mask=octet < octets)
+
+
+@triton.jit
+def _load_bits(octet, remainders, count, bits: tl.constexpr):  # type: ignore[no-untyped-def]
+    octets = (count + 7) // 8
+    value = tl.zeros([octet.shape[0], 8], dtype=tl.int32)
+    for bit in tl.static_range(bits):
+        packed = tl.load(remainders + bit * octets + octet, mask=octet < octets, other=0)
+        value += ((packed.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1) << bit
+    return value
