@@ -51,12 +51,6 @@ ALLOWED = [
 ]
 
 # Stages and the bench walk through a network's private parts. To be emptied with a walk of its own.
-FOR_NOW = [
-    _allow("dr2dist/parallel/pipeline/layers.py", "_tail _transitions _cut _parameters", "a walk"),
-    _allow("dr2dist/parallel/pipeline/stage.py", "_tail _transitions _chunk_size", "a walk"),
-    _allow("dr2dist/bench/worker.py", "_transitions", "a walk"),
-]
-
 DOCUMENTED = {"_replace", "_asdict", "_fields", "_make", "_exit"}
 """Public ones of Python's named tuples and os, whatever they look like."""
 
@@ -94,13 +88,13 @@ def _graph() -> grimp.ImportGraph:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_private_of_others_is_used(path: Path) -> None:
     name, allowed = str(path.relative_to(ROOT)), set()
-    for each in (*ALLOWED, *FOR_NOW):
+    for each in ALLOWED:
         if name.startswith(each.room):
             allowed |= each.names or set(_private_uses(path))
     assert set(_private_uses(path)) <= allowed
 
 
-@pytest.mark.parametrize("allowed", [*ALLOWED, *FOR_NOW], ids=lambda allowed: allowed.room)
+@pytest.mark.parametrize("allowed", ALLOWED, ids=lambda allowed: allowed.room)
 def test_what_is_allowed_is_needed(allowed: Allowed) -> None:
     paths = [path for path in MODULES if str(path.relative_to(ROOT)).startswith(allowed.room)]
     found = {name for path in paths for name in _private_uses(path)}
