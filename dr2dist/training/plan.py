@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from dr2dist.backbones.build import build_model
+from dr2dist.backbones.channels import input_channels
 from dr2dist.backbones.network import convert
+from dr2dist.backbones.weights import check_file
 from dr2dist.coefficients import Schedule
 from dr2dist.config import Config
 from dr2dist.data.index import Index, read_index
@@ -34,8 +36,9 @@ class Plan:
     grid: stages and data-parallel replicas. layers: of the network if it is cut into stages;
     parts: which are each stage's.
     steps: optimiser steps. steps_per_epoch: whole global batches of an epoch. class_weights:
-    factors of the classes' losses, None for 1. image_size: height and width in pixels; mean, std
-    of the three channels. deepspeed: DeepSpeed's configuration. lengths: functions of each chain.
+    factors of the classes' losses, None for 1. in_channels: of an image. image_size: height and
+    width in pixels; mean, std of the channels. deepspeed: DeepSpeed's configuration. lengths:
+    functions of each chain.
     parameters, trained: of the model, in numbers. groups: of the optimiser. flops: of training on
     one image. remainder_bits: for each element and function, at the smallest beta.
     """
@@ -49,6 +52,7 @@ class Plan:
     train: Index
     val: Index | None
     class_weights: tuple[float, ...] | None
+    in_channels: int
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -124,7 +128,7 @@ class Plan:
 
     def _inputs_kept(self, number: int) -> list[tuple[int, ...]]:
         """Shapes of one sample's input to the stem, the transitions and the tail of a stage."""
-        shapes = [(3, *self.image_size), *(layer.shape for layer in self.layers)]
+        shapes = [(self.in_channels, *self.image_size), *(layer.shape for layer in self.layers)]
         return [shapes[i] for i in self.parts[number] if self.layers[i].kind != "function"]
 
     def _elements(self, shape: tuple[int, ...]) -> int:
@@ -177,6 +181,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
         train=train,
         val=val,
         class_weights=_class_weights(config, train),
+        in_channels=input_channels(model),
         image_size=size,
         mean=config.data.mean or normalised["mean"],
         std=config.data.std or normalised["std"],
@@ -231,8 +236,8 @@ def _indices(config: Config) -> tuple[Index, Index | None]:
 
 def _model(config: Config) -> Any:
     weights = config.model.weights
-    if weights not in (None, "hub") and not Path(str(weights)).is_file():
-        raise UserError(f"model.weights: {weights} does not exist")
+    if weights not in (None, "hub"):
+        check_file(Path(str(weights)))
     with torch.device("meta"):
         model = build_model(config.model.name, weights=None, **model_options(config))
     freeze(model, config.model.freeze)
@@ -245,6 +250,7 @@ def model_options(config: Config) -> dict[str, Any]:
     return {
         "image_size": part.image_size,
         "num_classes": config.task.num_classes,
+        "in_channels": part.in_channels,
         "drop_path": part.drop_path,
         "dropout": part.dropout,
         "options": part.options,
