@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dr2dist.backbones.channels import input_channels
+
 PEAK_FLOPS: dict[str, dict[str, float]] = {
     "A100": {"fp32": 19.5e12, "bf16": 312e12, "fp16": 312e12},
     "H100": {"fp32": 67e12, "bf16": 989e12, "fp16": 989e12},
@@ -25,7 +27,7 @@ def model_flops(model: nn.Module, size: tuple[int, int]) -> int:
     model: on the meta device. The backward pass counts as two forward passes.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, *size, device="meta"))
+        model(torch.empty(1, input_channels(model), *size, device="meta"))
     return 3 * int(counter.get_total_flops())
 
 

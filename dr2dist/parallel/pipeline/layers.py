@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dr2dist.backbones.channels import input_channels
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.errors import UserError
 from dr2dist.reversible import Sides
@@ -63,7 +64,7 @@ def layers_of(net: ReversibleNetwork, size: tuple[int, int]) -> list[Layer]:
         raise UserError(f"parallel.stages: the family {net.family.name} does not name its tail")
     meta: Any = copy.deepcopy(net).to("meta")
     meta._cut()  # functions still hold a block's own parameters as they were
-    images = torch.empty(1, 3, *size, device="meta")
+    images = torch.empty(1, input_channels(net), *size, device="meta")
     stem = meta.family.stem(meta.train(), images)  # with its graph, which tells what is trained
     with torch.no_grad():
         layers = list(_walk(meta.eval(), images))
