@@ -31,6 +31,7 @@ class BeitFamily(Family):
 
     name = "beit"
     patterns = ("beit_*", "beitv2_*")
+    classes = (Beit,)
 
     tail = TAIL
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dr2dist.backbones.refusal import OWN_FAMILY
 from dr2dist.backbones.slicing import Factor, Slicing, drop_paths, replaced_modules
 from dr2dist.errors import UserError
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
@@ -38,6 +39,8 @@ class Family(ABC):
     name: str
     patterns: tuple[str, ...]
     """Model names that it covers, for people to read."""
+    classes: tuple[type[nn.Module], ...] = ()
+    """What its models are built as, for people to read."""
     tail: tuple[str, ...] | None = None
     """The model's modules and parameters that `norm` and `head` use, missing ones included.
 
@@ -216,7 +219,11 @@ def _parts_of(
         if isinstance(block, kind) and _forward(type(block)) is _forward(kind):
             return found
     allowed = ", ".join(kind.__name__ for kind in parts)
-    raise UserError(f"{where} is a {type(block).__name__}, supported blocks are {allowed}")
+    own = isinstance(block, tuple(parts))
+    how = " with a forward of its own, which need not be x + F(x)" if own else ""
+    raise UserError(
+        f"{where} is a {type(block).__name__}{how}; supported blocks are {allowed}; {OWN_FAMILY}"
+    )
 
 
 def _forward(kind: Any) -> Any:

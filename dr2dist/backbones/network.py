@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal, Self, cast
@@ -16,14 +17,26 @@ from dr2dist.backbones.certificate import Certificate
 from dr2dist.backbones.eva import EvaFamily
 from dr2dist.backbones.family import Branch, Family, Stem, part_of
 from dr2dist.backbones.live import bypassed, refuse_hooks, refuse_sharded, structure_of
+from dr2dist.backbones.refusal import check_is_model, unsupported
+from dr2dist.backbones.relpos import RelPosFamily
 from dr2dist.backbones.swin import SwinFamily
+from dr2dist.backbones.torchvision_vit import TorchvisionVitFamily
 from dr2dist.backbones.vit import VitFamily
 from dr2dist.errors import UserError
 from dr2dist.reversible import Chain, Piece, Planner, Setting
 from dr2dist.reversible.arithmetic.setting import Arithmetic, Memory, round_coefficient
 from dr2dist.reversible.failure import OnFailure
 
-_families: list[Family] = [VitFamily(), EvaFamily(), BeitFamily(), SwinFamily()]
+log = logging.getLogger(__name__)
+
+_families: list[Family] = [
+    VitFamily(),
+    EvaFamily(),
+    BeitFamily(),
+    SwinFamily(),
+    RelPosFamily(),
+    TorchvisionVitFamily(),
+]
 
 
 COEFFICIENTS_NAME = "reversible_alpha_beta"
@@ -350,6 +363,7 @@ def _own(value: Any) -> Any:
 
 
 def _find(model: nn.Module) -> Family:
+    check_is_model(model)
     if isinstance(model, ReversibleNetwork):
         raise UserError("the model is converted already")
     if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
@@ -360,17 +374,17 @@ def _find(model: nn.Module) -> Family:
     for family in _families:
         if family.matches(model):
             return family
-    known = "; ".join(f"{f.name} ({', '.join(f.patterns)})" for f in _families)
-    raise UserError(f"{type(model).__name__} is not supported; supported families: {known}")
+    raise UserError(f"convert: {unsupported(model, _families)}")
 
 
 def register_backbone(family: Family) -> None:
     """Makes `convert` know a family of one's own; it is asked before the ones known so far.
 
-    Raises UserError if the name is taken.
+    One of the same name is replaced, which is logged: cells of a notebook are run again.
     """
-    if any(family.name == known.name for known in _families):
-        raise UserError(f"a backbone family named '{family.name}' is registered already")
+    for known in [known for known in _families if known.name == family.name]:
+        log.warning("the backbone family '%s' is replaced by %s", known.name, type(family).__name__)
+        _families.remove(known)
     _families.insert(0, family)
 
 
