@@ -2,6 +2,7 @@
 
 from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Transition
 from dr2dist.backbones.branch import Branch
+from dr2dist.backbones.check import CheckReport, check
 from dr2dist.backbones.convert import convert, register_backbone, supported_backbones
 from dr2dist.data.batch import Batch
 from dr2dist.errors import UserError
@@ -18,6 +19,7 @@ __all__ = [
     "Branch",
     "Chain",
     "ChainOf",
+    "CheckReport",
     "FeatureInfo",
     "Head",
     "Loss",
@@ -26,6 +28,7 @@ __all__ = [
     "Transition",
     "UserError",
     "__version__",
+    "check",
     "convert",
     "load",
     "register_backbone",

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
 DEPTH = 6
@@ -36,6 +37,17 @@ _swin = partial(
     num_heads=(2, 4, 8),
     drop_path_rate=0.0,
 )
+
+
+def _relpos(**options: Any) -> nn.Module:
+    """Without the dropout in the MLPs of biases, which no option of timm's switches off: a model
+    in training would not equal itself."""
+    model = VisionTransformerRelPos(**{**_plain, "init_values": 0.5, **options})
+    for name, module in model.named_modules():
+        if "rel_pos" in name and isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": _vit,
@@ -56,6 +68,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     ),
     "beit": partial(_beit, use_rel_pos_bias=True, use_abs_pos_emb=False),
     "beit-shared-bias": partial(_beit, use_shared_rel_pos_bias=True),
+    "relpos": partial(_relpos, rel_pos_type="bias", class_token=True, global_pool="token"),
+    "relpos-shared": partial(_relpos, class_token=True, shared_rel_pos=True),
+    "relpos-post-norm": partial(
+        _relpos, class_token=True, block_fn=ResPostRelPosBlock, init_values=0.9, fc_norm=True
+    ),
     "swin": partial(_swin, depths=(2, 2, 2)),
 }
 

@@ -7,11 +7,11 @@ import pickle
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 import dr2dist
+from dr2dist.backbones import convert as registry
 from tests.bounds import float_bound
 from tests.chain_helpers import error
 from tests.models import DEPTH, MODELS, build, images
@@ -126,7 +126,8 @@ def test_slices_of_tokens_compute_what_timm_does(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "most"), [("vit", 7), ("eva-rope", 7), ("beit", 7), ("swin", 4 * 16)]
+    ("kind", "most"),
+    [("vit", 7), ("eva-rope", 7), ("beit", 7), ("relpos", 7), ("swin", 4 * 16)],
 )
 def test_slices_of_tokens_are_taken_where_functions_allow_it(kind: str, most: int) -> None:
     seen: dict[str, int] = {}
@@ -191,7 +192,7 @@ def test_intermediates_carry_gradients() -> None:
     assert any(grad.abs().sum() > 0 for grad in grads[0])
 
 
-@pytest.mark.parametrize("kind", ["vit", "eva-rope", "beit-shared-bias", "swin"])
+@pytest.mark.parametrize("kind", ["vit", "eva-rope", "beit-shared-bias", "relpos-shared", "swin"])
 def test_copies_pickles_and_state_dicts(kind: str) -> None:
     model = build(kind).eval()
     net = dr2dist.convert(model)
@@ -241,21 +242,13 @@ def test_coefficients_change_on_all_chains_or_on_none() -> None:
     assert {chain.setting.beta for chain in net.chains} == {0.75}
 
 
-def test_what_is_not_supported_is_refused_in_one_line() -> None:
-    with pytest.raises(dr2dist.UserError, match=r"ResNet is not supported.*vit.*eva.*beit.*swin"):
-        dr2dist.convert(timm.create_model("resnet18"))
+def test_what_a_network_cannot_do_is_refused_in_one_line() -> None:
     net = dr2dist.convert(build("vit"))
-    with pytest.raises(dr2dist.UserError, match="converted already"):
-        dr2dist.convert(net)
     with pytest.raises(dr2dist.UserError, match="memory='checkpoint'"):
         net.set_grad_checkpointing(True)
     model: Any = build("vit")
     model.set_grad_checkpointing(True)
     with pytest.raises(dr2dist.UserError, match="gradient checkpointing"):
-        dr2dist.convert(model)
-    model = build("vit")
-    model.blocks[3] = nn.Identity()
-    with pytest.raises(dr2dist.UserError, match=r"blocks\.3 is a Identity"):
         dr2dist.convert(model)
     for wrong in ({"arithmetic": "exakt"}, {"memory": "revers"}, {"beta": 0.0}, {"alpha": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -299,11 +292,18 @@ class MixerBackbone(dr2dist.Backbone):
         return model.leave(features)
 
 
-def test_a_family_of_ones_own() -> None:
+def test_a_family_of_ones_own(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_families", list(registry._families))
     dr2dist.register_backbone(MixerBackbone())
     assert dr2dist.supported_backbones()["mixer"] == ("my mixer",)
-    dr2dist.register_backbone(MixerBackbone())  # as a notebook's cell does when it is run again
+    assert not caplog.messages
+    again = MixerBackbone()
+    dr2dist.register_backbone(again)
+    assert caplog.messages == ["the backbone family 'mixer' is replaced by MixerBackbone"]
     assert list(dr2dist.supported_backbones()).count("mixer") == 1
+    assert dr2dist.convert(Mixer()).family is again
     model = Mixer()
     x = torch.randn(3, 5, 6)
     assert_close(dr2dist.convert(model, **CONVENTIONAL)(x), model(x))
@@ -311,20 +311,3 @@ def test_a_family_of_ones_own() -> None:
     net(x).sum().backward()
     assert net.certificate().failures == 0
     assert_state_is_of(net, model)
-
-
-@pytest.mark.slow
-def test_every_registered_model_of_the_families_converts() -> None:
-    kinds = ("VisionTransformer", "VisionTransformerDistilled", "Eva", "Beit", "SwinTransformer")
-    converted = []
-    for name in timm.list_models():
-        with torch.device("meta"):
-            try:
-                model = timm.create_model(name)
-            except (RuntimeError, NotImplementedError):
-                continue  # a model of another family that cannot be built on meta
-        if type(model).__name__ in kinds and type(model).__module__.startswith("timm."):
-            net = dr2dist.convert(model)
-            assert_state_is_of(net, model)
-            converted.append(name)
-    assert len(converted) > 250, len(converted)

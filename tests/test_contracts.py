@@ -138,9 +138,7 @@ def test_a_loss_does_not_depend_on_how_samples_are_cut(
     for name, (ranks, overrides) in LAYOUTS.items():
         path = write_config(tmp_path, shards, name.replace(" ", "_"))
         more = ["model.options={depth: 2, drop: 0.0}", "train.steps=2", "data.val=null"]
-        pools[ranks].run(
-            "tests.cases:run_config", path=str(path), overrides=[*overrides, *more]
-        )[0]
+        pools[ranks].run("tests.cases:run_config", path=str(path), overrides=[*overrides, *more])[0]
         folder = tmp_path / name.replace(" ", "_")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         found[name] = lines, weights(folder)

@@ -25,7 +25,7 @@ How = Literal["whole", "in parts", "meta"]
 class Blueprint:
     """A network and its task as plain values.
 
-    model, image_size, channels, options, drop_path, dropout, weights: see `build_model`. task: the
+    model, image_size, in_channels, options, drop_path, dropout, weights: see `build_model`. task: the
     section `task`. classes: names by label. preprocessing: what samples become, instead of what
     the model says. frozen: patterns of parameters that are not trained. seed: of new weights.
     """
@@ -35,6 +35,7 @@ class Blueprint:
     classes: tuple[str, ...] = ()
     weights: str | None = None
     image_size: tuple[int, int] | None = None
+    in_channels: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
     drop_path: float = 0.0
     dropout: float = 0.0
@@ -52,6 +53,7 @@ class Blueprint:
             classes=tuple(classes),
             weights=said.weights,
             image_size=said.image_size,
+            in_channels=said.in_channels,
             options=said.options,
             drop_path=said.drop_path,
             dropout=said.dropout,
@@ -65,6 +67,7 @@ class Blueprint:
         return {
             "model": self.model,
             "image_size": self.image_size,
+            "in_channels": self.in_channels,
             "options": dict(self.options),
             "task": self.task.effective(),
             "classes": list(self.classes),
@@ -74,6 +77,7 @@ class Blueprint:
         """Of build_model, beside name and weights."""
         return {
             "image_size": self.image_size,
+            "in_channels": self.in_channels,
             "num_classes": self.task.outputs(),
             "drop_path": self.drop_path,
             "dropout": self.dropout,

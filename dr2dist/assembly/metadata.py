@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
 from dr2dist.assembly.blueprint import Blueprint
+from dr2dist.backbones.channels import input_channels
 from dr2dist.config.task import DEFAULT_TASK
 from dr2dist.errors import UserError, one_line
 from dr2dist.tasks.registry import options_from
@@ -28,7 +29,8 @@ Option = bool | int | float | str
 class ExportMetadata(BaseModel):
     """What a file says of its model.
 
-    model, image_size (height, width), options: how timm builds it. alpha, beta, arithmetic,
+    model, image_size (height, width), in_channels, options: how it is built. alpha, beta,
+    arithmetic,
     fraction_bits: how its residual functions are joined. task: the section `task`. classes: names
     by label. preprocessing: how samples become inputs, as plain values. plugins: modules that know
     the task or the backbone. step: applied optimiser steps, None where nobody counted. dr2dist:
@@ -38,6 +40,7 @@ class ExportMetadata(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
     model: str
     image_size: tuple[int, int] | None
+    in_channels: int = 3
     options: dict[str, Option] = {}
     alpha: float
     beta: float
@@ -73,6 +76,7 @@ class ExportMetadata(BaseModel):
             task=options_from(self.task, self.plugins),
             classes=self.classes,
             image_size=self.image_size,
+            in_channels=self.in_channels,
             options=self.options,
             preprocessing=self.preprocessing,
         )
@@ -123,6 +127,7 @@ def metadata_of(
         return ExportMetadata(
             model=net.pretrained_cfg["architecture"],
             image_size=built_for,
+            in_channels=input_channels(net),
             options=dict(options),
             alpha=alpha,
             beta=beta,

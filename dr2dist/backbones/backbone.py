@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dr2dist.backbones.channels import input_channels
 from dr2dist.errors import UserError
 
 OUTPUT = "output"
@@ -76,6 +77,8 @@ class Backbone(ABC):
     name: str
     patterns: tuple[str, ...]
     """Model names that it covers, for people to read."""
+    classes: tuple[type[nn.Module], ...] = ()
+    """What its models are built as, for people to read."""
     input: str | None = "image"
     """The one of a batch's inputs that is the stem's; None: the stem takes all of them, by name."""
     tail: tuple[str, ...] | None = None
@@ -154,14 +157,6 @@ def input_size(model: Any) -> tuple[int, int]:
     found = getattr(getattr(model, "patch_embed", None), "img_size", None)
     height, width = found or model.pretrained_cfg["input_size"][1:]
     return int(height), int(width)
-
-
-def input_channels(model: Any) -> int:
-    """Channels of the images that a timm model takes."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 4 and name.endswith("weight"):
-            return int(parameter.shape[1])  # the patch embedding comes first
-    return int(model.pretrained_cfg["input_size"][0])
 
 
 def is_built_as(model: nn.Module, kind: type) -> bool:

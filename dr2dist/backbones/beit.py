@@ -32,6 +32,7 @@ class BeitBackbone(Backbone):
 
     name = "beit"
     patterns = ("beit_*", "beitv2_*")
+    classes = (Beit,)
 
     tail = TAIL
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -10,18 +11,18 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dr2dist.backbones.channels import with_channels
 from dr2dist.backbones.convert import known_families
 from dr2dist.backbones.deferred import deferred, make_buffers
 from dr2dist.backbones.heads import TASK_HEAD
+from dr2dist.backbones.weights import read_weights
 from dr2dist.errors import UserError, nearest, one_line
 
 log = logging.getLogger(__name__)
 
-FOREIGN = {*inspect.signature(timm.create_model).parameters, "in_chans", "features_only"}
+FOREIGN = {*inspect.signature(timm.create_model).parameters, "features_only"}
 """Options that would change where weights come from, or what inputs and outputs are."""
 
 
@@ -31,6 +32,7 @@ def build_model(
     weights: str | None,
     image_size: tuple[int, int] | None,
     num_classes: int,
+    in_channels: int = 3,
     drop_path: float = 0.0,
     dropout: float = 0.0,
     options: Mapping[str, Any] | None = None,
@@ -39,17 +41,19 @@ def build_model(
     """A timm model in fp32.
 
     weights: None for random ones from torch's global stream, "hub" for timm's own, otherwise
-    the path of a .safetensors file with timm's names; position embeddings and windows are
-    resized to `image_size`, height and width in pixels, and a head of another number of classes
-    starts anew. options: more arguments of timm's, such as depth. finish: called with the model
-    before its weights are read, as to give it a head. Raises UserError for an unknown
-    name, a bad file, or weights that do not fit.
+    the path of a file that `read_weights` takes; position embeddings and windows are resized to
+    `image_size`, height and width in pixels, the first convolution is adapted to in_channels, and
+    a head of another number of classes starts anew. options: more arguments of timm's, such as
+    depth. finish: called with the model before its weights are read, as to give it a head. Raises
+    UserError for an unknown name, a bad file, or weights that do not fit.
     """
     given: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
     for key in options or {}:
         if key in FOREIGN:
             raise UserError(f"model.options: {key} is not one of a model's shape: leave it out")
     given |= options or {}
+    if in_channels != 3:
+        given["in_chans"] = in_channels
     if dropout:
         given["proj_drop_rate"] = dropout
     if image_size is not None:
@@ -104,27 +108,16 @@ def build_deferred(
             buffer.copy_(state[key])
 
     def read(key: str) -> Tensor:
-        return state[key].clone() if key in state else maker.make(places[key])
+        if key not in state:
+            return maker.make(places[key])
+        return state[key].to(places[key].dtype, copy=True, memory_format=torch.contiguous_format)
 
     return model, read
 
 
 def _read(model: Any, path: Path) -> dict[str, Tensor]:
     """What a file holds for the model; a head of another number of classes is left out."""
-    try:
-        with safe_open(path, "pt") as file:
-            trained = file.metadata() or {}
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"model.weights: {path} cannot be read: {error}") from None
-    if trained.get("beta", "0.0") != "0.0":
-        log.warning(
-            "%s was trained with alpha %s, beta %s: with others it starts as another network",
-            path,
-            trained["alpha"],
-            trained["beta"],
-        )
-    state = _fitted(model, state)
+    state = _fitted(model, read_weights(path), path)
     wanted = model.state_dict()
     head = {name for name in wanted if name.startswith(_head_names(model))}
     wrong = {n for n, v in state.items() if n in wanted and v.shape != wanted[n].shape}
@@ -141,12 +134,22 @@ def _read(model: Any, path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name not in fresh}
 
 
-def _fitted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights at the model's image size, by the model's own family in timm."""
-    module = __import__(type(model).__module__, fromlist=["checkpoint_filter_fn"])
-    convert = getattr(module, "checkpoint_filter_fn", None)
-    with torch.no_grad():
-        return dict(convert(state, model)) if convert else state
+def _fitted(model: Any, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights by timm's names, at the model's image size and channels, by the model's own
+    family in timm."""
+    module = importlib.import_module(type(model).__module__)
+    convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
+    # Names that DeiT-3 was published with; no other model has any like them.
+    published = "adapt_layer_scale" in inspect.signature(convert).parameters
+    options = {"adapt_layer_scale": True} if published else {}
+    try:
+        with torch.no_grad():
+            return with_channels(model, convert(state, model, **options))
+    except (LookupError, AttributeError, TypeError, ValueError, AssertionError, RuntimeError) as e:
+        found = one_line(f"{type(e).__name__} {e}")
+        raise UserError(
+            f"model.weights: {path} does not fit {type(model).__name__}: {found}"
+        ) from None
 
 
 def _head_names(model: Any) -> tuple[str, ...]:

@@ -15,7 +15,10 @@ from dr2dist.backbones.backbone import Backbone
 from dr2dist.backbones.beit import BeitBackbone
 from dr2dist.backbones.eva import EvaBackbone
 from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork, blank
+from dr2dist.backbones.refusal import check_is_model, unsupported
+from dr2dist.backbones.relpos import RelPosBackbone
 from dr2dist.backbones.swin import SwinBackbone
+from dr2dist.backbones.torchvision_vit import TorchvisionVitBackbone
 from dr2dist.backbones.vit import VitBackbone
 from dr2dist.errors import UserError
 from dr2dist.reversible import Setting
@@ -24,7 +27,14 @@ from dr2dist.reversible.failure import OnFailure
 
 log = logging.getLogger(__name__)
 
-_families: list[Backbone] = [VitBackbone(), EvaBackbone(), BeitBackbone(), SwinBackbone()]
+_families: list[Backbone] = [
+    VitBackbone(),
+    EvaBackbone(),
+    BeitBackbone(),
+    SwinBackbone(),
+    RelPosBackbone(),
+    TorchvisionVitBackbone(),
+]
 
 
 def convert(
@@ -91,6 +101,8 @@ def _own(value: Any) -> Any:
 
 
 def family_of(model: nn.Module) -> Backbone:
+    """The family that knows a model. Raises UserError, with what is missing, if there is none."""
+    check_is_model(model)
     if isinstance(model, ReversibleNetwork):
         raise UserError("the model is converted already")
     if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
@@ -101,17 +113,17 @@ def family_of(model: nn.Module) -> Backbone:
     for family in _families:
         if family.matches(model):
             return family
-    known = "; ".join(f"{f.name} ({', '.join(f.patterns)})" for f in _families)
-    raise UserError(f"{type(model).__name__} is not supported; supported families: {known}")
+    raise UserError(f"convert: {unsupported(model, _families)}")
 
 
 def register_backbone(family: Backbone) -> None:
     """Makes `convert` know a family of one's own; it is asked before the ones known so far.
 
-    Raises UserError if the name is taken.
+    One of the same name is replaced, which is logged: cells of a notebook are run again.
     """
-    if any(family.name == known.name for known in _families):
-        raise UserError(f"a backbone family named '{family.name}' is registered already")
+    for known in [known for known in _families if known.name == family.name]:
+        log.warning("the backbone family '%s' is replaced by %s", known.name, type(family).__name__)
+        _families.remove(known)
     _families.insert(0, family)
 
 

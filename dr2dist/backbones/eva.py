@@ -45,7 +45,16 @@ class EvaBackbone(Backbone):
     """One chain of all blocks. Learned mixed rotary embeddings are one side for each depth."""
 
     name = "eva"
-    patterns = ("eva02_*", "vit_*_dinov3*", "vit_pe_*", "vit_*_rope_*", "vit_*_rope_mixed_*")
+    patterns = (
+        "eva02_*",
+        "eva_giant_*",
+        "vit_*_dinov3*",
+        "vit_*_sapiens2",
+        "vit_*_lingbot",
+        "vit_*_rope_*",
+        "vit_pe_*",
+    )
+    classes = (Eva,)
 
     tail = TAIL
 

@@ -333,7 +333,7 @@ class _Tail(nn.Module):
 
     def renew(self, net: ReversibleNetwork) -> None:
         """Takes up what was changed in the network: a new classifier, its training flag."""
-        attributes = {key: value for key, value in net.__dict__.items() if key not in _CUT}
+        attributes = {key: value for key, value in net.__dict__.items() if key not in CUT}
         plain = blank(type(net).__bases__[1])
         plain.__dict__.update(attributes)
         self.part = part_of(plain, self.family.tail)
@@ -343,7 +343,7 @@ class _Tail(nn.Module):
         return self.family.head(self.part, self.family.norm(self.part, tokens))
 
 
-_CUT = (
+CUT = (
     "items",
     "places",
     "chains",

@@ -12,6 +12,7 @@ from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
 MLPS = (Mlp, GluMlp, SwiGLU)
-ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention)
+ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention)
 
 
 Run = Callable[..., Tensor]

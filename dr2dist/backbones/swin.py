@@ -86,7 +86,8 @@ class SwinBackbone(Backbone):
     """A chain for each stage; patch mergings are the transitions."""
 
     name = "swin"
-    patterns = ("swin_*", "swin_s3_*")
+    patterns = ("swin_*",)
+    classes = (SwinTransformer,)
     tail = ("norm", "head")
 
     def matches(self, model: nn.Module) -> bool:

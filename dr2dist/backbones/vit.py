@@ -84,7 +84,8 @@ class VitBackbone(Backbone):
     """One chain of all blocks; masks are sides."""
 
     name = "vit"
-    patterns = ("vit_*", "deit*", "flexivit_*", "*_clip_*", "*_siglip_*", "*_dinov2", "beit3_*")
+    patterns = ("vit_*", "deit*", "flexivit_*", "beit3_*", "aimv2_*", "eva_large_*")
+    classes = (VisionTransformer,)
 
     tail = TAIL
 

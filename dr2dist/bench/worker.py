@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dr2dist.backbones.channels import input_channels
 from dr2dist.backbones.convert import convert
 from dr2dist.backbones.forward import AutogradDriver
 from dr2dist.backbones.network import ReversibleNetwork
@@ -92,7 +93,8 @@ class Worker:
         return net if isinstance(net, ReversibleNetwork) else convert(net, 0.5, 0.5)
 
     def _images(self, batch: int) -> Tensor:
-        return torch.randn(batch, 3, self.spec.size, self.spec.size, device=self.device)
+        shape = (batch, input_channels(self.net), self.spec.size, self.spec.size)
+        return torch.randn(shape, device=self.device)
 
     def _step(self, images: Tensor) -> None:
         self.net(images).square().mean().backward()

@@ -25,6 +25,7 @@ Option = Annotated[bool | int | float | str, Field(union_mode="smart")]
 OWN_SETTINGS = {
     "num_classes": "task.num_classes",
     "img_size": "model.image_size",
+    "in_chans": "model.in_channels",
     "drop_path_rate": "model.drop_path",
     "proj_drop_rate": "model.dropout",
     "pretrained": "model.weights",
@@ -37,7 +38,11 @@ class Model(Section):
 
     name: str = Field(description="timm's name of the model")
     weights: str | None = Field(
-        None, description="null: random; hub: timm's own; otherwise a .safetensors file"
+        None,
+        description="null: random; hub: timm's; otherwise a .safetensors, .pth, .pt or .bin file",
+    )
+    in_channels: Positive = Field(
+        3, description="channels of an image; weights of others are adapted as timm does"
     )
     image_size: Size | None = Field(
         None, description="side, or [height, width], in pixels; null: the model's own"

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from dr2dist.assembly import Blueprint, assemble
 from dr2dist.backbones.convert import convert
 from dr2dist.backbones.measure import measure, on_meta, training_flops
+from dr2dist.backbones.weights import check_file
 from dr2dist.coefficients import Schedule
 from dr2dist.config import Config
 from dr2dist.data.fields import Fields
@@ -225,8 +226,8 @@ def _check_data(config: Config, task: Task, train: Index, val: Index | None) -> 
 
 
 def _check_weights(weights: str | None) -> None:
-    if weights not in (None, "hub") and not Path(str(weights)).is_file():
-        raise UserError(f"model.weights: {weights} does not exist")
+    if weights not in (None, "hub"):
+        check_file(Path(str(weights)))
 
 
 def _deepspeed(config: Config, replicas: int) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""timm's VisionTransformerRelPos: relative position biases, each block's own or a shared one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer_relpos import (
+    RelPosBlock,
+    ResPostRelPosBlock,
+    VisionTransformerRelPos,
+)
+from torch import Tensor, nn
+
+from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Transition, is_built_as
+from dr2dist.backbones.branch import BranchSpec, branches
+from dr2dist.backbones.compute import attention_post_norm, match_buffer, mlp_post_norm
+from dr2dist.backbones.slicing import Queries, Tokenwise
+from dr2dist.backbones.tokens import TAIL, token_features, token_intermediates, token_map
+
+SHARED = "shared_rel_pos"
+
+
+def _match_coordinates(bias: Any) -> None:
+    """The coordinates that a bias is computed from, in its weights' dtype, whatever the tokens'."""
+    if hasattr(bias, "rel_coords_log"):
+        match_buffer(bias, "rel_coords_log", bias.mlp.fc1.weight)
+
+
+def _attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    _match_coordinates(block.attn.rel_pos)
+    return block.drop_path1(block.ls1(block.attn(block.norm1(x), **sides)))
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _attention_post_norm(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    _match_coordinates(block.attn.rel_pos)
+    return attention_post_norm(block, x, **sides)
+
+
+PARTS = {
+    RelPosBlock: (
+        BranchSpec(("norm1", "attn", "ls1", "drop_path1"), _attention, (SHARED,), Queries()),
+        BranchSpec(("norm2", "mlp", "ls2", "drop_path2"), _mlp, slicing=Tokenwise()),
+    ),
+    ResPostRelPosBlock: (
+        BranchSpec(("norm1", "attn", "drop_path1"), _attention_post_norm, (SHARED,), Queries()),
+        BranchSpec(("norm2", "mlp", "drop_path2"), mlp_post_norm, slicing=Tokenwise()),
+    ),
+}
+
+
+class RelPosBackbone(Backbone):
+    """One chain of all blocks. A shared bias is a side; others are computed in their blocks, once
+    for each slice."""
+
+    name = "relpos"
+    patterns = ("vit_relpos_*", "vit_srelpos_*")
+    classes = (VisionTransformerRelPos,)
+
+    tail = TAIL
+
+    def matches(self, model: nn.Module) -> bool:
+        """See Backbone."""
+        return is_built_as(model, VisionTransformerRelPos)
+
+    def layers(self, model: Any) -> list[ChainOf | Transition]:
+        """See Backbone."""
+        return [ChainOf("blocks", branches(model.blocks, PARTS, "blocks"))]
+
+    def stem(self, model: Any, images: Tensor, /, **options: Any) -> Stem:
+        """No options."""
+        tokens = model.patch_embed(images)
+        if model.cls_token is not None:
+            tokens = torch.cat((model.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        _match_coordinates(model.shared_rel_pos)
+        shared = None if model.shared_rel_pos is None else model.shared_rel_pos.get_bias()
+        return Stem(tokens, {} if shared is None else {SHARED: shared})
+
+    def features(self, model: Any) -> list[FeatureInfo]:
+        """See Backbone: after each block."""
+        return token_features(model, self.layers(model))
+
+    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
+        """See Backbone."""
+        return token_map(model, tokens)
+
+    def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
+        """See Backbone."""
+        return token_intermediates(net, images, **options)
