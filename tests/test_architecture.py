@@ -34,23 +34,23 @@ def _allow(room: str, names: str, reason: str) -> Allowed:
 ALLOWED = [
     _allow(ADAPTER, "", "it is the one place that knows DeepSpeed from inside"),
     _allow("dr2dist/backbones/", "_modules _buffers", "modules are copied without their weights"),
-    _allow("dr2dist/backbones/", "_pos_embed _attn", "timm cuts its models by private methods"),
+    _allow("dr2dist/backbones/", "_pos_embed _attn _process_input", "models are cut so"),
     _allow("dr2dist/backbones/", "_features", "timm's one rule for indices of features"),
     _allow("dr2dist/backbones/", "_python_dispatch _schema", "torch's documented dispatch modes"),
-    _allow("dr2dist/backbones/", "_pytree", "structures of tensors as torch takes them apart"),
     _allow("dr2dist/backbones/", "_cdata", "whether two tensors share memory, on any device"),
     _allow("dr2dist/backbones/", "_version", "whether a tensor was written to"),
     _allow("dr2dist/reversible/", "_parameters _buffers", "others stand in for a second run"),
     _allow("dr2dist/reversible/", "_NormBase _BatchNorm", "what all norms with statistics are"),
     _allow("dr2dist/reversible/", "_python_dispatch", "torch's documented dispatch modes"),
-    _allow("dr2dist/reversible/", "_pytree", "structures of tensors as torch takes them apart"),
+    _allow(
+        "dr2dist/reversible/trees.py", "_pytree", "structures of tensors as torch takes them apart"
+    ),
     _allow("dr2dist/reversible/", "_cdata", "whether two tensors share memory, on any device"),
     _allow("dr2dist/reversible/", "_version", "whether a tensor was written to"),
     _allow("dr2dist/reversible/", "_cache_enabled", "parametrizations are computed once a run"),
     _allow("dr2dist/reversible/", "_C", "autograd's running pass and attention's kernels"),
 ]
 
-# Stages and the bench walk through a network's private parts. To be emptied with a walk of its own.
 DOCUMENTED = {"_replace", "_asdict", "_fields", "_make", "_exit"}
 """Public ones of Python's named tuples and os, whatever they look like."""
 

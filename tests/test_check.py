@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from dr2dist.backbones.family import BranchSpec, branches
 from torch import Tensor, nn
 
 import dr2dist
-from dr2dist.backbones import network
+from dr2dist.backbones import convert as registry
+from dr2dist.backbones.branch import BranchSpec, branches
 from tests.models import build, images
 from tests.test_torchvision import build as build_torchvision
 
@@ -70,21 +70,22 @@ def halved(part: Any, x: Tensor, **sides: Any) -> Tensor:
     return 0.5 * part.branch(x, **sides)
 
 
-class NetFamily(dr2dist.Family):
+class NetBackbone(dr2dist.Backbone):
     """Right as it stands; tests make it wrong in one way each."""
 
     name, patterns = "net-of-tests", ("a net of tests",)
     compute: Any = staticmethod(branch)
     batched: tuple[str, ...] = ("own",)
+    input = None
 
     def matches(self, model: nn.Module) -> bool:
         return isinstance(model, Net)
 
-    def functions(self, model: Any) -> list[tuple[str, list[nn.Module]]]:
+    def layers(self, model: Any) -> list[Any]:
         spec = BranchSpec(None, self.compute, ("bias", "own"))
-        return [("layers", branches(model.layers, {Layer: (spec,)}, "layers"))]
+        return [dr2dist.ChainOf("layers", branches(model.layers, {Layer: (spec,)}, "layers"))]
 
-    def stem(self, model: Any, images: Any, **options: Any) -> dr2dist.Stem:
+    def stem(self, model: Any, images: Any, /, **options: Any) -> dr2dist.Stem:
         return dr2dist.Stem(model.enter(images["x"]), model.sides(images), self.batched)
 
     def norm(self, model: Any, tokens: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class NetFamily(dr2dist.Family):
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Families that a test registers are gone after it."""
-    monkeypatch.setattr(network, "_families", list(network._families))
+    monkeypatch.setattr(registry, "_families", list(registry._families))
 
 
 def example(batch: int = 4) -> dict[str, Tensor]:
@@ -122,12 +123,12 @@ def wrong_lines(report: dr2dist.CheckReport) -> dict[str, str]:
 
 def checked(**wrong: Any) -> dict[str, str]:
     """The lines of a check of a family that is wrong in some way."""
-    dr2dist.register_backbone(type("Wrong", (NetFamily,), wrong)())
+    dr2dist.register_backbone(type("Wrong", (NetBackbone,), wrong)())
     return wrong_lines(dr2dist.check(net(), example()))
 
 
 def test_a_right_family_of_ones_own_is_right() -> None:
-    dr2dist.register_backbone(NetFamily())
+    dr2dist.register_backbone(NetBackbone())
     model, given = net(), example()
     before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     report = dr2dist.check(model, given)
@@ -182,10 +183,10 @@ def test_functions_without_blocks_are_known_by_their_outputs() -> None:
         def forward(self, x: Tensor, **sides: Any) -> Tensor:
             return self.layer(x, **sides)
 
-    def functions(self: Any, model: Any) -> list[tuple[str, list[nn.Module]]]:
-        return [("layers", [Whole(layer) for layer in model.layers])]
+    def layers(self: Any, model: Any) -> list[Any]:
+        return [dr2dist.ChainOf("layers", [Whole(layer) for layer in model.layers])]
 
-    assert checked(functions=functions).keys() == {"outputs"}
+    assert checked(layers=layers).keys() == {"outputs"}
 
 
 def test_another_branch_is_named() -> None:
@@ -220,7 +221,7 @@ def test_what_raises_is_a_line_and_too_few_samples_are_refused() -> None:
 
     assert "have the structure" in checked(head=head)["outputs"]
     assert "raises KeyError: 'norm'" in checked(norm=norm)["reversal"]
-    dr2dist.register_backbone(NetFamily())
+    dr2dist.register_backbone(NetBackbone())
     with pytest.raises(dr2dist.UserError, match=r"the example has 1 sample\(s\), two or more"):
         dr2dist.check(net(), example(1))
     with pytest.raises(dr2dist.UserError, match="is not supported"):

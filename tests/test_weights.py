@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dr2dist
+from dr2dist.assembly import Blueprint
 from dr2dist.backbones.build import build_deferred, build_model
 from dr2dist.backbones.channels import input_channels
+from dr2dist.backbones.measure import measure, on_meta, training_flops
 from dr2dist.backbones.weights import read_weights
 from dr2dist.config import load_config
 from dr2dist.errors import UserError
 from dr2dist.parallel.pipeline.layers import layers_of
-from dr2dist.training.plan import model_options
-from dr2dist.training.speed import model_flops
 from tests.test_config import MAIN
 
 NAME = "test_vit"
@@ -205,8 +205,8 @@ def test_the_first_convolution_is_adapted_as_timm_does(
 
 
 def test_models_of_other_channels_are_counted_and_cut_into_layers() -> None:
-    options = model_options(load_config(MAIN, ["model.in_channels=5"]))
-    assert options["in_channels"] == 5
+    config = load_config(MAIN, ["model.in_channels=5"])
+    assert Blueprint.of(config, ("a", "b")).in_channels == 5
     flops = {}
     for channels in (3, 5):
         with torch.device("meta"):
@@ -215,9 +215,9 @@ def test_models_of_other_channels_are_counted_and_cut_into_layers() -> None:
             )
         assert input_channels(model) == channels
         assert input_channels(nn.Sequential(nn.Identity(), model)) == channels
-        flops[channels] = model_flops(model, (32, 32))
         net = dr2dist.convert(model)
-        patches, width = layers_of(net, (32, 32))[0].shape
+        flops[channels] = training_flops(measure(on_meta(net)))
+        patches, width = layers_of(net)[0].shape[1:]
         patches -= model.num_prefix_tokens
     # Two more channels of 16 x 16 pixels a patch, forward and back.
     assert flops[5] - flops[3] == 3 * 2 * patches * width * 2 * 16 * 16

@@ -25,8 +25,8 @@ How = Literal["whole", "in parts", "meta"]
 class Blueprint:
     """A network and its task as plain values.
 
-    model, image_size, in_channels, options, drop_path, dropout, weights: see `build_model`. task: the
-    section `task`. classes: names by label. preprocessing: what samples become, instead of what
+    model, image_size, in_channels, options, drop_path, dropout, weights: see `build_model`. task:
+    the section `task`. classes: names by label. preprocessing: what samples become, instead of what
     the model says. frozen: patterns of parameters that are not trained. seed: of new weights.
     """
 

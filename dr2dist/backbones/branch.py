@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dr2dist.backbones.refusal import OWN_FAMILY
 from dr2dist.backbones.slicing import Factor, Slicing, drop_paths, replaced_modules
 from dr2dist.errors import UserError
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
@@ -71,7 +72,7 @@ class Branch(nn.Module):
         """See TokenSliced."""
         if self.slicing is None:
             return []
-        return self.slicing.ranges(self.part, shape, tokens, self._given(sides))
+        return self.slicing.ranges(self.part, shape, tokens, self.keywords_of(sides))
 
     def draw(self, x: Tensor) -> Tensor | None:
         """See TokenSliced."""
@@ -86,7 +87,7 @@ class Branch(nn.Module):
 
         tokens: what TokenSliced says.
         """
-        given = self._given(sides)
+        given = self.keywords_of(sides)
         if tokens is None:
             return self.compute(self.part, x, **given)
         assert self.slicing is not None
@@ -95,7 +96,8 @@ class Branch(nn.Module):
             part = replaced_modules(part, dict.fromkeys(drop_paths(part), Factor(tokens.factor)))
         return self.slicing.compute(self.compute, part, x, tokens, given)
 
-    def _given(self, sides: dict[str, Any]) -> dict[str, Any]:
+    def keywords_of(self, sides: dict[str, Any]) -> dict[str, Any]:
+        """Sides by the keywords that `compute` takes them as."""
         return {self.keywords[name]: value for name, value in sides.items()}
 
 
@@ -155,7 +157,11 @@ def _parts_of(
         if isinstance(block, kind) and _forward(type(block)) is _forward(kind):
             return found
     allowed = ", ".join(kind.__name__ for kind in parts)
-    raise UserError(f"{where} is a {type(block).__name__}, supported blocks are {allowed}")
+    own = isinstance(block, tuple(parts))
+    how = " with a forward of its own, which need not be x + F(x)" if own else ""
+    raise UserError(
+        f"{where} is a {type(block).__name__}{how}; supported blocks are {allowed}; {OWN_FAMILY}"
+    )
 
 
 def _forward(kind: Any) -> Any:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from dr2dist.backbones.branch import Branch
 from dr2dist.backbones.convert import convert
 from dr2dist.backbones.network import COEFFICIENTS_NAME, CUT, ReversibleNetwork
 from dr2dist.errors import UserError, one_line
 from dr2dist.reversible import Sides
+from dr2dist.reversible.trees import tree_flatten, tree_leaves, tree_map_only
 
 SAME = 1e-6
 """Largest difference, relative to the largest value, where the same kernels run."""
@@ -157,7 +157,7 @@ class _Trial:
                     raise _Wrong(f"{type(function).__name__}: gives {shapes}, allowed is the same")
                 y = y + branch
                 if isinstance(function, Branch):
-                    given |= function._given(sides.of(function))
+                    given |= function.keywords_of(sides.of(function))
             if block is not None:
                 yield y, block(x, **given), self.names.get(id(block), type(block).__name__)
             x = y

@@ -86,10 +86,10 @@ def convert(
     assert isinstance(net, ReversibleNetwork)
     net.family = family
     net.chains = ()
-    net._cut({**asdict(setting), "on_failure": on_failure, "compile": compile})
+    net.cut_layers({**asdict(setting), "on_failure": on_failure, "compile": compile})
     values = torch.empty(2, dtype=torch.int64, device="cpu")
     net.register_buffer(COEFFICIENTS_NAME, values)
-    net._note_coefficients()
+    net.note_coefficients()
     # Every rank sets its own; a broadcast of them would make the host wait at each pass.
     object.__setattr__(net, "_ddp_params_and_buffers_to_ignore", [COEFFICIENTS_NAME])
     return net

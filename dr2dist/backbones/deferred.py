@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+
+from dr2dist.reversible.trees import tree_iter, tree_map
 
 META = torch.device("meta")
 

@@ -35,7 +35,7 @@ class Measured:
 def on_meta(net: ReversibleNetwork) -> Any:
     """A copy of a network in evaluation mode, whose parameters have no values."""
     meta: Any = copy.deepcopy(net).to("meta").eval()  # cuts its layers, too
-    meta._cut()  # functions still hold a block's own parameters as they were
+    meta.cut_layers()  # functions still hold a block's own parameters as they were
     return meta
 
 

@@ -59,9 +59,9 @@ class ReversibleNetwork(nn.Module):
             chain.check_coefficients(alpha, beta)
         for chain in self.chains:
             chain.set_coefficients(alpha, beta)
-        self._note_coefficients()
+        self.note_coefficients()
 
-    def _note_coefficients(self) -> None:
+    def note_coefficients(self) -> None:
         """Writes the coefficients in force to the buffer; by kernels, so that no host waits."""
         buffer = self._buffers[COEFFICIENTS_NAME]
         assert buffer is not None
@@ -208,13 +208,13 @@ class ReversibleNetwork(nn.Module):
         """As the model's own."""
         self._refuse_in_engine()
         super().set_input_size(*args, **options)  # type: ignore[misc]
-        self._cut()
+        self.cut_layers()
 
     def prune_intermediate_layers(self, *args: Any, **options: Any) -> Any:
         """As the model's own."""
         self._refuse_in_engine()
         kept = super().prune_intermediate_layers(*args, **options)  # type: ignore[misc]
-        self._cut()
+        self.cut_layers()
         return kept
 
     def train(self, mode: bool = True) -> Self:
@@ -246,7 +246,7 @@ class ReversibleNetwork(nn.Module):
         else:
             refuse_sharded((self, *structure))
             if changed:
-                self._cut()
+                self.cut_layers()
             refuse_hooks(self._bypassed)
         for chain in self.chains:
             for function in chain.functions:
@@ -262,7 +262,7 @@ class ReversibleNetwork(nn.Module):
                 "replace them before"
             )
 
-    def _cut(self, options: Mapping[str, Any] | None = None) -> None:
+    def cut_layers(self, options: Mapping[str, Any] | None = None) -> None:
         """(Re)builds the chains from the model's present modules; known ones stay the same.
 
         options: of the chains, if they are new.

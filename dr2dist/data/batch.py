@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from dr2dist.reversible.transfer import to_device
+from dr2dist.reversible.trees import tree_map
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dr2dist.assembly import ExportMetadata
 from dr2dist.backbones.slicing import replaced_modules
@@ -23,6 +22,7 @@ from dr2dist.files import atomic_write
 from dr2dist.inference.exported import load_with_task
 from dr2dist.reversible import Chain, PlainRunner
 from dr2dist.reversible.tape import Sides
+from dr2dist.reversible.trees import tree_leaves, tree_map
 
 TOLERANCE = 1e-3
 """Largest difference from the module's outputs, relative to the largest of them: other runtimes

@@ -11,7 +11,6 @@ from typing import Any, get_args
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dr2dist.assembly import ExportMetadata, Option, assemble
 from dr2dist.assembly.metadata import metadata_of
@@ -21,6 +20,7 @@ from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 from dr2dist.inference.exported import load
+from dr2dist.reversible.trees import tree_leaves, tree_map
 
 TOLERANCE = 1e-4
 """Largest difference from the network's own output, relative to the largest of it, on a GPU: its

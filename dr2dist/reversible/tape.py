@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.floating import FloatArithmetic
@@ -21,6 +20,7 @@ from dr2dist.reversible.calls.runner import Call
 from dr2dist.reversible.calls.sliced import SlicedCall, Stream
 from dr2dist.reversible.calls.slices import Layout, Slice
 from dr2dist.reversible.certificate import Flags, Probe
+from dr2dist.reversible.trees import tree_map_only
 
 Arithmetic = ExactArithmetic | FloatArithmetic
 

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 from dr2dist.backbones.backbone import FeatureInfo
 from dr2dist.config.task import Data, TaskOptions
 from dr2dist.data.batch import Batch
 from dr2dist.data.index import Index
+from dr2dist.reversible.trees import tree_leaves
 
 Values = dict[str, Any]
 """A sample's fields by name."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from dr2dist.assembly import Blueprint, assemble
 from dr2dist.backbones.convert import convert
@@ -25,6 +24,7 @@ from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer, layers_of
 from dr2dist.parallel.pipeline.partition import partition
 from dr2dist.reversible import Setting
+from dr2dist.reversible.trees import tree_leaves
 from dr2dist.tasks.task import Task
 from dr2dist.training.groups import parameter_groups
 
@@ -105,7 +105,7 @@ class Plan:
                 f"              {self._held(number, own)}",
             ]
             if number < self.grid.stages - 1:
-                lines.append(f"              {self._cut(own[-1])}")
+                lines.append(f"              {self.cut_layers(own[-1])}")
         return lines
 
     def _held(self, number: int, own: list[Layer]) -> str:
@@ -132,7 +132,7 @@ class Plan:
         """Of a micro-batch."""
         return math.prod(shape) * int(self.deepspeed["train_micro_batch_size_per_gpu"])
 
-    def _cut(self, layer: Layer) -> str:
+    def cut_layers(self, layer: Layer) -> str:
         size = (2 if layer.hands_on_state else 1) * 4 * self._elements(layer.shape)
         back = 2 * size if layer.hands_on_state else size
         batch = int(self.deepspeed["train_micro_batch_size_per_gpu"])

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from dr2dist.backbones.walk import Flow
+from dr2dist.reversible.trees import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 Key = tuple[Any, int]
 """A tensor of a side, by the side's name and the place among its leaves, or a tap."""

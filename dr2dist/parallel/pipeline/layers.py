@@ -139,9 +139,9 @@ def keep_only(
     mine = layers[own.start : own.stop]
     kept = {id(p) for layer in mine for p in parameters_of(net, layer.place)}
     for module in net.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in kept:
-                module._parameters[name] = None
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in kept:
+                setattr(module, name, None)
     if weights is not None:
         for name, parameter in net.named_parameters():
             real = nn.Parameter(weights(name), requires_grad=parameter.requires_grad)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from dr2dist.backbones.backbone import Transition
@@ -25,6 +24,7 @@ from dr2dist.parallel.pipeline.carried import Key, tensors_of
 from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.reversible import Chain, Gradient, Layout, Segment, Sides, State, Tape
 from dr2dist.reversible.calls.replay import kept_statistics
+from dr2dist.reversible.trees import tree_map
 
 Tensors = dict[Key, Tensor]
 """What goes beside the tokens; or gradients of it, fp32."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from dr2dist.reversible.calls.kernels import Kernels
 from dr2dist.reversible.calls.replay import Randomness, function_context, kept_statistics
@@ -18,6 +17,7 @@ from dr2dist.reversible.calls.runner import Call, FunctionRunner, gradients
 from dr2dist.reversible.calls.sliced import SlicedCall
 from dr2dist.reversible.calls.slices import Layout, joined, slices_of
 from dr2dist.reversible.tape import Sides
+from dr2dist.reversible.trees import tree_iter
 
 REPEATS = 3
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dr2dist.reversible.calls.compiled import CompiledFunctions
+from dr2dist.reversible.trees import tree_leaves, tree_map
 
 SideKey = tuple[str, int]
 """A tensor in the sides: a side's name, and the place among the leaves of its pytree."""
