@@ -108,6 +108,12 @@ class ExportMetadata(BaseModel):
             raise UserError(f"{path}: its metadata are not dr2dist's: {one_line(error)}") from None
 
 
+def class_names(net: Any, count: int) -> tuple[str, ...]:
+    """Those that a model's pretrained_cfg has for so many outputs, otherwise "0", "1", ..."""
+    said = tuple(net.pretrained_cfg.get("label_names") or ())
+    return said if len(said) == count else tuple(map(str, range(count)))
+
+
 def metadata_of(
     net: Any,
     task: Mapping[str, Any] | None,

@@ -78,9 +78,7 @@ class Loaded(NamedTuple):
 def load(path: str | Path) -> nn.Module:
     """The model of an exported file, converted, in evaluation mode, fp32 on the CPU.
 
-    `pretrained_cfg` holds what the task says of how samples are prepared (for images input_size,
-    mean, std, interpolation, crop_pct, crop_mode and label_names, of which timm's
-    `create_transform` makes what `predict` and `evaluate` do with 8-bit RGB images).
+    `pretrained_cfg` holds what the task says of how samples are prepared, see its `pretrained_cfg`.
     Needs no DeepSpeed. Raises UserError if the file is not one of `export` or `save`.
     """
     net: nn.Module = load_with_task(path).net

@@ -86,7 +86,7 @@ def export_portable(source: str | Path, output: str | Path) -> float:
     """Writes an exported file's network as .onnx or .pt2, for batches of any size.
 
     Returns the largest difference from the module on random inputs, relative to the largest
-    output. The metadata say what an exported file's do. A state that leaves the fixed-point range
+    output. The metadata say what an exported file's do. A state that leaves its grid's range
     is NaN in dr2dist and not noticed here. Raises UserError if the output exists or would compute
     something else.
     """
@@ -149,7 +149,7 @@ def _write_onnx(program: Any, facts: ExportMetadata, path: Path, inputs: _Inputs
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
         raise UserError(f"ONNX needs {error.name}: pip install dr2dist[onnx]") from None
-    # The one input is a batch of what the network takes: "images" of an image.
+    # The one input is a batch: its name is the plural.
     names = list(inputs.values) if inputs.name is None else [f"{inputs.name}s"]
     with redirect_stdout(io.StringIO()):
         converted: Any = torch.onnx.export(program, input_names=names, dynamo=True)

@@ -196,7 +196,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
 def _remainder_bits(setting: Setting, schedule: Schedule) -> int:
     if setting.memory != "reverse":
         return 0
-    least = min(point.beta for point in schedule.points())
+    least = min(pair.beta for pair in schedule.pairs())
     return replace(setting, alpha=1 - least, beta=least).remainder_bits
 
 
