@@ -29,7 +29,10 @@ from tests.pool import Pool
 
 CPU = torch.device("cpu")
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 2, embed_dim: 48, num_heads: 2}}
+model:
+  name: vit_tiny_patch16_224
+  image_size: 32
+  options: {depth: 2, embed_dim: 48, num_heads: 2}
 task: TASK
 data: {train: SHARDS/train, val: SHARDS/val, hflip: false}
 optim: {name: adamw, lr: 5.0e-3}
