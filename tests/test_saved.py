@@ -111,7 +111,7 @@ def test_evaluate_and_predict_take_it(tmp_path: Path) -> None:
     dr2dist.save(net, path, classes=["bright", "dark"], mean=mean, std=std)
     cfg = dr2dist.load(path).pretrained_cfg
     assert (cfg["mean"], cfg["std"], cfg["label_names"]) == (mean, std, ("bright", "dark"))
-    _, task, _ = ready(path)
+    task = ready(path)[0].task
     dataset = ShardDataset(shards, FIELDS, task.transform())
     samples = [dataset[0, index].values for index in range(len(dataset))]
     images = torch.stack([sample["image"] for sample in samples])

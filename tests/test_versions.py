@@ -49,7 +49,7 @@ def as_before(run: Path) -> None:
     for folder in checkpoints(run):
         state = json.loads((folder / "checkpoint.json").read_text())
         said = state.pop("preprocessing")
-        for name in ("task", "plugins", "in_channels"):
+        for name in ("task", "plugins", "fields", "in_channels"):
             del state[name]
         state |= {"input_size": said["size"], "mean": said["mean"], "std": said["std"]}
         (folder / "checkpoint.json").write_text(json.dumps({**state, "resize": "timm"}))

@@ -30,11 +30,11 @@ class ExportMetadata(BaseModel):
     """What a file says of its model.
 
     model, image_size (height, width), in_channels, options: how it is built. alpha, beta,
-    arithmetic,
-    fraction_bits: how its residual functions are joined. task: the section `task`. classes: names
-    by label. preprocessing: how samples become inputs, as plain values. plugins: modules that know
-    the task or the backbone. step: applied optimiser steps, None where nobody counted. dr2dist:
-    the version that trained it.
+    arithmetic, fraction_bits: how its residual functions are joined. task: the section `task`.
+    classes: names by label. preprocessing: how samples become inputs, as plain values. fields:
+    members of samples that were read instead of the task's. plugins: modules that know the task or
+    the backbone. step: applied optimiser steps, None where nobody counted. dr2dist: the version
+    that trained it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -49,6 +49,7 @@ class ExportMetadata(BaseModel):
     task: dict[str, Any]
     classes: tuple[str, ...] = ()
     preprocessing: dict[str, Any]
+    fields: dict[str, str] = {}
     plugins: tuple[str, ...] = ()
     step: int | None
     dr2dist: str

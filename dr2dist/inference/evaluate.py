@@ -33,13 +33,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """The report of an exported file on all samples of the shards, each counted once.
 
-    fields: members of samples instead of the task's, as `data.fields` says them. Returns the task's
+    fields: members of samples instead of the task's, as `data.fields` says them; by default those
+    that the run had. Returns the task's
     name, samples, skipped (those that cannot be read, if these may be left out), loss, and what the
     task reports. Raises UserError if the shards are not what the task learns.
     """
-    net, task, device = ready(path)
+    (net, task, facts), device = ready(path)
     unreadable: Literal["fail", "drop"] = "drop" if skip_unreadable else "fail"
-    wanted = Fields(task.fields, fields)
+    wanted = Fields(task.fields, facts.fields if fields is None else fields)
     dataset = ShardDataset(shards, wanted, task.transform(), unreadable=unreadable)
     task.check_index(dataset.index, str(shards))
     return {"task": task.name, **_measure(net, task, dataset, device, batch, workers, progress)}

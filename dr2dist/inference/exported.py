@@ -108,8 +108,9 @@ def load_with_task(path: str | Path) -> Loaded:
     return Loaded(net.eval(), task, facts)
 
 
-def ready(path: str | Path) -> tuple[Any, Task, torch.device]:
-    """An exported model on the device at hand, its task, and the device."""
-    net, task, _ = load_with_task(path)
+def ready(path: str | Path) -> tuple[Loaded, torch.device]:
+    """An exported model on the device at hand, and the device."""
+    loaded = load_with_task(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return net.to(device), task, device
+    loaded.net.to(device)
+    return loaded, device

@@ -77,8 +77,8 @@ def predict(
     Raises UserError naming the first one that cannot be read, unless they are to be skipped: then
     their rows hold the error.
     """
-    net, task, device = ready(path)
-    fields = Fields(task.fields).only(task.inputs)
+    (net, task, facts), device = ready(path)
+    fields = Fields(task.fields, facts.fields).only(task.inputs)
     sources = find_sources(paths, fields)
     transform, rows = task.transform(), list[Row]()
     with tqdm(total=len(sources), unit="sample", disable=not progress) as bar:
