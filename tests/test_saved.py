@@ -40,6 +40,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "beit_base_patch16_224",
         {"depth": 2, "img_size": 64, "embed_dim": 96, "num_heads": 4},
     ),
+    "relpos": (
+        "vit_srelpos_small_patch16_224",
+        {"depth": 2, "img_size": 64, "embed_dim": 96, "num_heads": 4, "class_token": True},
+    ),
     "swin": ("swin_tiny_patch4_window7_224", {"img_size": 64, "embed_dim": 48, "window_size": 4}),
 }
 
