@@ -208,9 +208,7 @@ def test_fields_are_webdatasets() -> None:
         Fields(usual, {"label": "json#a.c"}).decode(members)
     with pytest.raises(ValueError, match=r"has no label \(cls\), only \.png, \.json, \.txt"):
         Fields(usual, {"label": "cls"}).decode(members)
-    with pytest.raises(
-        UserError, match="lable is not a field of .*, allowed are label; did"
-    ):
+    with pytest.raises(UserError, match=r"lable is not a field of .*, allowed are label; did"):
         Fields(usual, {"lable": "cls"})
     with pytest.raises(UserError, match="label is ';', allowed is such as jpg;png"):
         Fields(usual, {"label": ";"})
