@@ -128,13 +128,14 @@ LAYOUTS = {
     "two ranks": (2, ["train.micro_batch=4", "parallel.zero=2"]),
     "micro-batches": (1, ["train.micro_batch=2", "train.accumulate=4"]),
     "stages": (2, ["train.micro_batch=2", "train.accumulate=4", "parallel.stages=2"]),
+    "four stages": (4, ["train.micro_batch=2", "train.accumulate=4", "parallel.stages=4"]),
 }
 
 
 def test_a_loss_does_not_depend_on_how_samples_are_cut(
-    tmp_path: Path, shards: Path, one_rank: Pool, two_ranks: Pool
+    tmp_path: Path, shards: Path, one_rank: Pool, two_ranks: Pool, four_ranks: Pool
 ) -> None:
-    pools, found = {1: one_rank, 2: two_ranks}, {}
+    pools, found = {1: one_rank, 2: two_ranks, 4: four_ranks}, {}
     for name, (ranks, overrides) in LAYOUTS.items():
         path = write_config(tmp_path, shards, name.replace(" ", "_"))
         more = ["model.options={depth: 2, drop: 0.0}", "train.steps=2", "data.val=null"]

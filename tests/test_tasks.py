@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+from torchvision import tv_tensors
 
 import dr2dist
 from dr2dist.cli import main
@@ -196,6 +197,24 @@ def test_it_trains_is_measured_and_predicts(
     assert command("predict", str(file), str(photos), "--output", str(rows)) == 0
     assert len(json.loads(rows.read_text())) == 20 and column in json.loads(rows.read_text())[0]
     assert dr2dist.load(file).pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_boxes_and_masks_go_along_with_an_image() -> None:
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[10:20, 5:25] = 255
+    mask = torch.from_numpy(pixels[..., 0] > 0)
+    box = tv_tensors.BoundingBoxes([[5, 10, 25, 20]], format="XYXY", canvas_size=(40, 60))
+    sample = {"image": Image.fromarray(pixels), "box": box, "mask": tv_tensors.Mask(mask)}
+    normal = [0.0] * 3, [1.0] * 3
+    said = ImageData(train="", scale=(0.99, 1.0), vflip=True)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        found = train_transform((80, 120), *normal, said)(sample)
+        left, top, right, bottom = (round(float(value)) for value in found["box"][0])
+        inside = found["image"][:, top + 2 : bottom - 2, left + 2 : right - 2]
+        assert inside.numel() and float(inside.min()) > 0.9
+        assert float(found["image"].sum()) == pytest.approx(3 * 20 * 10 * 4, rel=0.1)
+        assert found["mask"][top + 2 : bottom - 2, left + 2 : right - 2].all()
 
 
 def test_fields_are_webdatasets() -> None:
