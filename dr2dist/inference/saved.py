@@ -44,8 +44,8 @@ def save(
     net: what `convert` made of a model of `timm.create_model`, or a copy of it, on any device.
     task: a configuration's section `task`, by default that of one label a sample with as many
     classes as there are logits. classes: names by label; by default pretrained_cfg's label_names,
-    or "0", "1", and so on. mean, std: of the three channels, by default pretrained_cfg's. options:
-    of timm.create_model, beside those that can be read off the network (depth, embed_dim, num_heads
+    or "0", "1", and so on. mean, std: of each channel, by default pretrained_cfg's. options: of
+    timm.create_model, beside those that can be read off the network (depth, embed_dim, num_heads
     and the like). Weights are written in fp32, and an existing file is replaced.
 
     The file is loaded again and run on a random sample first. Raises UserError if that is not what
