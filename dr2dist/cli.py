@@ -182,7 +182,7 @@ def _add_shards(commands: _Commands) -> None:
     make.set_defaults(command=_shards_make)
     verify = actions.add(
         "verify",
-        "Compare shards with their index: sizes, checksums, members, labels.",
+        "Compare shards with their index: sizes, checksums, members, classes.",
         "dr2dist shards verify 'demo/elpv/train/shard-{000000..000003}.tar'",
     )
     verify.add_argument("shards", help="a folder, or a brace pattern")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -254,6 +255,15 @@ def ddp_gradients(kind: str, passes: int = 1, **options: bool) -> dict[str, Tens
 def run_config(path: str, overrides: list[str]) -> dict[str, Any]:
     """A whole run in this group."""
     return run(load_config(path, overrides))
+
+
+def run_config_from(path: str, overrides: list[str], folder: str) -> dict[str, Any]:
+    """run_config where plugins lie in a folder."""
+    sys.path.insert(0, folder)
+    try:
+        return run_config(path, overrides)
+    finally:
+        sys.path.remove(folder)
 
 
 def sharded_build(bf16: bool) -> tuple[int, int, int, bool]:

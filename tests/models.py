@@ -70,6 +70,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "beit-shared-bias": partial(_beit, use_shared_rel_pos_bias=True),
     "relpos": partial(_relpos, rel_pos_type="bias", class_token=True, global_pool="token"),
     "relpos-shared": partial(_relpos, class_token=True, shared_rel_pos=True),
+    "relpos-shared-bias": partial(
+        _relpos, rel_pos_type="bias", class_token=True, shared_rel_pos=True
+    ),
     "relpos-post-norm": partial(
         _relpos, class_token=True, block_fn=ResPostRelPosBlock, init_values=0.9, fc_norm=True
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -163,3 +164,24 @@ def _is_self(node: ast.expr) -> bool:
 
 def _is_name(node: Any, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
+
+
+WORDS = ["image", "pixel", "label", "accuracy", "classification", "video", "box", "point"]
+BLIND = ("training", "parallel", "inference", "cli.py")
+"""What knows no task, no modality and no metric's name."""
+
+
+def _words(text: str) -> set[str]:
+    """The words of code and prose, in lower case; what torch calls floating is no point."""
+    plain = text.replace("is_floating_point", "")
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", plain)}
+
+
+@pytest.mark.parametrize("room", BLIND)
+def test_training_and_inference_know_no_task(room: str) -> None:
+    listed = {form for word in WORDS for form in (word, f"{word}s", f"{word}es")}
+    for path in MODULES:
+        if str(path.relative_to(ROOT / "dr2dist")).startswith(room):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                assert not _words(line) & listed, (path, number)
+    assert _words("see is_image_size in Boxes") & listed == {"image", "boxes"}

@@ -296,6 +296,7 @@ def test_a_family_of_ones_own(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_families", list(registry._families))
+    caplog.set_level("WARNING", "dr2dist")
     dr2dist.register_backbone(MixerBackbone())
     assert dr2dist.supported_backbones()["mixer"] == ("my mixer",)
     assert not caplog.messages

@@ -145,7 +145,7 @@ def test_every_change_of_a_returned_state_is_caught(request: pytest.FixtureReque
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         state, _, _ = before.forward(tokens(2, 3), Sides({}), setting, Layout())
-        last, tape = after.go_on(state.copy(), torch.float32, Sides({}), setting, Layout())
+        last, tape, _ = after.go_on(state.copy(), torch.float32, Sides({}), setting, Layout())
         found = after.reverse(tape, last)
         assert all(map(torch.equal, found, state)) and tape.flags.tensor[3] == 0
         for number in range(counts(request)):

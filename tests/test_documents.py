@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import dr2dist
 from benchmarks import evidence, stages
+from dr2dist.cli import main
 from dr2dist.config import Config, load_config
 from dr2dist.config.section import Section
+from tests.pool import Pool
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -73,6 +76,45 @@ def test_the_stages_benchmark_runs_every_way(
         {"machine": "m", "torch": "2", "date": "d", "time": {stages.PER_BLOCK: [2.0], way: [4.0]}}
     )
     assert f"| {way} | 4.00 | {1 if way == stages.PER_BLOCK else 2:.2f} |" in page
+
+
+def test_the_task_and_the_backbone_of_the_documents_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_rank: Pool
+) -> None:
+    """docs/tasks.md's task as it stands, from shards to predictions."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tasks.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if block.startswith("# counting.py"))
+    (tmp_path / "counting.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    files = tmp_path / "files"
+    files.mkdir()
+    for number in range(8):
+        Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(files / f"{number}.png")
+        (files / f"{number}.cls").write_text(str(number % 4))
+    shards = tmp_path / "shards"
+    run("shards", "make", "--from", "files", "--source", files, "--output", shards)
+    path = tmp_path / "counting.yaml"
+    path.write_text(
+        f"plugins: [counting]\n"
+        "model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 1}}\n"
+        f"task: {{name: counting, largest: 9}}\n"
+        f"data: {{train: {shards}, val: {shards}}}\noptim: {{lr: 1.0e-3}}\n"
+        f"train: {{steps: 2, micro_batch: 4}}\noutput: {tmp_path / 'run'}\n"
+    )
+    case = {"path": str(path), "overrides": [], "folder": str(tmp_path)}
+    summary = one_rank.run("tests.cases:run_config_from", **case)[0]
+    assert summary["best"]["mae"] >= 0
+    file, rows = tmp_path / "counting.safetensors", tmp_path / "rows.csv"
+    run("export", tmp_path / "run", "--output", file)
+    run("evaluate", file, shards, "--plugin", "counting")
+    run("predict", file, files, "--output", rows, "--plugin", "counting")
+    assert rows.read_text().splitlines()[0] == "path,count"
+
+
+def run(*arguments: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert not ended.value.code
 
 
 def test_the_api_page_has_every_name_that_is_exported() -> None:

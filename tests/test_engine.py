@@ -53,7 +53,10 @@ def test_slices_and_accumulation_under_sgd_give_the_same_weights(
         (0, "swin"),
         (1, "eva-mixed-rope"),
         (2, "vit-clip"),
+        (2, "relpos-post-norm"),
         (3, "beit-shared-bias"),
+        (3, "relpos-shared"),
+        (3, "relpos-shared-bias"),
         (3, "swin"),
     ],
 )

@@ -192,7 +192,7 @@ def test_a_validation_that_is_no_number_is_never_the_best() -> None:
 
     def note(step: int, loss: float, accuracy: float) -> bool:
         found = {"step": step, "loss": loss, "accuracy": accuracy}
-        return progress.note_validation(found, "accuracy")
+        return progress.note_validation(found, "accuracy", "max")
 
     assert not note(1, nan, 0.9) and progress.best is None and progress.stale == 1
     assert not note(2, 1.0, nan) and progress.stale == 2

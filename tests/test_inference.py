@@ -306,7 +306,9 @@ def test_portable_files_compute_the_same_in_batches_of_any_size(
     assert status == 2 and "allowed endings are .safetensors, .onnx, .pt2" in err
 
 
-@pytest.mark.parametrize("kind", ["vit", "eva-rope", "beit", "swin", "vit-map-pool"])
+@pytest.mark.parametrize(
+    "kind", ["vit", "eva-rope", "beit", "relpos-shared", "swin", "vit-map-pool"]
+)
 @pytest.mark.parametrize("arithmetic", ["exact", "float"])
 def test_plain_chains_are_the_chains(kind: str, arithmetic: Any) -> None:
     net = dr2dist.convert(build(kind), 0.7, 0.3, arithmetic).eval()

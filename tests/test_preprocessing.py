@@ -49,7 +49,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_timms_transform_of_a_loaded_model_is_that_of_evaluation(file: Path) -> None:
-    net, ours = dr2dist.load(file), ready(file)[1].transform()
+    net, ours = dr2dist.load(file), ready(file)[0].task.transform()
     size = net.pretrained_cfg["input_size"][1:]
     in_runs = eval_transform(size, MEAN, STD)
     for use_test_size in (False, True):
@@ -101,7 +101,7 @@ def test_files_of_earlier_versions_keep_their_preprocessing(file: Path, tmp_path
         wanted = (torch.from_numpy(values) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
             STD
         ).view(3, 1, 1)
-        found = on_image(ready(earlier)[1].transform(), image)
+        found = on_image(ready(earlier)[0].task.transform(), image)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
-        differing += not torch.equal(found, on_image(ready(file)[1].transform(), image))
+        differing += not torch.equal(found, on_image(ready(file)[0].task.transform(), image))
     assert differing or size == (32, 32)

@@ -179,7 +179,10 @@ def test_the_launchers_own_entry_reports_a_users_error_once(tmp_path: Path, shar
     ("overrides", "message"),
     [
         (["model.name=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
-        (["model.name=resnet18", "model.image_size=null"], "ResNet is not supported"),
+        (
+            ["model.name=resnet18", "model.image_size=null"],
+            "ResNet of timm.models.resnet is not supported",
+        ),
         (["model.weights=none.safetensors"], "none.safetensors does not exist"),
         (["train.micro_batch=64"], "fewer than a global batch of 64"),
         (["data.train=nowhere"], "no index.json in nowhere"),
@@ -240,7 +243,8 @@ def test_sizes_skipping_profiler_and_a_batch_that_is_not_finite(
     shutil.copytree(shards, copied)
     _, index = read_index(copied / "train")
     with (copied / "train" / index.shards[0].name).open("r+b") as file:
-        file.seek(index.shards[0].samples[0].offset)
+        members = index.shards[0].samples[0].members
+        file.seek(next(place for kind, (place, _) in members.items() if kind != "cls"))
         file.write(b"x" * 50)
     path = write_config(tmp_path, copied)
     more = ["data.unreadable=skip", "data.num_workers=0", "train.profile=[1, 2]"]

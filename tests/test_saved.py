@@ -40,6 +40,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "beit_base_patch16_224",
         {"depth": 2, "img_size": 64, "embed_dim": 96, "num_heads": 4},
     ),
+    "relpos": (
+        "vit_srelpos_small_patch16_224",
+        {"depth": 2, "img_size": 64, "embed_dim": 96, "num_heads": 4, "class_token": True},
+    ),
     "swin": ("swin_tiny_patch4_window7_224", {"img_size": 64, "embed_dim": 48, "window_size": 4}),
 }
 
@@ -111,7 +115,7 @@ def test_evaluate_and_predict_take_it(tmp_path: Path) -> None:
     dr2dist.save(net, path, classes=["bright", "dark"], mean=mean, std=std)
     cfg = dr2dist.load(path).pretrained_cfg
     assert (cfg["mean"], cfg["std"], cfg["label_names"]) == (mean, std, ("bright", "dark"))
-    _, task, _ = ready(path)
+    task = ready(path)[0].task
     dataset = ShardDataset(shards, FIELDS, task.transform())
     samples = [dataset[0, index].values for index in range(len(dataset))]
     images = torch.stack([sample["image"] for sample in samples])

@@ -75,7 +75,9 @@ def test_a_stage_lets_go_of_what_has_been_received(two_ranks: Pool) -> None:
         assert many == few
 
 
-@pytest.mark.parametrize("kind", ["eva-rope", "eva-mixed-rope", "beit-shared-bias"])
+@pytest.mark.parametrize(
+    "kind", ["eva-rope", "eva-mixed-rope", "beit-shared-bias", "relpos-shared"]
+)
 def test_what_functions_share_crosses_the_cuts(kind: str, one_rank: Pool, four_ranks: Pool) -> None:
     (wanted,) = one_rank.run(CURVE, kind=kind, stages=1, steps=5)
     check(four_ranks.run(CURVE, kind=kind, stages=4, steps=5, cuts=(3, 4, 9)), wanted, kind)

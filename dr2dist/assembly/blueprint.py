@@ -125,7 +125,8 @@ def _finish(blueprint: Blueprint, model: nn.Module) -> Task:
     """The task for a model, which gets the head that the task brings."""
     family = family_of(model)
     preprocessing = {**family.preprocessing(model), **blueprint.preprocessing}
-    task = make_task(blueprint.task, blueprint.classes, preprocessing)
+    with torch.device("cpu"):  # a task's own tensors are real, whatever the model's are
+        task = make_task(blueprint.task, blueprint.classes, preprocessing)
     head = task.head(family.features(model))
     if head is not None:
         attach_head(model, head.module, head.taps)

@@ -31,9 +31,10 @@ class ExportMetadata(BaseModel):
 
     model, image_size (height, width in pixels), in_channels, options: how it is built. alpha, beta,
     arithmetic, fraction_bits: how its residual functions are joined. task: the section `task`.
-    classes: names by label. preprocessing: how samples become inputs, as plain values. plugins:
-    modules that know the task or the backbone. step: applied optimiser steps, None where nobody
-    counted. dr2dist: the version that trained it.
+    classes: names by label. preprocessing: how samples become inputs, as plain values. fields:
+    members of samples that were read instead of the task's. plugins: modules that know the task or
+    the backbone. step: applied optimiser steps, None where nobody counted. dr2dist: the version
+    that trained it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -48,6 +49,7 @@ class ExportMetadata(BaseModel):
     task: dict[str, Any]
     classes: tuple[str, ...] = ()
     preprocessing: dict[str, Any]
+    fields: dict[str, str] = {}
     plugins: tuple[str, ...] = ()
     step: int | None
     dr2dist: str
@@ -108,6 +110,12 @@ class ExportMetadata(BaseModel):
             return cls.model_validate(known)
         except (ValueError, ValidationError) as error:
             raise UserError(f"{path}: its metadata are not dr2dist's: {one_line(error)}") from None
+
+
+def class_names(net: Any, count: int) -> tuple[str, ...]:
+    """Those that a model's pretrained_cfg has for so many outputs, otherwise "0", "1", ..."""
+    said = tuple(net.pretrained_cfg.get("label_names") or ())
+    return said if len(said) == count else tuple(map(str, range(count)))
 
 
 def metadata_of(

@@ -60,6 +60,8 @@ def build_model(
         given["img_size"] = image_size
     try:
         model = _own_model(name, given) or _timm_model(name, weights == "hub", given)
+    except UserError:
+        raise
     except (TypeError, AssertionError, ValueError, LookupError, ArithmeticError, RuntimeError) as e:
         found = one_line(f"{type(e).__name__} {e}")
         raise UserError(f"model: {name} cannot be built with {given}: {found}") from None

@@ -76,9 +76,11 @@ class RelPosBackbone(Backbone):
         tokens = model.patch_embed(images)
         if model.cls_token is not None:
             tokens = torch.cat((model.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        if model.shared_rel_pos is None:
+            return Stem(tokens)
         _match_coordinates(model.shared_rel_pos)
-        shared = None if model.shared_rel_pos is None else model.shared_rel_pos.get_bias()
-        return Stem(tokens, {} if shared is None else {SHARED: shared})
+        # Called, as engines gather weights around calls: what it is added to is nothing.
+        return Stem(tokens, {SHARED: model.shared_rel_pos(tokens.new_zeros(()))})
 
     def features(self, model: Any) -> list[FeatureInfo]:
         """See Backbone: after each block."""

@@ -55,7 +55,7 @@ class Schedule:
         """The first applied step from which it stays where it is."""
         return math.ceil(self.knots[-1].share * self.steps / self.every) * self.every
 
-    def points(self) -> list[Coefficients]:
+    def pairs(self) -> list[Coefficients]:
         """Every pair that is ever in force, in order."""
         return list(dict.fromkeys(map(self.at, range(0, self.steps + 1, self.every))))
 
@@ -75,7 +75,7 @@ class Schedule:
 
         lengths: the number of functions of each chain, whose range the path must keep.
         """
-        for alpha, beta in self.points():
+        for alpha, beta in self.pairs():
             at = Setting(
                 alpha, beta, setting.arithmetic, setting.memory, None, setting.fraction_bits
             )

@@ -6,7 +6,6 @@ import functools
 import importlib
 import inspect
 import json
-import os
 import sys
 import types
 import typing
@@ -56,7 +55,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(values, override)
     try:
-        import_plugins(values.get("plugins") or ())
+        named = values.get("plugins")
+        import_plugins(named if isinstance(named, list) else (), source.parent)
         kind = _config_type(*sections_of(_task_name(values)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -66,16 +66,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: {'; '.join(_line(kind, e) for e in error.errors())}") from None
 
 
-def import_plugins(names: Iterable[str]) -> None:
-    """Imports modules by name, which register tasks and backbones; also from the present folder.
+def import_plugins(names: Iterable[str], folder: Path | None = None) -> None:
+    """Imports modules by name, which register tasks and backbones; from the present folder and
+    another one too, behind all that is installed.
 
     Raises UserError for one that cannot be imported.
     """
     for name in names:
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
+        for place in (Path.cwd(), folder):
+            if place is not None and str(place.resolve()) not in sys.path:
+                sys.path.append(str(place.resolve()))
         try:
-            importlib.import_module(name)
+            importlib.import_module(str(name))
         except Exception as error:
             reason = one_line(f"{type(error).__name__}: {error}")
             raise UserError(f"plugins: {name} cannot be imported: {reason}") from None

@@ -64,7 +64,7 @@ def register_sections(name: str, options: type[TaskOptions], data: type[Data]) -
 
 def sections_of(name: Any) -> tuple[type[TaskOptions], type[Data]]:
     """The sections `task` and `data` of a task. Raises UserError for an unknown name."""
-    if name not in _tasks:
+    if not isinstance(name, str) or name not in _tasks:
         hint = nearest(name, _tasks) if isinstance(name, str) else ""
         raise UserError(f"task.name: found {name!r}; allowed is {', '.join(_tasks)}{hint}")
     return _tasks[name]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dr2dist.data.decoders import decode
+from dr2dist.data.index import Index
 from dr2dist.errors import UserError, nearest
 
 Members = Mapping[str, bytes]
@@ -80,8 +81,8 @@ class Fields:
         for name in overrides or ():
             if name not in usual:
                 raise UserError(
-                    f"data.fields: {name} is not a field of the task{nearest(name, usual)}; "
-                    f"allowed are {', '.join(usual)}"
+                    f"data.fields: {name} is not a field of the task, allowed are "
+                    f"{', '.join(usual)}{nearest(name, usual)}"
                 )
         self.all = [Field(name, text) for name, text in {**usual, **(overrides or {})}.items()]
 
@@ -93,6 +94,19 @@ class Fields:
         """Which of a sample's members the fields need."""
         chosen = [field.choose(extensions) for field in self.all]
         return [each.extension for each in chosen if each is not None]
+
+    def check(self, index: Index, source: str) -> None:
+        """Raises UserError if a shard's first sample lacks one. source: the shards' name."""
+        for shard in index.shards:
+            for sample in shard.samples[:1]:
+                extensions = sample.extensions
+                for field in self.all:
+                    if field.choose(extensions) is None:
+                        found = ", ".join(f".{name}" for name in extensions)
+                        raise UserError(
+                            f"{source}: sample '{sample.key}' has no {field.name} ({field.text}), "
+                            f"only {found}; data.fields says what else carries it"
+                        )
 
     def decode(self, members: Members) -> dict[str, Any]:
         """All fields by name. Raises ValueError for one that is not there or cannot be read."""

@@ -22,6 +22,12 @@ class Sample(NamedTuple):
     members: dict[str, tuple[int, int]]
     label: int | None = None
 
+    @property
+    def extensions(self) -> list[str]:
+        """Of what can be read of it: an index of format 1 says its class, not where it lies."""
+        said = [] if self.label is None or "cls" in self.members else ["cls"]
+        return [*self.members, *said]
+
 
 class Shard(BaseModel):
     """A tar file of the folder."""

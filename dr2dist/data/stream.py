@@ -104,9 +104,7 @@ class ShardDataset(Dataset[Read]):
         return self.folder / shard.name, shard.samples[index - start]
 
     def _read(self, path: Path, sample: Sample) -> Values:
-        # Indices of format 1 say the class alone, not where it lies.
-        said = {} if sample.label is None else {"cls": str(sample.label).encode()}
-        wanted = self.fields.wanted([*sample.members, *said])
+        wanted = self.fields.wanted(sample.extensions)
         try:
             with path.open("rb") as file:
                 members = {}
@@ -115,8 +113,8 @@ class ShardDataset(Dataset[Read]):
                         offset, size = sample.members[extension]
                         file.seek(offset)
                         members[extension] = file.read(size)
-                    else:
-                        members[extension] = said[extension]
+                    else:  # what the index alone says
+                        members[extension] = str(sample.label).encode()
             return self.fields.decode(members or dict.fromkeys(sample.members, b""))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: sample '{sample.key}' cannot be read: {error}") from None

@@ -36,15 +36,16 @@ def evaluate(
     path: a file of `export` or `save`; it runs in fp32, on a GPU if there is one. shards: a folder,
     or a brace pattern. batch: samples at a time. workers: loader processes. skip_unreadable: leave
     out samples that cannot be read, instead of an error. fields: members of samples instead of the
-    task's, as `data.fields` says them. progress: a bar on stderr.
+    task's, as `data.fields` says them; by default those that the run had. progress: a bar on
+    stderr.
 
     Returns the task's name, samples and skipped (numbers of them), loss (their mean), and what the
     task reports, all values of JSON. Raises UserError if the shards are not what the task learns,
     or a sample cannot be read.
     """
-    net, task, device = ready(path)
+    (net, task, facts), device = ready(path)
     unreadable: Literal["fail", "drop"] = "drop" if skip_unreadable else "fail"
-    wanted = Fields(task.fields, fields)
+    wanted = Fields(task.fields, facts.fields if fields is None else fields)
     dataset = ShardDataset(shards, wanted, task.transform(), unreadable=unreadable)
     task.check_index(dataset.index, str(shards))
     return {"task": task.name, **_measure(net, task, dataset, device, batch, workers, progress)}

@@ -81,9 +81,7 @@ class Loaded(NamedTuple):
 def load(path: str | Path) -> nn.Module:
     """The model of an exported file, converted, in evaluation mode, fp32 on the CPU.
 
-    `pretrained_cfg` holds what the task says of how samples are prepared (for images input_size,
-    mean, std, interpolation, crop_pct, crop_mode and label_names, of which timm's
-    `create_transform` makes what `predict` and `evaluate` do with 8-bit RGB images).
+    `pretrained_cfg` holds what the task says of how samples are prepared, see its `pretrained_cfg`.
     Needs no DeepSpeed. Raises UserError if the file is not one of `export` or `save`.
     """
     net: nn.Module = load_with_task(path).net
@@ -113,8 +111,9 @@ def load_with_task(path: str | Path) -> Loaded:
     return Loaded(net.eval(), task, facts)
 
 
-def ready(path: str | Path) -> tuple[Any, Task, torch.device]:
-    """An exported model on the device at hand, its task, and the device."""
-    net, task, _ = load_with_task(path)
+def ready(path: str | Path) -> tuple[Loaded, torch.device]:
+    """An exported model on the device at hand, and the device."""
+    loaded = load_with_task(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return net.to(device), task, device
+    loaded.net.to(device)
+    return loaded, device

@@ -87,9 +87,9 @@ def export_portable(source: str | Path, output: str | Path) -> float:
 
     source: a file of `export` or `save`. Returns the largest difference from the module on random
     inputs, relative to the largest output; at most TOLERANCE, 1e-3. The metadata say what an
-    exported file's do. A state that leaves the fixed-point range is NaN in dr2dist and not noticed
-    here. Raises UserError if the output exists or would compute something else, or if packages for
-    ONNX are missing.
+    exported file's do. A state that leaves its grid's range is NaN in dr2dist and not noticed here.
+    Raises UserError if the output exists or would compute something else, or if packages for ONNX
+    are missing.
     """
     source, output = Path(source), Path(output)
     if output.exists():
@@ -150,7 +150,7 @@ def _write_onnx(program: Any, facts: ExportMetadata, path: Path, inputs: _Inputs
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
         raise UserError(f"ONNX needs {error.name}: pip install dr2dist[onnx]") from None
-    # The one input is a batch of what the network takes: "images" of an image.
+    # The one input is a batch: its name is the plural.
     names = list(inputs.values) if inputs.name is None else [f"{inputs.name}s"]
     with redirect_stdout(io.StringIO()):
         converted: Any = torch.onnx.export(program, input_names=names, dynamo=True)

@@ -84,8 +84,8 @@ def predict(
     lacks an input, and one that cannot be read; with skip_unreadable the last one's row holds the
     error.
     """
-    net, task, device = ready(path)
-    fields = Fields(task.fields).only(task.inputs)
+    (net, task, facts), device = ready(path)
+    fields = Fields(task.fields, facts.fields).only(task.inputs)
     sources = find_sources(paths, fields)
     transform, rows = task.transform(), list[Row]()
     with tqdm(total=len(sources), unit="sample", disable=not progress) as bar:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dr2dist.assembly import ExportMetadata, Option, assemble
-from dr2dist.assembly.metadata import metadata_of
+from dr2dist.assembly.metadata import class_names, metadata_of
 from dr2dist.backbones.arguments import arguments_of
 from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
 from dr2dist.checkpoints.tensors import Source, write_tensors
@@ -42,11 +42,11 @@ def save(
     """Writes a converted network as an exported file, aside and renamed; it stays as it is.
 
     net: what `convert` made of a model of `timm.create_model`, or a copy of it, on any device.
-    task: a configuration's section `task`, by default that of one label a sample with as many
-    classes as there are logits. classes: names by label; by default pretrained_cfg's label_names,
-    or "0", "1", and so on. mean, std: of each channel, by default pretrained_cfg's. options: of
-    timm.create_model, beside those that can be read off the network (depth, embed_dim, num_heads
-    and the like). Weights are written in fp32, and an existing file is replaced.
+    task: a configuration's section `task`, by default the usual one with as many classes as there
+    are logits. classes: their names, by default those in pretrained_cfg, or "0", "1", and so on.
+    mean, std: of each channel, by default pretrained_cfg's. options: of timm.create_model, beside
+    those that can be read off the network (depth, embed_dim, num_heads and the like). Weights are
+    written in fp32, and an existing file is replaced.
 
     The file is loaded again and run on a random sample first. Raises UserError if that is not what
     the network computes, or if it is none that `load` could build.
@@ -136,14 +136,12 @@ def _facts(
     if task is None and (output.dim() != 2 or not getattr(net, "num_classes", 1)):
         raise UserError("save: the network gives no logits [batch, classes]; it needs a classifier")
     count = output.shape[1] if output.dim() == 2 else 0
-    if classes is None:
-        classes = net.pretrained_cfg.get("label_names") or ()
-        classes = classes if len(classes) == count else [str(label) for label in range(count)]
-    if task is None and (len(set(classes)) != count or len(classes) != count):
-        raise UserError(f"save: classes are {len(classes)} names, {len(set(classes))} of them "
+    names = class_names(net, count) if classes is None else tuple(classes)
+    if task is None and (len(set(names)) != count or len(names) != count):
+        raise UserError(f"save: classes are {len(names)} names, {len(set(names))} of them "
                         f"different; the network has {count} outputs")  # fmt: skip
     said = {name: list(v) for name, v in (("mean", mean), ("std", std)) if v is not None}
-    facts = metadata_of(net, task, tuple(classes), said, options)
+    facts = metadata_of(net, task, names, said, options)
     found = arguments_of(net, assemble(facts.blueprint(), "meta").model)
     return facts.model_copy(update={"options": {**found, **options}})
 

@@ -38,14 +38,14 @@ def agree() -> Iterator[None]:
 
 def from_first(find: Callable[[], Value]) -> Value:
     """What rank 0 finds, on all ranks; a UserError of it is raised on all. All must call it."""
-    box: list[Any] = [None, None]
+    found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            box[0] = find()
+            found[0] = find()
         except UserError as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise AgreedError(box[1])
-    value: Value = box[0]
+            found[1] = str(error)
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise AgreedError(found[1])
+    value: Value = found[0]
     return value

@@ -53,7 +53,8 @@ class ImageTask(Task):
         return train_transform(*shape, data)
 
     def pretrained_cfg(self) -> dict[str, Any]:
-        """See Task."""
+        """See Task: timm's `create_transform` makes of it what `predict` and `evaluate` do with
+        8-bit RGB images."""
         said = self.preprocessing
         return {
             **EVALUATION,

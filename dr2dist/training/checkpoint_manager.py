@@ -33,7 +33,7 @@ class Progress:
 
     loss: of the last step. best, last: validations, each with its step; stale: how many there
     were since the best. worst_drift: of float arithmetic, over all steps. skipped: unreadable
-    training images that were left out, on all ranks. guard: of coefficients that are guarded.
+    training samples that were left out, on all ranks. guard: of coefficients that are guarded.
     """
 
     loss: float | None = None

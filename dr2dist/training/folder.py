@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from dr2dist.checkpoints.checkpoint import checkpoints, read_state
 from dr2dist.config import Config, dump_config
@@ -18,6 +19,7 @@ SUMMARY = "summary.json"
 _FREE = (
     "output",
     "data.num_workers",
+    "plugins",
     "parallel",
     "reversible.chunk_budget",
     "reversible.chunk_size",
@@ -46,7 +48,7 @@ def find_start(config: Config, global_batch: int) -> Path | None:
         before = yaml.safe_load((folder / CONFIG).read_text())
     except (OSError, yaml.YAMLError):
         raise UserError(f"output: {folder} is not empty and holds no run; name another") from None
-    _same_run(before, yaml.safe_load(dump_config(config)), folder)
+    _same_run(_completed(before, config), yaml.safe_load(dump_config(config)), folder)
     found = checkpoints(folder)
     if not found:
         return None
@@ -69,6 +71,16 @@ def _occupied(folder: Path) -> bool:
     if not folder.is_dir():
         raise UserError(f"output: {folder} is a file; name another")
     return any(not entry.name.endswith(".tmp") for entry in folder.iterdir())
+
+
+def _completed(before: Any, config: Config) -> Any:
+    """What a folder says, with the values of settings that its version did not have yet: these are
+    today's defaults, which do what it did."""
+    try:
+        values: Any = type(config).model_validate(before)
+    except ValidationError:  # of another task, or not a configuration at all
+        return before
+    return yaml.safe_load(dump_config(values))
 
 
 def _same_run(before: Any, now: Any, folder: Path) -> None:

@@ -197,7 +197,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
 def _remainder_bits(setting: Setting, schedule: Schedule) -> int:
     if setting.memory != "reverse":
         return 0
-    least = min(point.beta for point in schedule.points())
+    least = min(pair.beta for pair in schedule.pairs())
     return replace(setting, alpha=1 - least, beta=least).remainder_bits
 
 
@@ -217,12 +217,15 @@ def _indices(config: Config) -> tuple[Index, Index | None]:
 
 def _check_data(config: Config, task: Task, train: Index, val: Index | None) -> None:
     """Raises UserError for data that are not what the task learns."""
-    Fields(task.fields, config.data.fields)
+    fields = Fields(task.fields, config.data.fields)
     task.check_index(train, "data.train")
+    fields.check(train, "data.train")
+    task.transform(config.data)  # says what it cannot do
     if val is not None:
         if val.classes != train.classes:
             raise UserError("data.val: its classes differ from those of data.train")
         task.check_index(val, "data.val")
+        fields.check(val, "data.val")
     task.learn_from(train)
 
 

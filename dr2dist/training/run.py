@@ -144,6 +144,7 @@ def _facts(config: Config, plan: Plan) -> dict[str, Any]:
     return {
         **plan.blueprint.described(),
         "preprocessing": plan.task.preprocessing,
+        "fields": config.data.fields,
         "plugins": list(config.plugins),
         "arithmetic": config.reversible.arithmetic,
         "fraction_bits": config.setting().fraction_bits,

@@ -169,7 +169,7 @@ class Trainer:
         return sum(map(self.task.counts, batches)) if self.engine.last else 0.0
 
     def _work(self, batches: list[Batch]) -> StepBatches:
-        """The step on its micro-batches, which stages without inputs or labels do not have."""
+        """The step on its micro-batches, which stages without inputs or targets do not have."""
         step = self.engine.applied
         # Engines take the mean over micro-batches and replicas: of sums, divided by a mean.
         normaliser = self._counted / (self.pace.accumulate * self.engine.replicas) or 1.0

@@ -106,9 +106,9 @@ class StagedEngine(ReversibleEngine):
 
     def from_last(self, value: Any) -> Any:
         """See ReversibleEngine."""
-        box = [value]
-        dist.broadcast_object_list(box, self.grid.rank(self.grid.stages - 1, 0))
-        return box[0]
+        found = [value]
+        dist.broadcast_object_list(found, self.grid.rank(self.grid.stages - 1, 0))
+        return found[0]
 
     def _whole_norm(self) -> Tensor:
         squared = super()._whole_norm().square()

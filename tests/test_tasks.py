@@ -1,0 +1,244 @@
+"""What the tasks compute, against closed forms, and that each trains, is measured and predicts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+import dr2dist
+from dr2dist.cli import main
+from dr2dist.data.batch import Batch
+from dr2dist.data.decoders import decode
+from dr2dist.data.fields import Fields
+from dr2dist.errors import UserError
+from dr2dist.inference.exported import export
+from dr2dist.tasks.multilabel import Multilabel, MultilabelOptions
+from dr2dist.tasks.regression import Regression, RegressionOptions
+from dr2dist.tasks.transforms import ImageData, eval_transform, to_channels, train_transform
+from tests.images import classification, labelled, on_image
+from tests.pool import Pool
+
+CPU = torch.device("cpu")
+CONFIG = """
+model:
+  name: vit_tiny_patch16_224
+  image_size: 32
+  options: {depth: 2, embed_dim: 48, num_heads: 2}
+task: TASK
+data: {train: SHARDS/train, val: SHARDS/val, hflip: false}
+optim: {name: adamw, lr: 5.0e-3}
+train: {steps: 3, micro_batch: 4, log_every: 1, validate_every: 3}
+output: OUTPUT
+"""
+
+
+def command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
+def said(labels: Tensor, classes: int) -> Tensor:
+    return functional.one_hot(labels, classes).float() * 5
+
+
+@pytest.mark.parametrize("wrong", [0, 2, 3])
+def test_a_class_without_samples_is_left_out_of_the_mean_and_named(wrong: int) -> None:
+    labels = torch.tensor([0] * 4 + [1] * 4)
+    found = torch.tensor([0] * 4 + [1, 1, 1, wrong])
+    metrics = classification(4).report(CPU)
+    for part in (slice(0, 3), slice(3, 8)):
+        metrics.update(said(found[part], 4), labelled(labels[part]))
+    report = metrics.compute()
+    assert report["balanced_accuracy"] == pytest.approx((1 + 0.75) / 2)
+    assert report["class_accuracy"] == {"0": 1.0, "1": 0.75, "2": None, "3": None}
+    assert report["absent_classes"] == ["2", "3"] and report["accuracy"] == 7 / 8
+    validated = classification(4).metrics(CPU)
+    validated.update(said(found, 4), labelled(labels))
+    assert validated.compute()["balanced_accuracy"] == report["balanced_accuracy"]
+
+
+def test_a_picture_of_a_thousand_classes_is_small(tmp_path: Path) -> None:
+    small, large = (str(tmp_path / name) for name in ("small.png", "large.png"))
+    code = f"""
+import resource, torch
+from dr2dist.inference.evaluate import draw
+n = 1000
+counts = torch.eye(n, dtype=torch.int64) * 50
+counts[7, 900] = 30
+report = {{"confusion": counts.tolist(), "classes": [f"n{{k:08d}}" for k in range(n)],
+          "accuracy": 1.0, "balanced_accuracy": 1.0, "calibration_error": 0.0}}
+draw({{**report, "confusion": [[1, 0], [0, 1]], "classes": ["a", "b"]}}, {small!r})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+draw(report, {large!r})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert int(done.stdout.split()[-1]) < 200, done.stderr[-500:]
+    with Image.open(large) as picture:
+        assert max(picture.size) < 4000
+
+
+def test_multilabel_losses_and_precisions() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.3], [0.5, 1.0, -2.0], [-1.0, 3.0, 0.0], [1.0, -2.0, 1.0]])
+    labels = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 0]])
+    task = Multilabel(MultilabelOptions(num_classes=3))
+    batch = Batch({}, {"labels": labels}, list("abcd"), 4)
+    each = -(labels * logits.sigmoid().log() + (1 - labels) * (1 - logits.sigmoid()).log()).mean(1)
+    torch.testing.assert_close(task.loss(logits, batch, 2.0).total, each.sum() / 2)
+    metrics = task.report(CPU)
+    metrics.update(logits, batch)
+    report = metrics.compute()
+    # Class 0, by falling score: right, right, wrong, right; class 1: both right ones first.
+    wanted = {"0": (1 + 1 + 3 / 4) / 3, "1": 1.0, "2": None}
+    for name, value in wanted.items():
+        assert report["average_precision"][name] == pytest.approx(value)
+    assert report["absent_classes"] == ["2"]
+    assert report["mean_average_precision"] == pytest.approx((wanted["0"] + 1) / 2)
+    assert [row["classes"] for row in task.rows(logits)] == ["0;2", "0;1", "1;2", "0;2"]
+    assert task.loss(logits, Batch({}, {"labels": labels}, list("abcd"), 0), 1.0).total == 0
+
+
+def test_regression_losses_and_units() -> None:
+    options = RegressionOptions(targets=("a", "b"), mean=(1.0, -1.0), std=(2.0, 0.5), loss="l1")
+    task = Regression(options)
+    outputs, target = torch.randn(3, 2), torch.randn(3, 2)
+    batch = Batch({}, {"target": target}, list("abc"), 3)
+    mean, std = torch.tensor([1.0, -1.0]), torch.tensor([2.0, 0.5])
+    wanted = (outputs - (target - mean) / std).abs().mean(1).sum() / 6
+    torch.testing.assert_close(task.loss(outputs, batch, 6.0).total, wanted)
+    found = task.predictions(outputs, batch)
+    torch.testing.assert_close(found, outputs * std + mean)
+    metrics = task.metrics(CPU)
+    metrics.update(found, batch)
+    report = metrics.compute()
+    assert report["mae"] == pytest.approx(float((found - target).abs().mean()))
+    assert report["rmse"] == pytest.approx(float((found - target).square().mean().sqrt()))
+    shape = {"size": [8, 8], "mean": [0.5] * 3, "std": [0.5] * 3}
+    transform = Regression(options, (), shape).transform()
+    image = Image.new("RGB", (8, 8))
+    assert transform({"image": image, "target": "3; 4.5"})["target"].tolist() == [3.0, 4.5]
+    for wrong in ([1.0], "1 x", [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="allowed are"):
+            transform({"image": image, "target": wrong})
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of images with any number of classes, and with numbers, from tables."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    tables = {"labels": ["path,labels"], "target": ["path,target"]}
+    for number in range(20):
+        bright, red = number % 2, number % 3 == 0
+        pixels = generator.integers(0, 90, (32, 32, 3)) + 150 * bright
+        pixels[..., 1:] //= 1 + 2 * red
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"{number}.png")
+        names = ";".join(name for name, there in (("bright", bright), ("red", red)) if there)
+        tables["labels"].append(f"{number}.png,{names}")
+        tables["target"].append(f"{number}.png,{pixels.mean():.3f};{number}")
+    for name, lines in tables.items():
+        (root / f"{name}.csv").write_text("\n".join(lines) + "\n")
+        line = ["shards", "make", "--from", "csv", "--source", str(root / f"{name}.csv")]
+        assert command(*line, "--output", str(root / name), "--val-fraction", "0.3") == 0
+    return root
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "metrics", "column"),
+    [
+        (
+            "labels",
+            "{name: multilabel, num_classes: 2}",
+            {"mean_average_precision", "f1"},
+            "p_bright",
+        ),
+        (
+            "target",
+            "{name: regression, targets: [mean, number], mean: [120, 10], std: [60, 5]}",
+            {"mae", "rmse"},
+            "number",
+        ),
+    ],
+)
+def test_it_trains_is_measured_and_predicts(
+    kind: str,
+    task: str,
+    metrics: set[str],
+    column: str,
+    tmp_path: Path,
+    photos: Path,
+    two_ranks: Pool,
+) -> None:
+    path, file = tmp_path / "run.yaml", tmp_path / "file.safetensors"
+    text = CONFIG.replace("TASK", task).replace("SHARDS", str(photos / kind))
+    path.write_text(text.replace("OUTPUT", str(tmp_path / "run")))
+    summary = two_ranks.run("tests.cases:run_config", path=str(path), overrides=[])[0]
+    assert summary["status"] == "finished" and metrics < summary["best"].keys()
+    assert summary["last"]["samples"] == 6
+    export(tmp_path / "run", file)
+    report = tmp_path / "report.json"
+    line = ["evaluate", str(file), str(photos / kind / "val"), "--output", str(report)]
+    assert command(*line) == 0
+    found = json.loads(report.read_text())
+    for name in (*metrics, "loss"):
+        assert found[name] == pytest.approx(summary["last"][name], rel=1e-4), name
+    rows = tmp_path / "rows.json"
+    assert command("predict", str(file), str(photos), "--output", str(rows)) == 0
+    assert len(json.loads(rows.read_text())) == 20 and column in json.loads(rows.read_text())[0]
+    assert dr2dist.load(file).pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_fields_are_webdatasets() -> None:
+    members = {"png": b"", "json": b'{"a": {"b": 3}, "name": "cat"}', "txt": b" 7 "}
+    usual = {"label": "cls;json#a.b"}
+    assert Fields(usual).decode(members) == {"label": 3}
+    assert Fields(usual, {"label": "cls;json#name"}).decode(members) == {"label": "cat"}
+    assert Fields(usual, {"label": "txt"}).decode(members) == {"label": "7"}
+    with pytest.raises(ValueError, match=r"\.json has no key 'a\.c'"):
+        Fields(usual, {"label": "json#a.c"}).decode(members)
+    with pytest.raises(ValueError, match=r"has no label \(cls\), only \.png, \.json, \.txt"):
+        Fields(usual, {"label": "cls"}).decode(members)
+    with pytest.raises(UserError, match=r"lable is not a field of .*, allowed are label; did"):
+        Fields(usual, {"lable": "cls"})
+    with pytest.raises(UserError, match="label is ';', allowed is such as jpg;png"):
+        Fields(usual, {"label": ";"})
+
+
+def test_arrays_are_read_without_pickles(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(6).reshape(2, 3))
+    assert decode("left.npy", (tmp_path / "a.npy").read_bytes()).tolist() == [[0, 1, 2], [3, 4, 5]]
+    np.save(tmp_path / "b.npy", np.array([{"x": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"\.npy: .*allow_pickle"):
+        decode("npy", (tmp_path / "b.npy").read_bytes())
+    with pytest.raises(ValueError, match=r"\.pkl: allowed types are bmp"):
+        decode("pkl", b"")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+def test_images_of_any_number_of_channels(channels: int) -> None:
+    normal = [0.5] * channels, [0.25] * channels
+    array = np.random.default_rng(0).integers(0, 255, (40, 30, channels)).astype(np.uint8)
+    train = train_transform((16, 24), *normal, ImageData(train=""))
+    for transform in (train, eval_transform((16, 24), *normal)):
+        assert on_image(transform, array).shape == (channels, 16, 24)
+    whole = on_image(eval_transform((40, 30), *normal), array)
+    wanted = (torch.from_numpy(array).permute(2, 0, 1) / 255 - 0.5) / 0.25
+    torch.testing.assert_close(whole.as_subclass(Tensor), wanted)
+    picture = Image.fromarray(array[..., :3]) if channels > 2 else Image.new("L", (30, 40))
+    if channels == 5:
+        with pytest.raises(ValueError, match=r"images are to be \.npy arrays \[H, W, 5\]"):
+            to_channels(picture, channels)
+    else:
+        assert on_image(train, picture).shape == (channels, 16, 24)
+    with pytest.raises(ValueError, match=rf"allowed is \[H, W, {channels}\]"):
+        to_channels(np.zeros((4, 4, channels + 1), np.uint8), channels)

@@ -1,0 +1,101 @@
+"""Shards, run folders, checkpoints and files of the version before are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dr2dist.assembly import ExportMetadata
+from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.data.index import read_index
+from dr2dist.data.shards import verify_shards
+from dr2dist.inference.evaluate import evaluate
+from dr2dist.inference.exported import export
+from tests.images import make_small_shards
+from tests.pool import Pool
+
+CONFIG = """
+model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 1}}
+task: {name: classification, num_classes: 2}
+data: {train: SHARDS/train, val: SHARDS/val}
+optim: {lr: 1.0e-3}
+train: {steps: 4, micro_batch: 4, checkpoint_every: 2}
+output: OUTPUT
+"""
+
+
+def as_format_1(folder: Path) -> None:
+    """An index as version 0.1 wrote it: one image a sample, with its class."""
+    path = folder / "index.json"
+    index = json.loads(path.read_text())
+    index["format"] = 1
+    for shard in index["shards"]:
+        for number, (key, members, label) in enumerate(shard["samples"]):
+            ((extension, place),) = ((e, p) for e, p in members.items() if e != "cls")
+            shard["samples"][number] = [key, extension, *place, label]
+    path.write_text(json.dumps(index))
+
+
+def as_before(run: Path) -> None:
+    """A run's folder as version 0.1 wrote it."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["plugins"], config["data"]["fields"], config["model"]["in_channels"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for folder in checkpoints(run):
+        state = json.loads((folder / "checkpoint.json").read_text())
+        said = state.pop("preprocessing")
+        for name in ("task", "plugins", "fields", "in_channels"):
+            del state[name]
+        state |= {"input_size": said["size"], "mean": said["mean"], "std": said["std"]}
+        (folder / "checkpoint.json").write_text(json.dumps({**state, "resize": "timm"}))
+
+
+def run(pool: Pool, path: Path, case: str = "run_config", **more: Any) -> Any:
+    return pool.run(f"tests.cases:{case}", path=str(path), overrides=[], **more)[0]
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> dict[str, Path]:
+    shards = make_small_shards(tmp_path, 24, 32)
+    found = {}
+    for name in ("whole", "broken"):
+        path = tmp_path / f"{name}.yaml"
+        text = CONFIG.replace("SHARDS", str(shards))
+        path.write_text(text.replace("OUTPUT", str(tmp_path / name)))
+        found[name] = path
+    return found
+
+
+def test_a_run_of_the_version_before_goes_on(
+    configs: dict[str, Path], tmp_path: Path, one_rank: Pool
+) -> None:
+    run(one_rank, configs["whole"])
+    run(one_rank, configs["broken"], "run_until", step=3)
+    for part in ("train", "val"):
+        as_format_1(tmp_path / "shards" / part)
+        verify_shards(tmp_path / "shards" / part, progress=False)
+    as_before(tmp_path / "broken")
+    assert run(one_rank, configs["broken"])["steps"] == 4
+    one, other = (Checkpoint(checkpoints(tmp_path / n)[-1]) for n in ("whole", "broken"))
+    for name in one.names("master"):
+        assert torch.equal(one.tensor("master", name), other.tensor("master", name)), name
+    assert read_index(tmp_path / "shards/val")[1].class_counts() is not None
+
+
+def test_a_checkpoint_of_the_version_before_is_exported(
+    configs: dict[str, Path], tmp_path: Path, one_rank: Pool
+) -> None:
+    summary = run(one_rank, configs["whole"])
+    as_before(tmp_path / "whole")
+    file = tmp_path / "file.safetensors"
+    export(tmp_path / "whole", file, "last")
+    facts = ExportMetadata.read(file)
+    assert facts.task == {"name": "classification", "num_classes": 2}
+    assert facts.classes == ("bright", "dark") and facts.in_channels == 3
+    report = evaluate(file, tmp_path / "shards/val", progress=False)
+    assert report["loss"] == pytest.approx(summary["last"]["loss"], rel=1e-5)
