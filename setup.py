@@ -40,6 +40,7 @@ setup(
     extras_require={
         "bench": ["momentumnet", "revlib"],
         "demo": ["onnx"],
+        "docs": ["griffelib", "mkdocs", "mkdocstrings[python]", "ruff"],
         "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "test": [
             "grimp",

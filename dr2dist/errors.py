@@ -7,7 +7,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """One line: what was found, where, and what is allowed. The command line exits 2 on it."""
+    """What a user did that cannot work: a setting, a file or a call.
+
+    The message is one line: where, what was found, and what is allowed. The command line prints it
+    and exits with status 2.
+    """
 
 
 def one_line(error: object) -> str:

@@ -6,9 +6,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 extras=${1:-demo}
 for extra in ${extras//,/ }; do
     case $extra in
-        demo | test) ;;
+        demo | docs | test) ;;
         *)
-            echo "install.sh: found the extra '$extra', allowed are demo and test" >&2
+            echo "install.sh: found the extra '$extra', allowed are demo, docs and test" >&2
             exit 2
             ;;
     esac

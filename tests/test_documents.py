@@ -1,20 +1,26 @@
-"""What README and the benchmarks say can be run."""
+"""What README and the benchmarks say can be run, and what may be called says what it is."""
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+import dr2dist
 from benchmarks import evidence, stages
 from dr2dist.cli import main
-from dr2dist.config import load_config
+from dr2dist.config import Config, load_config
+from dr2dist.config.section import Section
 from tests.pool import Pool
 
 ROOT = Path(__file__).parent.parent
+TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 
 
 def test_the_readmes_python_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,3 +115,58 @@ def run(*arguments: Any) -> None:
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     assert not ended.value.code
+
+
+def test_the_api_page_has_every_name_that_is_exported() -> None:
+    page = (ROOT / "docs/api.md").read_text().splitlines()
+    assert [name for name in dr2dist.__all__ if f"::: dr2dist.{name}" not in page] == []
+
+
+def test_all_that_is_public_has_a_docstring() -> None:
+    files = sorted((ROOT / "dr2dist").rglob("*.py"))
+    lacking = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name, node in _public(ast.parse(path.read_text()), "the module")
+        if node.body and not ast.get_docstring(node)
+    ]
+    assert lacking == []
+
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _public(node: Documented, name: str) -> Iterator[tuple[str, Documented]]:
+    """A module or class with the functions, classes and methods in it, by name."""
+    yield name, node
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return
+    for inner in node.body:
+        if isinstance(inner, Documented) and not inner.name.startswith("_"):
+            yield from _public(inner, inner.name)
+
+
+def test_every_setting_has_a_description() -> None:
+    lacking = [
+        f"{section.__name__}.{name}"
+        for section in _sections(Section)
+        for name, field in section.model_fields.items()
+        # What is in a Config is a section, which says itself what it is; a kind is its path's name.
+        if not field.description and section is not Config and name != "kind"
+    ]
+    assert lacking == []
+
+
+def _sections(kind: type[Section]) -> Iterator[type[Section]]:
+    """The sections that dr2dist's modules define."""
+    for section in kind.__subclasses__():
+        home = sys.modules[section.__module__]
+        if home.__name__.startswith("dr2dist.") and vars(home).get(section.__name__) is section:
+            yield section
+        yield from _sections(section)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_links_between_texts_lead_to_files(path: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
+    assert [link for link in links if not (path.parent / link).is_file()] == []

@@ -27,9 +27,9 @@ Option = bool | int | float | str
 
 
 class ExportMetadata(BaseModel):
-    """What a file says of its model.
+    """What an exported file says of its model.
 
-    model, image_size (height, width), in_channels, options: how it is built. alpha, beta,
+    model, image_size (height, width in pixels), in_channels, options: how it is built. alpha, beta,
     arithmetic, fraction_bits: how its residual functions are joined. task: the section `task`.
     classes: names by label. preprocessing: how samples become inputs, as plain values. fields:
     members of samples that were read instead of the task's. plugins: modules that know the task or
@@ -90,7 +90,10 @@ class ExportMetadata(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Raises UserError if the file cannot be read or was not exported by dr2dist."""
+        """What a file says, one of an earlier version too.
+
+        Raises UserError if the file cannot be read or was not exported by dr2dist.
+        """
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

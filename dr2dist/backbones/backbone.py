@@ -21,8 +21,8 @@ OUTPUT = "output"
 class Stem:
     """What enters the first layer.
 
-    tokens: [B, ...]; several rows a sample, [B * rows, ...], where a sample is cut into parts.
-    sides: inputs that all functions share, by name: tensors or pytrees of them, which are
+    tokens: [B, ...], floating; several rows a sample, [B * rows, ...], where a sample is cut into
+    parts. sides: inputs that all functions share, by name: tensors or pytrees of them, which are
     differentiable, and plain values. batched: names of those sides whose tensors have the rows of
     tokens in dim 0.
     """
@@ -33,7 +33,12 @@ class Stem:
 
 
 class ChainOf(NamedTuple):
-    """Residual functions at one resolution, under the name that the certificate calls them by."""
+    """Residual functions at one resolution, which are reversed as one chain.
+
+    name: by which the certificate calls it. functions: modules in order, two or so a block, each
+    called as function(tokens, **sides) and computing its branch alone, without the addition, to
+    the tokens' shape; see `Chain` and `Branch`.
+    """
 
     name: str
     functions: list[nn.Module]
@@ -42,9 +47,9 @@ class ChainOf(NamedTuple):
 class Transition(NamedTuple):
     """What stands before, between or after chains and is not reversible.
 
-    module: maps tokens [B, ...] to tokens, and is run again in the backward pass, in slices of the
-    batch. With sides it is called as module(tokens, sides) and gives (tokens, sides), on whole
-    batches, for all functions behind it.
+    name: for people to read. module: maps tokens [B, ...] to tokens, and is run again in the
+    backward pass, in slices of the batch. sides: True for a module that is called as
+    module(tokens, sides) and gives (tokens, sides), on whole batches, for all functions behind it.
     """
 
     name: str
@@ -55,9 +60,9 @@ class Transition(NamedTuple):
 class FeatureInfo(NamedTuple):
     """Tokens that a head can ask for.
 
-    name: of the feature. chain, function: after which function of which chain; OUTPUT is after
-    all. channels: its width. stride: input units to one token. layout: of the tokens, such as
-    "BNC" or "BHWC".
+    name: of the feature. chain, function: after which function of which chain, both counted from
+    0; OUTPUT is after all, and the norm. channels: its width. stride: input units (pixels of
+    images) to one token. layout: of the tokens, such as "BNC" or "BHWC".
     """
 
     name: str
@@ -71,10 +76,11 @@ class FeatureInfo(NamedTuple):
 class Backbone(ABC):
     """How models of one family split into stem, chains with transitions between them, and head.
 
-    A new family is one subclass, given to `register_backbone`.
+    A new family is one subclass, an object of which is given to `register_backbone`.
     """
 
     name: str
+    """Of the family, in messages; a family that is registered later under it takes its place."""
     patterns: tuple[str, ...]
     """Model names that it covers, for people to read."""
     classes: tuple[type[nn.Module], ...] = ()
@@ -92,8 +98,8 @@ class Backbone(ABC):
         """A model of the family's own by its name in a configuration; None for all others, which
         timm makes.
 
-        options: `model.options`, and those of num_classes, img_size, drop_path_rate and
-        proj_drop_rate that are asked for.
+        options: `model.options`, and those of num_classes, img_size (height, width), in_chans,
+        drop_path_rate and proj_drop_rate that are asked for.
         """
         return None
 
@@ -111,15 +117,21 @@ class Backbone(ABC):
 
     @abstractmethod
     def stem(self, model: Any, inputs: Any, /, **options: Any) -> Stem:
-        """Inputs, a tensor [B, ...] or several by name (see `input`), to tokens and sides."""
+        """Inputs, a tensor [B, ...] or several by name (see `input`), to tokens and sides.
+
+        options: what else the network is called with, such as attn_mask.
+        """
 
     def norm(self, model: Any, tokens: Tensor) -> Tensor:
-        """What ends `forward_features` after the last layer."""
+        """What ends `forward_features` after the last layer: tokens [B, ...] to features [B, ...].
+
+        The default is the model's `norm`.
+        """
         result: Tensor = model.norm(tokens)
         return result
 
     def head(self, model: Any, features: Tensor) -> Any:
-        """Features to the model's output; the default is timm's own `forward_head`."""
+        """Features [B, ...] to the model's output; the default is timm's own `forward_head`."""
         return model.forward_head(features)
 
     def preprocessing(self, model: Any) -> dict[str, Any]:
@@ -140,7 +152,7 @@ class Backbone(ABC):
         return torch.zeros(shape, dtype=first.dtype, device=first.device)
 
     def features(self, model: Any) -> list[FeatureInfo]:
-        """What a head of a task can ask for; the last one is OUTPUT. None unless a family says."""
+        """What a head of a task can ask for; the last one is OUTPUT. Empty unless a family says."""
         return []
 
     def to_map(self, model: Any, tokens: Tensor) -> Tensor:
@@ -148,19 +160,25 @@ class Backbone(ABC):
         raise UserError(f"{self.name} models have no maps")
 
     def intermediates(self, net: Any, inputs: Any, /, **options: Any) -> Any:
-        """`forward_intermediates` with timm's arguments and outputs."""
+        """`forward_intermediates` of a converted network, with timm's arguments and outputs.
+
+        Raises UserError where a family gives none, as by default.
+        """
         raise UserError(f"{self.name} models give no intermediate features")
 
 
 def input_size(model: Any) -> tuple[int, int]:
-    """Height and width of the images that a timm model is built for."""
+    """Height and width in pixels of the images that a timm model is built for."""
     found = getattr(getattr(model, "patch_embed", None), "img_size", None)
     height, width = found or model.pretrained_cfg["input_size"][1:]
     return int(height), int(width)
 
 
 def is_built_as(model: nn.Module, kind: type) -> bool:
-    """Whether a model is of a class and computes its features as the class does."""
+    """Whether a model is of a class and computes its features as the class does.
+
+    A subclass with a `forward_features` of its own is not: what `Backbone.matches` is to know.
+    """
     own: Any = type(model)
     known: Any = kind
     return isinstance(model, kind) and own.forward_features is known.forward_features

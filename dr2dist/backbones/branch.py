@@ -22,10 +22,10 @@ class Branch(nn.Module):
     """A residual function made of some of a block's modules.
 
     block: the block it is cut from. names: the block's modules and parameters that it uses,
-    None for all.
-    compute: called as compute(part, x, **sides), where part looks like the block with only
-    those modules. sides: names of the sides it takes, each with the keyword it is given as.
-    slicing: how it runs on some of a sample's tokens, None if it cannot.
+    None for all. compute: called as compute(part, x, **sides), where part looks like the block
+    with only those modules; gives the branch alone, of x's shape [B, ...]. sides: names of the
+    sides it takes, each with the keyword it is given as; None for none. slicing: how it runs on
+    some of a sample's tokens (dr2dist/backbones/slicing.py), None if it cannot.
     """
 
     block: nn.Module
@@ -85,7 +85,8 @@ class Branch(nn.Module):
     def forward(self, x: Tensor, tokens: TokenSlice | None = None, **sides: Any) -> Any:
         """The branch alone, [B, ...] to the same shape, without the residual.
 
-        tokens: what TokenSliced says.
+        tokens: which of a sample's tokens, see TokenSliced (dr2dist/reversible/calls/slices.py);
+        None for all. sides: by the chain's names.
         """
         given = self.keywords_of(sides)
         if tokens is None:

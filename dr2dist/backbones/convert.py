@@ -51,12 +51,15 @@ def convert(
     on_failure: OnFailure = "raise",
     compile: bool = False,
 ) -> Any:
-    """A reversible network from a supported model (Dr2Net, arXiv 2401.04105).
+    """A reversible network from a supported model (Dr2Net, arXiv 2401.04105; docs/method.md).
 
-    The result is called as the model is, gives outputs of the same structure and shares its
-    parameters, buffers and modules by reference; the model itself stays usable.
+    The result, a ReversibleNetwork of the model's own class, is called as the model is, gives
+    outputs of the same structure and dtype and shares its parameters, buffers and modules by
+    reference; the model itself stays usable.
 
-    alpha, beta: coefficients of the two residuals. arithmetic: "exact" reverses bit for bit,
+    alpha, beta: coefficients of the two residuals, rounded to multiples of 2^-16; alpha from 0 to
+    1, beta over 0 and up to 1, or 0 with alpha 1, float arithmetic and memory "store" or
+    "checkpoint", which is conventional finetuning. arithmetic: "exact" reverses bit for bit,
     "float" with round-off. memory: "reverse" reconstructs activations, "store" keeps them,
     "checkpoint" keeps each function's input, "budget" keeps as many as memory_budget bytes hold.
     chunk_size: samples per slice of the batch; "auto" for the largest slices, of samples or
@@ -119,7 +122,8 @@ def family_of(model: nn.Module) -> Backbone:
 def register_backbone(family: Backbone) -> None:
     """Makes `convert` know a family of one's own; it is asked before the ones known so far.
 
-    One of the same name is replaced, which is logged: cells of a notebook are run again.
+    family: an object, not a class. One of the same name is replaced, which is logged: cells of a
+    notebook are run again.
     """
     for known in [known for known in _families if known.name == family.name]:
         log.warning("the backbone family '%s' is replaced by %s", known.name, type(family).__name__)
@@ -133,5 +137,5 @@ def known_families() -> Sequence[Backbone]:
 
 
 def supported_backbones() -> dict[str, tuple[str, ...]]:
-    """Families that `convert` knows, each with patterns of model names."""
+    """Names of the families that `convert` knows, each with patterns of model names (vit_*)."""
     return {family.name: family.patterns for family in _families}

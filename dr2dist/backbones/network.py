@@ -44,7 +44,7 @@ class ReversibleNetwork(nn.Module):
 
     @property
     def coefficients(self) -> tuple[float, float]:
-        """alpha and beta in force."""
+        """alpha and beta in force, multiples of 2^-16."""
         self._take_coefficients()
         setting = self.chains[0].setting
         return setting.alpha, setting.beta
@@ -94,19 +94,25 @@ class ReversibleNetwork(nn.Module):
             raise UserError(f"{COEFFICIENTS_NAME} in the loaded state: {error}") from None
 
     def certificate(self) -> Certificate:
-        """What the last backward pass verified, read to the host."""
+        """What the last backward pass verified, read to the host; without chains before the first.
+
+        Raises ReversalError for an earlier pass that failed, as far as `on_failure` says so.
+        """
         found = (chain.certificate() for chain in self.chains)
         return Certificate(tuple(chain for chain in found if chain is not None))
 
     def forward(self, x: Any, *args: Any, **options: Any) -> Any:
         """As the model's own: inputs [B, ...], such as images [B, C, H, W], to its output.
 
-        x: a tensor, or inputs by name, of which the stem takes what its family says.
+        x: a tensor, or inputs by name, of which the stem takes what its family says. args,
+        options: more of the model's own arguments, such as attn_mask. Raises UserError for what a
+        reversible network cannot do, such as hooks on its blocks, and ReversalError for an earlier
+        backward pass on a GPU that failed.
         """
         return self._walk(self.places, x, args, options, self.head_taps)
 
     def forward_features(self, x: Any, *args: Any, **options: Any) -> Tensor:
-        """As the model's own: inputs to the features before pooling."""
+        """As the model's own: inputs to the features before pooling, such as [B, N, C]."""
         flow: Flow = self._walk(self.places[:-1], x, args, options)
         return self.family.norm(self, flow.value)
 
@@ -188,7 +194,11 @@ class ReversibleNetwork(nn.Module):
         return 1 if size == "auto" else size
 
     def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        """As the model's own; states of the chains stand for the outputs of blocks."""
+        """As the model's own; states of the chains stand for the outputs of blocks.
+
+        Raises UserError for a family that gives none, ValueError for an output_fmt that the family
+        does not have.
+        """
         if args:
             options["indices"], *more = args
             if more:

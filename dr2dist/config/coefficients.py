@@ -88,7 +88,7 @@ class Guarded(Conserve):
         return self
 
     def limits(self) -> Limits:
-        """For a guard on the path."""
+        """The bounds for a guard on the path."""
         drift = Bounds(*(self.drift or DRIFT)) if self._falls else None
         return Limits(Bounds(*self.loss), drift)
 

@@ -39,7 +39,8 @@ class _Loader(yaml.SafeLoader):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies `section.key=value` overrides (values are YAML).
 
-    Raises UserError: file, key, what was found, what is allowed.
+    Modules that the file names as plugins are imported. Returns a frozen Config with the sections
+    of its task. Raises UserError with file, key, what was found and what is allowed.
     """
     source = Path(path)
     try:
@@ -66,8 +67,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def import_plugins(names: Iterable[str], folder: Path | None = None) -> None:
-    """Imports modules, which register tasks and backbones; from the present folder and another one
-    too, behind all that is installed.
+    """Imports modules by name, which register tasks and backbones; from the present folder and
+    another one too, behind all that is installed.
 
     Raises UserError for one that cannot be imported.
     """
@@ -96,7 +97,7 @@ def _config_type(options: type[TaskOptions], data: type[Data]) -> type[Config]:
 
 
 def dump_config(config: Config) -> str:
-    """The whole configuration as YAML, with what was left out filled in."""
+    """The whole configuration as YAML, with what was left out filled in: load_config takes it."""
     return yaml.safe_dump(config.effective(), sort_keys=False)
 
 

@@ -171,7 +171,11 @@ class Parallel(Section):
 
 
 class Config(Section):
-    """A whole run. Its task and data are of the types that the task says."""
+    """A whole run. Its task and data are of the types that the task says.
+
+    Raises pydantic's ValidationError, which `load_config` turns into one line, for unknown keys,
+    wrong values, settings without effect and such as contradict each other.
+    """
 
     plugins: tuple[str, ...] = Field(
         (), description="Python modules that register tasks or backbones of your own"

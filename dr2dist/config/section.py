@@ -11,14 +11,18 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, and strict about its keys."""
+    """A part of the configuration: frozen, and strict about its keys.
+
+    A task's own sections are subclasses; each field has a description, which
+    `dr2dist train --settings` shows.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
 
     def idle(self) -> dict[str, str]:
-        """Settings without effect beside the others, each with the reason."""
+        """Settings without effect beside the others, with the reason; giving one is refused."""
         return {}
 
     @model_validator(mode="before")

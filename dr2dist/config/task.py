@@ -13,7 +13,7 @@ from dr2dist.errors import UserError, nearest
 class TaskOptions(Section):
     """What is learnt. A task's own options are a subclass, whose `name` registering adds."""
 
-    name: str = ""
+    name: str = Field("", description="the task")
 
     def outputs(self) -> int:
         """Outputs of the backbone's own head; 0 for a task that brings a head."""

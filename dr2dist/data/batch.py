@@ -14,11 +14,11 @@ from dr2dist.reversible.trees import tree_map
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch.
+    """A micro-batch of B samples.
 
     inputs: of the network, by name, [B, ...] each. targets: the task's own, a pytree of tensors.
-    keys: the samples' names, B. count: samples that count: all, or none of a batch that only fills
-    in. skipped: samples that were left out as unreadable.
+    keys: the samples' names, B of them. count: samples that count: all, or none of a batch that
+    only fills in. skipped: samples that were left out as unreadable.
     """
 
     inputs: dict[str, Tensor]
@@ -31,7 +31,7 @@ class Batch:
         return len(self.keys)
 
     def pin_memory(self) -> Batch:
-        """The same in memory from which a GPU can fetch it beside the host's work."""
+        """The same in pinned memory, from which a GPU can fetch it beside the host's work."""
         return self._map(lambda value: value.pin_memory())
 
     def to(self, device: torch.device) -> Batch:

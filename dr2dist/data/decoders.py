@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 
 IMAGE_TYPES = ("bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
+"""Extensions of images."""
 
 LARGEST = 2**30
 """Bytes of a member that are read at most."""
 
 
 def open_image(source: Path | BinaryIO) -> Image.Image:
-    """A whole image, decoded. Raises ValueError for whatever is wrong with it."""
+    """A whole image in its own mode and size, decoded. Raises ValueError if that fails."""
     try:
         with Image.open(source) as image:
             image.load()
@@ -54,7 +55,11 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
 
 
 def decode(extension: str, data: bytes) -> Any:
-    """A member's value. Raises ValueError for an extension that is not known or bad contents."""
+    """A member's value, see DECODERS.
+
+    extension: its last part counts, in any case: `npy` of `left.npy`. Raises ValueError for an
+    extension that is not known, more than LARGEST bytes, or bad contents.
+    """
     kind = extension.rpartition(".")[2].lower()
     if kind not in DECODERS:
         raise ValueError(f".{extension}: allowed types are {', '.join(DECODERS)}")

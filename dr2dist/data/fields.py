@@ -16,23 +16,27 @@ Members = Mapping[str, bytes]
 
 @dataclass(frozen=True)
 class Alternative:
-    """An extension that may carry a field, and the key of its JSON that does (`json#category`)."""
+    """An extension that may carry a field, such as `jpg`, or the key of a JSON file that does.
+
+    extension: in small letters, without the first dot. key: of `json#category`; dots lead into
+    inner objects; None for the whole file.
+    """
 
     extension: str
     key: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Alternative:
-        """Of one alternative's text."""
+        """An alternative from its text, `EXTENSION` or `EXTENSION#KEY`."""
         extension, _, key = text.strip().partition("#")
         return cls(extension.lower(), key or None)
 
 
 class Field:
-    """A field of a sample.
+    """A field of a sample: what a task calls it, and which files may carry it.
 
-    text: extensions that may carry it, the first one that is there counts: `jpg;png;json#image`.
-    Raises UserError for a text without any.
+    name: the task's. text: extensions that may carry it, the first one that is there counts:
+    `jpg;png;json#image`. Raises UserError for a text without any.
     """
 
     def __init__(self, name: str, text: str) -> None:
@@ -47,7 +51,7 @@ class Field:
         return tuple(each.extension for each in self.alternatives)
 
     def choose(self, extensions: Sequence[str]) -> Alternative | None:
-        """What carries the field in a sample with these extensions."""
+        """What carries the field in a sample with these extensions; None if nothing does."""
         return next((each for each in self.alternatives if each.extension in extensions), None)
 
     def decode(self, members: Members) -> Any:
@@ -65,7 +69,11 @@ class Field:
 
 
 class Fields:
-    """The fields of a task. Raises UserError for an override of one that it does not have."""
+    """The fields of a task.
+
+    usual: texts by name, as the task says them. overrides: those of `data.fields`, which count
+    instead. Raises UserError for an override of a field that the task does not have.
+    """
 
     def __init__(
         self, usual: Mapping[str, str], overrides: Mapping[str, str] | None = None

@@ -33,10 +33,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """The report of an exported file on all samples of the shards, each counted once.
 
-    fields: members of samples instead of the task's, as `data.fields` says them; by default those
-    that the run had. Returns the task's
-    name, samples, skipped (those that cannot be read, if these may be left out), loss, and what the
-    task reports. Raises UserError if the shards are not what the task learns.
+    path: a file of `export` or `save`; it runs in fp32, on a GPU if there is one. shards: a folder,
+    or a brace pattern. batch: samples at a time. workers: loader processes. skip_unreadable: leave
+    out samples that cannot be read, instead of an error. fields: members of samples instead of the
+    task's, as `data.fields` says them; by default those that the run had. progress: a bar on
+    stderr.
+
+    Returns the task's name, samples and skipped (numbers of them), loss (their mean), and what the
+    task reports, all values of JSON. Raises UserError if the shards are not what the task learns,
+    or a sample cannot be read.
     """
     (net, task, facts), device = ready(path)
     unreadable: Literal["fail", "drop"] = "drop" if skip_unreadable else "fail"
@@ -80,7 +85,8 @@ def _measure(
 
 
 def draw(report: dict[str, Any], path: str | Path) -> bool:
-    """The report as a picture at `path`; False if its task draws none."""
+    """Writes the report as a picture, of the type that the path ends with; False if its task draws
+    none, and nothing is written."""
     figure: Figure | None = task_of(report.get("task", DEFAULT_TASK)).picture(report)
     if figure is not None:
         figure.savefig(path)

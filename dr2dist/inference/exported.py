@@ -30,7 +30,9 @@ from dr2dist.tasks.task import Task
 def export(
     run: str | Path, output: str | Path, which: Literal["best", "last"] = "best"
 ) -> ExportMetadata:
-    """Writes the best or last checkpoint of a run's folder as one file, aside and renamed.
+    """Writes the best or last checkpoint of a run's folder as one safetensors file.
+
+    Weights are fp32; the file is written aside and renamed. Returns what the file says of itself.
 
     Averaged weights take the place of trained ones in a run that has them (train.ema). The best
     is the one with the best validation; without validation there is only the last.
@@ -68,7 +70,8 @@ def _chosen(run: Path, which: Literal["best", "last"]) -> Path:
 
 
 class Loaded(NamedTuple):
-    """An exported file's network, converted, in evaluation mode, and its task."""
+    """net: an exported file's network, converted, in evaluation mode, fp32 on the CPU. task: what
+    it has learnt. facts: what the file says of itself."""
 
     net: Any
     task: Task
@@ -86,7 +89,7 @@ def load(path: str | Path) -> nn.Module:
 
 
 def load_with_task(path: str | Path) -> Loaded:
-    """The same with its task."""
+    """What `load` gives, with its task. Raises UserError as `load` does."""
     facts = ExportMetadata.read(path)
     model, task, _ = assemble(facts.blueprint())
     try:

@@ -85,10 +85,11 @@ def plain(net: Any) -> Any:
 def export_portable(source: str | Path, output: str | Path) -> float:
     """Writes an exported file's network as .onnx or .pt2, for batches of any size.
 
-    Returns the largest difference from the module on random inputs, relative to the largest
-    output. The metadata say what an exported file's do. A state that leaves its grid's range
-    is NaN in dr2dist and not noticed here. Raises UserError if the output exists or would compute
-    something else.
+    source: a file of `export` or `save`. Returns the largest difference from the module on random
+    inputs, relative to the largest output; at most TOLERANCE, 1e-3. The metadata say what an
+    exported file's do. A state that leaves its grid's range is NaN in dr2dist and not noticed here.
+    Raises UserError if the output exists or would compute something else, or if packages for ONNX
+    are missing.
     """
     source, output = Path(source), Path(output)
     if output.exists():

@@ -72,10 +72,17 @@ def predict(
     skip_unreadable: bool = False,
     progress: bool = True,
 ) -> list[Row]:
-    """A row for each sample in files and folders, in the order of their names.
+    """A row for each sample in files and folders, in the order given, and of names in a folder.
 
-    Raises UserError naming the first one that cannot be read, unless they are to be skipped: then
-    their rows hold the error.
+    path: a file of `export` or `save`; it runs in fp32, on a GPU if there is one. paths: files of
+    samples, and folders of them. Where the task has one input each file is a sample, otherwise
+    files of one name, less its extensions, are. batch: samples at a time. progress: a bar on
+    stderr.
+
+    A row has path, of the sample's first file, and what the task says of it, plain values by
+    column. Raises UserError for a path that does not exist, a folder without samples, a sample that
+    lacks an input, and one that cannot be read; with skip_unreadable the last one's row holds the
+    error.
     """
     (net, task, facts), device = ready(path)
     fields = Fields(task.fields, facts.fields).only(task.inputs)
@@ -122,7 +129,10 @@ def _known(path: Path, fields: Sequence[Field]) -> str:
 
 
 def write_rows(rows: Sequence[Row], output: str | Path) -> None:
-    """Writes .csv or .json, aside and renamed. Raises UserError for another ending."""
+    """Writes .csv or .json, aside and renamed. Raises UserError for another ending.
+
+    A column is empty in rows that lack it.
+    """
     output = Path(output)
     check_output(output)
     with atomic_write(output) as aside:

@@ -27,7 +27,8 @@ from dr2dist.reversible.tape import Sides, Tape
 class Recorded(NamedTuple):
     """A forward pass that `Chain.reverse` can undo.
 
-    output: x_L, tokens [B, ...]. state: the last two states. tape: with the remainders.
+    output: x_L, tokens [B, ...] of the input's dtype. state: the last two states, int32 in exact
+    arithmetic. tape: what the pass left, with the remainders.
     """
 
     output: Tensor
@@ -38,8 +39,8 @@ class Recorded(NamedTuple):
 class Chain(nn.Module):
     """A run of residual functions at one resolution, trained with the memory of its ends.
 
-    x_{i+1} = F_i(x_i) + alpha * x_i + y_i and y_{i+1} = beta * x_i (Dr2Net, arXiv 2401.04105),
-    from y_0 = beta * x_0.
+    `x_{i+1} = F_i(x_i) + alpha * x_i + y_i` and `y_{i+1} = beta * x_i` (Dr2Net, arXiv 2401.04105),
+    from `y_0 = beta * x_0`; in exact arithmetic on a fixed-point grid (docs/method.md).
 
     functions: modules that compute one branch each, [B, ...] to the same shape, without the
         addition; called as function(x, **sides). A function whose attribute `sides` names some
@@ -136,11 +137,14 @@ class Chain(nn.Module):
     ) -> Any:
         """Runs the chain.
 
-        x: tokens [B, ...], floating. taps: functions after which the tokens are handed out too.
+        x: tokens [B, ...], floating. taps: functions after which the tokens are handed out too,
+        counted from 0, or from the end by negative numbers.
         sides: shared inputs, tensors or pytrees of them; they are differentiable, and those in
         `batched` have the batch in dim 0. until: run only that many functions.
         Returns x_L, or (x_L, [tapped tokens]) if taps are given, of x's shape and dtype (fp32
-        under autocast). Raises RuntimeError where it is traced by torch.compile for training,
+        under autocast). Raises ValueError for tokens that are not floating, for a tap or a name in
+        `batched` that does not exist, ReversalError for an earlier backward pass on a GPU that
+        failed, and RuntimeError where it is traced by torch.compile for training,
         unless memory is "store": a recompute could not use the same kernels.
         """
         segment = Segment(list(self.functions)[:until], self.runner)
@@ -197,7 +201,10 @@ class Chain(nn.Module):
 
     @torch.no_grad()
     def record(self, x: Tensor, batched: Collection[str] = (), **sides: Any) -> Recorded:
-        """A forward pass in memory mode reverse whose state `reverse` takes. No gradients."""
+        """A forward pass in memory mode reverse whose state `reverse` takes. No gradients.
+
+        x, batched, sides: as those of `forward`.
+        """
         setting = replace(self.setting, memory="reverse", memory_budget=None)
         shared, segment = Sides(sides, batched), self.segment
         layout = self._layout(segment, x, shared)
@@ -208,8 +215,9 @@ class Chain(nn.Module):
     def reverse(self, recorded: Recorded) -> Tensor:
         """The tokens x_0 that a recorded pass began with, reconstructed from its end.
 
-        In exact arithmetic they equal the input rounded to the grid, bit for bit. The
-        certificate tells afterwards what was verified.
+        In exact arithmetic they equal the input rounded to the grid, bit for bit; shape and dtype
+        are the input's. The certificate tells afterwards what was verified. Raises ReversalError
+        if it failed, as far as `on_failure` says so.
         """
         tape = recorded.tape
         first = self.segment.reverse(tape, recorded.state)

@@ -14,7 +14,10 @@ OnFailure = Literal["raise", "warn", "record"]
 
 
 class ReversalError(RuntimeError):
-    """A backward pass whose reversal could not be proven: its gradients are not to be trusted."""
+    """A backward pass whose reversal could not be proven: its gradients are not to be trusted.
+
+    The message says for each failure which chain and function it is of, and what was found.
+    """
 
 
 def check_on_failure(value: str) -> OnFailure:

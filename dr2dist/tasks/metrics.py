@@ -15,10 +15,11 @@ from dr2dist.data.batch import Batch
 
 
 class TorchMetrics:
-    """A collection of torchmetrics'.
+    """Metrics of torchmetrics, by name; a `Metrics`.
 
-    metrics: by name, moved to the device. values: what of predictions and batch they are given.
-    plain: their values to plain ones, if these are not just numbers.
+    metrics: by name, moved to the device. values: called with predictions and batch, gives what
+    all of them are updated with: predictions and what is right, on the device. plain: called with
+    the values as numbers and lists, gives them as they are to be told; None to leave them so.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class TorchMetrics:
 
 
 class KeyedMetrics(ABC):
-    """Gathers what is said of every sample on all ranks, merges parts of one sample by key.
+    """Metrics that need all samples side by side, such as average precision; a `Metrics`.
 
+    Gathers what is said of every sample on all ranks and merges parts of one sample by key.
     Samples are brought into the order of their keys, so that the result depends neither on ranks
-    nor on ties.
+    nor on ties. A subclass says `entries` and `score`.
     """
 
     def __init__(self) -> None:
@@ -56,13 +58,16 @@ class KeyedMetrics(ABC):
         """(key, plain values or CPU tensors) of each sample, or part of a sample, of a batch."""
 
     def merge(self, parts: list[Any]) -> Any:
-        """The parts of one sample, such as tiles, as one; a sample has one part unless said."""
+        """The parts of one sample, such as tiles, as one.
+
+        By default a sample has one part, and ValueError is raised for more.
+        """
         (part,) = parts
         return part
 
     @abstractmethod
     def score(self, samples: list[tuple[str, Any]]) -> dict[str, Any]:
-        """The metrics of all samples, by rising key."""
+        """The metrics, plain values by name, of all samples: (key, what is said), by rising key."""
 
     def update(self, predictions: Any, batch: Batch) -> None:
         """See Metrics."""

@@ -21,10 +21,11 @@ _tasks: dict[str, type[Task]] = {}
 
 
 def register_task(task: type[Task]) -> type[Task]:
-    """Makes a task known by its name; may be used as a decorator.
+    """Makes a task known by its name, and returns it; may be used as a decorator.
 
     A second one of a name takes the place of the first, with a notice: cells of notebooks are run
-    again. Raises UserError for a class that is not a whole task.
+    again. Raises UserError for a class that is not a whole task, or whose inputs are not among
+    its fields.
     """
     missing = [name for name in ("name", "fields", "inputs", "best") if not hasattr(task, name)]
     missing += sorted(getattr(task, "__abstractmethods__", ()))
@@ -44,7 +45,7 @@ def register_task(task: type[Task]) -> type[Task]:
 
 
 def supported_tasks() -> tuple[str, ...]:
-    """Names of the tasks that are known."""
+    """Names of the tasks that are known, the built-in ones first."""
     return tuple(_tasks)
 
 

@@ -28,7 +28,8 @@ class Loss(NamedTuple):
     """A micro-batch's loss.
 
     total: scalar fp32 with a graph, a sum over what `counts` counts, divided by the normaliser.
-    parts: named shares of it, for records. finite: bool [B], samples whose outputs are.
+    finite: bool [B], samples whose outputs are, see `finite_samples`. parts: named shares of the
+    total, scalars, for records.
     """
 
     total: Tensor
@@ -39,8 +40,9 @@ class Loss(NamedTuple):
 class Head(NamedTuple):
     """A head of the task's own.
 
-    module: called as module(features) with a list of tensors [B, ...], one for each tap. taps:
-    names of the backbone's features that it is given, in its order.
+    module: called as module(features) with a list of tensors [B, ...], one for each tap, in the
+    feature's layout; gives a tensor or a pytree of some, [B, ...] each. taps: names of the
+    backbone's features that it is given, in its order.
     """
 
     module: nn.Module
@@ -48,10 +50,10 @@ class Head(NamedTuple):
 
 
 class Metrics(Protocol):
-    """Counts each sample once over all ranks."""
+    """Numbers of a validation, which count each sample once over all ranks."""
 
     def update(self, predictions: Any, batch: Batch) -> None:
-        """Takes in a batch's predictions."""
+        """Takes in a batch's predictions, what `Task.predictions` gave, with what is right."""
 
     def compute(self) -> dict[str, Any]:
         """Plain values by name, the same on every rank; every rank must call it."""
@@ -69,17 +71,20 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    """By which configurations choose it."""
+    """By which configurations choose it, as task.name."""
     Options: ClassVar[type[TaskOptions]] = TaskOptions
-    """The section `task`."""
+    """The section `task`: a subclass of TaskOptions with the task's own settings."""
     Data: ClassVar[type[Data]] = Data
-    """The section `data`."""
+    """The section `data`: a subclass where the task has settings of its own."""
     fields: ClassVar[Mapping[str, str]]
-    """What of a sample is read, in webdataset's syntax: {"image": "jpg;png", "label": "cls"}."""
+    """What of a sample is read, in webdataset's syntax: {"image": "jpg;png", "label": "cls"}.
+
+    The first extension that is there counts; json#key takes a key of a JSON file.
+    """
     inputs: ClassVar[tuple[str, ...]]
     """Those fields that are inputs of the network; prediction has no others."""
     best: ClassVar[tuple[str, Literal["max", "min"]]]
-    """The metric by which the best weights are chosen."""
+    """The metric by which the best weights are chosen, and which of its values are better."""
 
     def __init__(
         self,
@@ -103,17 +108,27 @@ class Task(ABC):
     def transform(self, data: Any = None) -> Callable[[Values], Values]:
         """Decoded fields to what `collate` takes, for training, or for evaluation without data.
 
-        data: the section `data`. In evaluation there may be inputs only. Must be picklable.
+        data: the section `data`. In evaluation there may be inputs only. What is given must be
+        picklable. It may draw from the global CPU streams of torch, numpy and random, which are
+        seeded by (seed, epoch, sample). A ValueError that it raises ends the run with the sample's
+        name.
         """
 
     def collate(self, samples: Sequence[Values]) -> tuple[dict[str, Tensor], Any]:
-        """Samples to (inputs [B, ...] by name, targets): what is there, stacked."""
+        """Transformed samples to (inputs [B, ...] by name, targets): what is there, stacked.
+
+        The default's targets are tensors [B, ...] by the names of their fields.
+        """
         stacked = default_collate(list(samples))
         inputs = {name: stacked.pop(name) for name in self.inputs}
         return inputs, stacked
 
     def head(self, features: Sequence[FeatureInfo]) -> Head | None:
-        """The task's own head; None for the backbone's, with as many outputs as options say."""
+        """The task's own head; None for the backbone's, with as many outputs as options say.
+
+        features: what the backbone has, see `Backbone.features`. Raises UserError for a backbone
+        that lacks what the head needs.
+        """
         return None
 
     def augment(self, batch: Batch) -> Batch:
@@ -135,7 +150,10 @@ class Task(ABC):
         """
 
     def predictions(self, outputs: Any, batch: Batch) -> Any:
-        """What the outputs say, of the task's own type: boxes after suppression, seconds."""
+        """What the outputs say, of the task's own type: boxes after suppression, seconds.
+
+        batch: its targets are missing where files are predicted for. The default is the outputs.
+        """
         return outputs
 
     @abstractmethod
@@ -143,12 +161,15 @@ class Task(ABC):
         """Numbers of a validation; a new object. device: of the network's outputs."""
 
     def report(self, device: torch.device) -> Metrics:
-        """All that `dr2dist evaluate` tells; what it gives are values of JSON."""
+        """All that `dr2dist evaluate` tells; what it gives are values of JSON.
+
+        The default is what a validation gives.
+        """
         return self.metrics(device)
 
     @abstractmethod
     def rows(self, predictions: Any) -> list[Row]:
-        """One row for each sample, of plain values."""
+        """One row for each sample of a batch, in their order, of plain values by column."""
 
     def draw(self, batch: Batch, predictions: Any) -> Figure | None:
         """Some held-out samples with what is predicted of them; None if there is nothing to see."""
@@ -156,7 +177,7 @@ class Task(ABC):
 
     @classmethod
     def picture(cls, report: Mapping[str, Any]) -> Figure | None:
-        """A report as a picture."""
+        """A report, what `report` gives, as a picture; None if there is none."""
         return None
 
     def pretrained_cfg(self) -> dict[str, Any]:

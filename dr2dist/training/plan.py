@@ -133,6 +133,7 @@ class Plan:
         return math.prod(shape) * int(self.deepspeed["train_micro_batch_size_per_gpu"])
 
     def cut_layers(self, layer: Layer) -> str:
+        """What crosses the cut behind a layer, as a text: bytes of a micro-batch, on and back."""
         size = (2 if layer.hands_on_state else 1) * 4 * self._elements(layer.shape)
         back = 2 * size if layer.hands_on_state else size
         batch = int(self.deepspeed["train_micro_batch_size_per_gpu"])
