@@ -20,7 +20,14 @@ import dr2dist
 from tests.functions import assert_same
 from tests.models import build, images
 
-FAMILIES = ("vit", "vit-parallel-things", "eva-rope", "beit-shared-bias", "relpos-shared", "swin")
+FAMILIES = (
+    "vit",
+    "vit-parallel-things",
+    "eva-rope",
+    "beit-shared-bias",
+    "relpos-shared-bias",
+    "swin",
+)
 CONVENTIONAL: dict[str, Any] = {"alpha": 1, "beta": 0, "arithmetic": "float", "memory": "store"}
 PAIRS = ((0.9, 0.1), (0.5, 0.5))
 MODES: tuple[dict[str, Any], ...] = (

@@ -23,8 +23,9 @@ SHARED = "shared_rel_pos"
 
 def _match_coordinates(bias: Any) -> None:
     """The coordinates that a bias is computed from, in its weights' dtype, whatever the tokens'."""
-    if hasattr(bias, "rel_coords_log"):
-        match_buffer(bias, "rel_coords_log", bias.mlp.fc1.weight)
+    weight = None if bias is None else next(bias.parameters(), None)
+    if weight is not None:
+        match_buffer(bias, "rel_coords_log", weight)
 
 
 def _attention(block: Any, x: Tensor, **sides: Any) -> Tensor:

@@ -84,7 +84,15 @@ class VitBackbone(Backbone):
     """One chain of all blocks; masks are sides."""
 
     name = "vit"
-    patterns = ("vit_*", "deit*", "flexivit_*", "beit3_*", "aimv2_*", "eva_large_*")
+    patterns = (
+        "vit_*",
+        "deit*",
+        "flexivit_*",
+        "beit3_*",
+        "aimv2_*",
+        "eva_large_*",
+        "vitamin_*",
+    )
     classes = (VisionTransformer,)
 
     tail = TAIL
