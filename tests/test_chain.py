@@ -345,3 +345,28 @@ def test_no_gradient_from_above_is_none_below() -> None:
 def test_batched_names_only_sides_that_are_given() -> None:
     with pytest.raises(ValueError, match="'nope', which is not a side"):
         make_chain(count=2)(tokens(), batched=["nope"], bias=torch.ones(WIDTH))
+
+
+def test_slices_keep_the_rows_of_a_sample_together() -> None:
+    class PerSample(nn.Module):
+        """Looks at the rows of each sample together."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return (x + x.unflatten(0, (-1, 3)).mean(1).repeat_interleave(3, 0)).tanh()
+
+    x = torch.randn(12, 5, requires_grad=True)
+    for setting, sizes in (
+        ({}, {12}),
+        ({"chunk_size": 1}, {3}),
+        ({"chunk_size": 3}, {9, 3}),
+    ):
+        calls: list[int] = []
+        chain = Chain([PerSample(), PerSample()], alpha=0.5, beta=0.5, **setting)
+        chain(x, rows=3).sum().backward()
+        assert set(calls[-4:]) <= sizes and all(count % 3 == 0 for count in calls[-4:])
+        certificate = chain.certificate()
+        assert certificate is not None and certificate.failures == 0
+    chain = Chain([PerSample()], chunk_size="auto", chunk_budget=4000)
+    with pytest.raises(ValueError, match="3 rows of the batch are one sample"):
+        chain(x, rows=3)

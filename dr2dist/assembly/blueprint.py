@@ -15,6 +15,7 @@ from dr2dist.backbones.heads import attach_head
 from dr2dist.backbones.parameters import freeze
 from dr2dist.config import Config
 from dr2dist.config.task import TaskOptions
+from dr2dist.errors import UserError
 from dr2dist.tasks.registry import make_task
 from dr2dist.tasks.task import Task
 
@@ -130,4 +131,9 @@ def _finish(blueprint: Blueprint, model: nn.Module) -> Task:
     head = task.head(family.features(model))
     if head is not None:
         attach_head(model, head.module, head.taps)
+    elif not blueprint.task.outputs():
+        raise UserError(
+            f"task {task.name}: has no head of its own, and its options say no outputs for the "
+            "backbone's"
+        )
     return task

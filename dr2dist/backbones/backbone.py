@@ -21,15 +21,16 @@ OUTPUT = "output"
 class Stem:
     """What enters the first layer.
 
-    tokens: [B, ...], floating; several rows a sample, [B * rows, ...], where a sample is cut into
-    parts. sides: inputs that all functions share, by name: tensors or pytrees of them, which are
-    differentiable, and plain values. batched: names of those sides whose tensors have the rows of
-    tokens in dim 0.
+    tokens: [B, ...], floating. sides: inputs that all functions share, by name: tensors or pytrees
+    of them, which are differentiable, and plain values. batched: names of those sides whose tensors
+    have the rows of tokens in dim 0. rows: of tokens [B * rows, ...], that are one sample, where it
+    is cut into parts: slices of the batch keep them together.
     """
 
     tokens: Tensor
     sides: dict[str, Any] = field(default_factory=dict)
     batched: Sequence[str] = ()
+    rows: int = 1
 
 
 class ChainOf(NamedTuple):

@@ -253,7 +253,7 @@ def _watched(net: ReversibleNetwork) -> Iterator[list[_Seen]]:
     seen: list[_Seen] = []
 
     def note(chain: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        sides = {k: v for k, v in given.items() if k not in ("taps", "batched", "until")}
+        sides = {k: v for k, v in given.items() if k not in ("taps", "batched", "until", "rows")}
         for leaf in tree_leaves(sides):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.retain_grad()

@@ -23,7 +23,7 @@ class AutogradDriver:
         if isinstance(inputs, Mapping) and name is not None:
             inputs = inputs[name]
         stem = self.net.family.stem(self.net, inputs, **self.options)
-        return Flow(stem.tokens, stem.sides, tuple(stem.batched))
+        return Flow(stem.tokens, stem.sides, tuple(stem.batched), stem.rows)
 
     def transition(self, place: Place, flow: Flow) -> Flow:
         """See Driver."""
@@ -37,7 +37,9 @@ class AutogradDriver:
         until = None if last.last else last.function + 1
         value, flow.value = flow.value, None
         chain = self.net.items[number]
-        found = chain(value, taps=wanted, until=until, batched=flow.batched, **flow.sides)
+        found = chain(
+            value, taps=wanted, until=until, batched=flow.batched, rows=flow.rows, **flow.sides
+        )
         if wanted:
             found, tapped = found
             flow.taps |= {
@@ -48,4 +50,4 @@ class AutogradDriver:
 
     def tail(self, flow: Flow) -> Any:
         """See Driver."""
-        return self.net.run_tail(flow.value, flow.taps)
+        return self.net.run_tail(flow)

@@ -96,16 +96,11 @@ class _Measuring(AutogradDriver):
     @torch.no_grad()
     def tail(self, flow: Flow) -> Any:
         """See Driver."""
-        return self._counted(Place("tail"), lambda: _tail(self.net, flow), flow)
+        return self._counted(Place("tail"), lambda: self.net.run_tail(flow), flow)
 
 
 def _call(function: nn.Module, tokens: Tensor, sides: Sides) -> Any:
     return lambda: function(tokens, **sides.of(function))
-
-
-def _tail(net: Any, flow: Flow) -> Any:
-    """Norm and head as a whole: pieces would run them again for no gradient at all."""
-    return net.run_tail(flow.value, flow.taps)
 
 
 def parameters_of(net: Any, place: Place) -> list[nn.Parameter]:

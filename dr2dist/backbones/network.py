@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
@@ -157,8 +158,9 @@ class ReversibleNetwork(nn.Module):
         """What a task's head takes, but for the backbone's output."""
         return tuple(tap for tap in self._taps if tap is not None)
 
-    def run_tail(self, tokens: Tensor, taps: Mapping[Tap, Tensor]) -> Any:
-        """Norm and head; tokens are those after the last layer."""
+    def run_tail(self, flow: Flow) -> Any:
+        """Norm and head, of the tokens after the last layer."""
+        tokens, taps = flow.value, flow.taps
         head = self.task_head
         if head is not None:
             found = [
@@ -168,7 +170,7 @@ class ReversibleNetwork(nn.Module):
         if self._tail is None:
             return self.family.head(self, self.family.norm(self, tokens))
         cast(_Tail, self._tail.module).renew(self)
-        return self._tail(tokens, self.slice_size)
+        return self._tail(tokens, self._slice_of(flow.rows))
 
     def tail_parameters(self) -> list[nn.Parameter]:
         """Those of norm and head, as far as the family names them."""
@@ -184,14 +186,14 @@ class ReversibleNetwork(nn.Module):
         item = self.items[place.item]
         if isinstance(item, Transition):
             value, sides = item.module(flow.value, flow.sides)
-            return Flow(value, sides, flow.batched, flow.taps)
-        return Flow(item(flow.value, self.slice_size), flow.sides, flow.batched, flow.taps)
+            return replace(flow, value=value, sides=sides)
+        return replace(flow, value=item(flow.value, self._slice_of(flow.rows)))
 
-    @property
-    def slice_size(self) -> int | None:
-        """Samples per slice of the pieces: theirs are small, so one at a time unless it is said."""
+    def _slice_of(self, rows: int) -> int | None:
+        """Rows per slice of the pieces, of whole samples: theirs are small, so one sample at a time
+        unless it is said."""
         size = self.chains[0].setting.chunk_size
-        return 1 if size == "auto" else size
+        return None if size is None else rows * (1 if size == "auto" else size)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
         """As the model's own; states of the chains stand for the outputs of blocks.

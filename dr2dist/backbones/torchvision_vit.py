@@ -78,6 +78,11 @@ class TorchvisionVitBackbone(Backbone):
         tokens = torch.cat([model.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
         return Stem(model.encoder.dropout(tokens + model.encoder.pos_embedding))
 
+    def example(self, model: Any) -> Tensor:
+        """See Backbone."""
+        size, weight = model.image_size, model.conv_proj.weight
+        return weight.new_zeros(1, weight.shape[1], size, size)
+
     def norm(self, model: Any, tokens: Tensor) -> Tensor:
         """See Backbone."""
         result: Tensor = model.encoder.ln(tokens)

@@ -33,12 +33,14 @@ class Flow:
     """What goes from layer to layer.
 
     value: tokens [B, ...], or what a driver has in their place. sides: what functions share, by
-    name. batched: names of those that have tokens' rows in dim 0. taps: tokens after functions.
+    name. batched: names of those that have tokens' rows in dim 0. rows: of
+    tokens, that are one sample. taps: tokens after functions.
     """
 
     value: Any
     sides: dict[str, Any] = field(default_factory=dict)
     batched: tuple[str, ...] = ()
+    rows: int = 1
     taps: dict[Tap, Tensor] = field(default_factory=dict)
 
 

@@ -44,6 +44,7 @@ class PlainChain(nn.Module):
         taps: Collection[int] = (),
         batched: Collection[str] = (),
         until: int | None = None,
+        rows: int = 1,
         **sides: Any,
     ) -> Any:
         """As Chain's."""

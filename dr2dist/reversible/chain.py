@@ -90,11 +90,16 @@ class Chain(nn.Module):
         super().__setstate__(state)
         self._start_records()
 
-    def _layout(self, segment: Segment, x: Tensor, sides: Sides) -> Layout:
+    def _layout(self, segment: Segment, x: Tensor, sides: Sides, rows: int = 1) -> Layout:
         """What the setting comes to, measured on these tokens where that is asked for."""
         setting = self.setting
         if not setting.measured:
-            return Layout.given(setting)
+            return Layout.given(setting, rows)
+        if rows > 1:
+            raise ValueError(
+                f"{self.name}: {rows} rows of the batch are one sample: memory budget and "
+                "chunk_size auto are measured row by row, allowed are the others"
+            )
         meter = Meter(segment.runner, x, sides, x.requires_grad)
         return self.planner.layout(self.name, setting, segment.functions, meter)
 
@@ -133,6 +138,7 @@ class Chain(nn.Module):
         taps: Sequence[int] = (),
         batched: Collection[str] = (),
         until: int | None = None,
+        rows: int = 1,
         **sides: Any,
     ) -> Any:
         """Runs the chain.
@@ -140,7 +146,8 @@ class Chain(nn.Module):
         x: tokens [B, ...], floating. taps: functions after which the tokens are handed out too,
         counted from 0, or from the end by negative numbers.
         sides: shared inputs, tensors or pytrees of them; they are differentiable, and those in
-        `batched` have the batch in dim 0. until: run only that many functions.
+        `batched` have the batch in dim 0. until: run only that many functions. rows: of the batch,
+        that are one sample: slices of the batch keep them together.
         Returns x_L, or (x_L, [tapped tokens]) if taps are given, of x's shape and dtype (fp32
         under autocast). Raises ValueError for tokens that are not floating, for a tap or a name in
         `batched` that does not exist, ReversalError for an earlier backward pass on a GPU that
@@ -151,7 +158,7 @@ class Chain(nn.Module):
         self._check_inputs(x, taps, len(segment.functions), batched, sides)
         taps = [range(len(segment.functions))[tap] for tap in taps]
         shared = Sides(sides, batched)
-        layout = self._layout(segment, x, shared)
+        layout = self._layout(segment, x, shared, rows)
         trains = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         if not trains or not self._anything_to_train(segment, shared, x):
             output, tapped = segment.infer(x, shared, self.setting, layout, taps)

@@ -96,7 +96,7 @@ class _Inference(AutogradDriver):
         sides, taps = Sides(flow.sides, flow.batched), self.stage.taps(run)
         given, flow.value = flow.value, None
         dtype = _dtype(segment) if isinstance(given, State) else given.dtype
-        layout = Layout.given(chain.setting)
+        layout = Layout.given(chain.setting, flow.rows)
         infer = segment.infer if run[-1].last else segment.infer_state
         flow.value, tapped = infer(given, sides, chain.setting, layout, taps, dtype)
         flow.taps |= {_tap(run[n]): tokens for n, tokens in zip(taps, tapped, strict=True)}
@@ -150,10 +150,11 @@ class Pass(AutogradDriver):
     def transition(self, place: Place, flow: Flow) -> Flow:
         """See Driver."""
         if not isinstance(self.net.items[place.item], Transition):
-            found = self._extend(
-                _Graph(lambda tokens, _: self._pass_on(place, Flow(tokens)), flow.value, {})
+            # Of tokens alone: gradients of what goes beside pass it by.
+            graph = _Graph(
+                lambda tokens, _: self._pass_on(place, Flow(tokens, rows=flow.rows)), flow.value, {}
             )
-            return replace(flow, value=found.value)
+            return replace(flow, value=self._extend(graph).value)
         sides = tensors_of(replace(flow, taps={}))
         skeleton = self._skeleton_before(place)
         found = self._extend(
@@ -178,7 +179,9 @@ class Pass(AutogradDriver):
         """See Driver."""
         given, flow.value = flow.value, None
         sides = Sides(flow.sides, flow.batched)
-        reversal = _Reversal(*self.stage.segment(run), given, sides, run, self.stage.taps(run))
+        layout = Layout.given(self.net.items[run[0].item].setting, flow.rows)
+        taps = self.stage.taps(run)
+        reversal = _Reversal(*self.stage.segment(run), given, sides, layout, run, taps)
         self._undo.append(reversal)
         for key, tokens in reversal.tapped.items():
             flow.taps[key] = tokens.requires_grad_()
@@ -189,7 +192,9 @@ class Pass(AutogradDriver):
     def tail(self, flow: Flow) -> Any:
         """See Driver."""
         graph = _Graph(
-            lambda tokens, taps: Flow(self.net.run_tail(tokens, taps)), flow.value, flow.taps
+            lambda tokens, taps: Flow(self.net.run_tail(replace(flow, value=tokens, taps=taps))),
+            flow.value,
+            flow.taps,
         )
         self._undo.append(graph)
         return graph.take_output()
@@ -199,8 +204,11 @@ class Pass(AutogradDriver):
         return graph.drop_outputs()
 
     def message(self) -> Tensor:
-        """What crosses the cut, in memory of its own: tokens, or the state stacked."""
-        value, self.flow.value = self.flow.value, None
+        """What crosses the cut, in memory of its own: tokens, or the state stacked.
+
+        What goes beside it, `carried`, is to be taken before: it is not held from here on.
+        """
+        value, self.flow = self.flow.value, None
         if not self.stage.gives_state:
             tokens: Tensor = value
             return tokens
@@ -294,7 +302,7 @@ class _Graph:
             return _leaf(value) if isinstance(value, Tensor) and value.requires_grad else value
 
         sides = tree_map(cut, flow.sides)
-        return Flow(flow.value.detach(), sides, flow.batched, dict(flow.taps))
+        return replace(flow, value=flow.value.detach(), sides=sides, taps=dict(flow.taps))
 
     def backward(self, gradient: Tensor, run: Pass) -> Tensor | None:
         """From the tokens' or the loss's gradient to that of the tokens that went in."""
@@ -331,11 +339,12 @@ class _Reversal:
         segment: Segment,
         given: Tensor | State,
         sides: Sides,
+        layout: Layout,
         run: Sequence[Place],
         taps: list[int],
     ) -> None:
         self.chain, self.segment, self._run, self._taps = chain, segment, run, taps
-        setting, layout = chain.setting, Layout.given(chain.setting)
+        setting = chain.setting
         self.began_with_state = isinstance(given, State)
         self.tape: Tape
         self.state: State | None

@@ -29,10 +29,15 @@ class Layout(NamedTuple):
     kept: frozenset[int] = frozenset()
 
     @classmethod
-    def given(cls, setting: Setting) -> Layout:
-        """What a setting says itself, where nothing of it is measured."""
+    def given(cls, setting: Setting, rows: int = 1) -> Layout:
+        """What a setting says itself, where nothing of it is measured.
+
+        rows: of the batch, that are one sample: slices cut none. Slices of tokens are inside a row.
+        """
         assert not isinstance(setting.chunk_size, str)
-        return cls(setting.chunk_size, setting.chunk_tokens)
+        size = setting.chunk_size
+        whole = size if size is None or setting.chunk_tokens is not None else size * rows
+        return cls(whole, setting.chunk_tokens)
 
 
 @dataclass(frozen=True)
