@@ -146,6 +146,7 @@ def test_a_loss_does_not_depend_on_how_samples_are_cut(
     steps, wanted = found.pop("one rank")
     for name, (lines, values) in found.items():
         for line, step in zip(lines, steps, strict=True):
+            assert line["loss_points"] + line["loss_size"] == pytest.approx(line["loss"])
             for key in ("loss", "gradient_norm"):
                 assert line[key] == pytest.approx(step[key], rel=1e-6), name
         away = sum((values[key] - value).square().sum() for key, value in wanted.items())

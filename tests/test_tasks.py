@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,18 @@ from torchvision import tv_tensors
 
 import dr2dist
 from dr2dist.cli import main
+from dr2dist.config import load_config
 from dr2dist.data.batch import Batch
 from dr2dist.data.decoders import decode
 from dr2dist.data.fields import Fields
+from dr2dist.data.index import read_index
+from dr2dist.data.shards import make_shards
+from dr2dist.data.sources import SOURCES
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import export
+from dr2dist.tasks.classification import class_index
 from dr2dist.tasks.multilabel import Multilabel, MultilabelOptions
+from dr2dist.tasks.registry import make_task
 from dr2dist.tasks.regression import Regression, RegressionOptions
 from dr2dist.tasks.transforms import ImageData, eval_transform, to_channels, train_transform
 from tests.images import classification, labelled, on_image
@@ -155,19 +162,21 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "task", "metrics", "column"),
+    ("kind", "task", "metrics", "column", "more"),
     [
         (
             "labels",
             "{name: multilabel, num_classes: 2}",
             {"mean_average_precision", "f1"},
             "p_bright",
+            ["parallel.stages=2", "parallel.zero=0"],  # one of them has no predictions
         ),
         (
             "target",
             "{name: regression, targets: [mean, number], mean: [120, 10], std: [60, 5]}",
             {"mae", "rmse"},
             "number",
+            ["data.num_workers=1"],
         ),
     ],
 )
@@ -176,6 +185,7 @@ def test_it_trains_is_measured_and_predicts(
     task: str,
     metrics: set[str],
     column: str,
+    more: list[str],
     tmp_path: Path,
     photos: Path,
     two_ranks: Pool,
@@ -183,7 +193,7 @@ def test_it_trains_is_measured_and_predicts(
     path, file = tmp_path / "run.yaml", tmp_path / "file.safetensors"
     text = CONFIG.replace("TASK", task).replace("SHARDS", str(photos / kind))
     path.write_text(text.replace("OUTPUT", str(tmp_path / "run")))
-    summary = two_ranks.run("tests.cases:run_config", path=str(path), overrides=[])[0]
+    summary = two_ranks.run("tests.cases:run_config", path=str(path), overrides=more)[0]
     assert summary["status"] == "finished" and metrics < summary["best"].keys()
     assert summary["last"]["samples"] == 6
     export(tmp_path / "run", file)
@@ -215,6 +225,45 @@ def test_boxes_and_masks_go_along_with_an_image() -> None:
         assert inside.numel() and float(inside.min()) > 0.9
         assert float(found["image"].sum()) == pytest.approx(3 * 20 * 10 * 4, rel=0.1)
         assert found["mask"][top + 2 : bottom - 2, left + 2 : right - 2].all()
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+def test_loader_processes_get_a_task_by_pickle(task: str, tmp_path: Path) -> None:
+    section = {"name": task, **({} if task == "regression" else {"num_classes": 2})}
+    if task == "classification":
+        section["class_weights"] = [1.0, 2.0]
+    text = CONFIG.replace("TASK", json.dumps(section)).replace("SHARDS", "s").replace("OUTPUT", "o")
+    (tmp_path / "c.yaml").write_text(text)
+    config = load_config(tmp_path / "c.yaml")
+    shape = {"size": [8, 8], "mean": [0.5] * 3, "std": [0.5] * 3}
+    made = make_task(config.task, ("a", "b"), shape)
+    collate, transform = pickle.loads(pickle.dumps((made.collate, made.transform(config.data))))
+    assert collate.__self__.options == config.task
+    image = Image.new("RGB", (8, 8))
+    inputs, targets = collate([transform({"image": image})] * 2)
+    assert inputs["image"].shape == (2, 3, 8, 8) and not targets
+
+
+def test_labels_that_are_no_classes_are_told() -> None:
+    assert [class_index(label, ("a", "b")) for label in (1, 0.0, "b", "0")] == [1, 0, 1, 0]
+    for wrong in (0.7, True, 2, -1, "c", None, [1]):
+        with pytest.raises(ValueError, match="allowed is 0 to 1 or one of a, b"):
+            class_index(wrong, ("a", "b"))
+
+
+def test_files_of_one_name_in_one_folder_are_a_sample(tmp_path: Path) -> None:
+    for name in ("a/b-c.txt", "a-b/c.json", "a-b/c.cls", "v1.0/d.txt"):
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).write_text("1")
+    records, classes = SOURCES["files"](tmp_path / "f")
+    found = {record.key: sorted(record.files) for record in records}
+    assert found == {"a-b-c": ["txt"], "a-b-c-1": ["cls", "json"], "v1_0-d": ["txt"]}
+    assert classes == ["0", "1"]
+    make_shards(records, classes, tmp_path / "s", progress=False)
+    assert read_index(tmp_path / "s")[1].num_samples == 3
+    (tmp_path / "t.csv").write_text("path,labels\nx.png\n")
+    with pytest.raises(UserError, match="row 2 has no value in the column 'labels'"):
+        SOURCES["csv"](tmp_path / "t.csv")
 
 
 def test_fields_are_webdatasets() -> None:

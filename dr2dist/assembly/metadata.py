@@ -108,7 +108,7 @@ class ExportMetadata(BaseModel):
         try:
             known = {name: json.loads(v) for name, v in metadata.items() if name != "WARNING"}
             return cls.model_validate(known)
-        except (ValueError, ValidationError) as error:
+        except (ValueError, TypeError, ValidationError) as error:
             raise UserError(f"{path}: its metadata are not dr2dist's: {one_line(error)}") from None
 
 

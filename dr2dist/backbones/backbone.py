@@ -23,8 +23,9 @@ class Stem:
 
     tokens: [B, ...], floating. sides: inputs that all functions share, by name: tensors or pytrees
     of them, which are differentiable, and plain values. batched: names of those sides whose tensors
-    have the rows of tokens in dim 0. rows: of tokens [B * rows, ...], that are one sample, where it
-    is cut into parts: slices of the batch keep them together.
+    have the rows of tokens in dim 0, also of those that a transition makes later. rows: of tokens
+    [B * rows, ...], that are one sample, where it is cut into parts: slices of the batch keep them
+    together.
     """
 
     tokens: Tensor
@@ -50,7 +51,8 @@ class Transition(NamedTuple):
 
     name: for people to read. module: maps tokens [B, ...] to tokens, and is run again in the
     backward pass, in slices of the batch. sides: True for a module that is called as
-    module(tokens, sides) and gives (tokens, sides), on whole batches, for all functions behind it.
+    module(tokens, sides) and gives (tokens, sides), for all functions behind it: on whole batches,
+    with its activations kept.
     """
 
     name: str

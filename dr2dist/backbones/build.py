@@ -58,13 +58,17 @@ def build_model(
         given["proj_drop_rate"] = dropout
     if image_size is not None:
         given["img_size"] = image_size
+    own = None
     try:
-        model = _own_model(name, given) or _timm_model(name, weights == "hub", given)
+        own = _own_model(name, given)
+        model = own or _timm_model(name, weights == "hub", given)
     except UserError:
         raise
     except (TypeError, AssertionError, ValueError, LookupError, ArithmeticError, RuntimeError) as e:
         found = one_line(f"{type(e).__name__} {e}")
         raise UserError(f"model: {name} cannot be built with {given}: {found}") from None
+    if own is not None and weights == "hub":
+        raise UserError(f"model.weights: hub is timm's, {name} is a model of a family of your own")
     finish(model)
     if weights not in (None, "hub"):
         model.load_state_dict(_read(model, Path(str(weights))), strict=False)
@@ -125,7 +129,8 @@ def _read(model: Any, path: Path) -> dict[str, Tensor]:
     wrong = {n for n, v in state.items() if n in wanted and v.shape != wanted[n].shape}
     fresh = {name for name in head if name not in state or name in wrong}
     missing = sorted(wanted.keys() - state.keys() - fresh)
-    strange = sorted((state.keys() - wanted.keys() - head) | (wrong - fresh))
+    unknown = {n for n in state.keys() - wanted.keys() if not n.startswith(_head_names(model))}
+    strange = sorted(unknown | (wrong - fresh))
     if missing or strange:
         raise UserError(
             f"model.weights: {path} does not fit {type(model).__name__}: "

@@ -6,6 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dr2dist.backbones.walk import Flow, Place, Tap
+from dr2dist.errors import UserError
+
+_OWN = ("taps", "until", "batched", "rows")
+"""What a chain is told beside sides."""
 
 
 class AutogradDriver:
@@ -21,8 +25,16 @@ class AutogradDriver:
         """See Driver."""
         name = self.net.family.input
         if isinstance(inputs, Mapping) and name is not None:
+            if name not in inputs:
+                raise UserError(
+                    f"{self.net.family.name} models take the input {name}, the task gives "
+                    f"{', '.join(inputs)}"
+                )
             inputs = inputs[name]
         stem = self.net.family.stem(self.net, inputs, **self.options)
+        for taken in _OWN:
+            if taken in stem.sides:
+                raise UserError(f"{self.net.family.name}: a side cannot be called {taken}")
         return Flow(stem.tokens, stem.sides, tuple(stem.batched), stem.rows)
 
     def transition(self, place: Place, flow: Flow) -> Flow:
@@ -37,8 +49,10 @@ class AutogradDriver:
         until = None if last.last else last.function + 1
         value, flow.value = flow.value, None
         chain = self.net.items[number]
+        # A transition may have made others of some: names are said for the whole network.
+        batched = [name for name in flow.batched if name in flow.sides]
         found = chain(
-            value, taps=wanted, until=until, batched=flow.batched, rows=flow.rows, **flow.sides
+            value, taps=wanted, until=until, batched=batched, rows=flow.rows, **flow.sides
         )
         if wanted:
             found, tapped = found

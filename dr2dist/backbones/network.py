@@ -172,6 +172,12 @@ class ReversibleNetwork(nn.Module):
         cast(_Tail, self._tail.module).renew(self)
         return self._tail(tokens, self._slice_of(flow.rows))
 
+    @property
+    def names_its_tail(self) -> bool:
+        """Whether it is known which modules norm and head use, as far as they are run."""
+        own = self.task_head is not None and None not in self._taps
+        return own or self.family.tail is not None
+
     def tail_parameters(self) -> list[nn.Parameter]:
         """Those of norm and head, as far as the family names them."""
         found = [] if self._tail is None else list(self._tail.module.parameters())

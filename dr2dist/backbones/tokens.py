@@ -71,7 +71,10 @@ def token_features(model: Any, layers: Sequence[Any]) -> list[FeatureInfo]:
     """After each block of the one chain, and OUTPUT: tokens [B, N, C], those of no place first."""
     (chain,) = layers
     per_block = len(chain.functions) // len(model.blocks)
-    width, stride = model.embed_dim, int(model.patch_embed.patch_size[0])
+    embed = model.patch_embed
+    # Of a hybrid stem the patch is one of its map.
+    stride = embed.feat_ratio() if hasattr(embed, "feat_ratio") else embed.patch_size[0]
+    width, stride = model.embed_dim, int(stride)
     infos = [
         FeatureInfo(f"blocks.{block}", 0, (block + 1) * per_block - 1, width, stride, "BNC")
         for block in range(len(model.blocks))

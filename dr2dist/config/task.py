@@ -19,6 +19,11 @@ class TaskOptions(Section):
         """Outputs of the backbone's own head; 0 for a task that brings a head."""
         return 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the task's name: loader processes get options with their task, and the class that says
+        the name is made when the task is registered."""
+        return _again, (self.name, self.model_dump())
+
     def check_micro_batch(self, micro_batch: int) -> None:
         """Raises ValueError for samples of a micro-batch that the task cannot take."""
 
@@ -39,6 +44,10 @@ class Data(Section):
     def preprocessing(self) -> dict[str, Any]:
         """What is said here of how samples are prepared, in place of what the model says."""
         return {}
+
+
+def _again(name: str, values: dict[str, Any]) -> TaskOptions:
+    return sections_of(name)[0].model_validate(values)
 
 
 class _Sections(NamedTuple):

@@ -41,6 +41,8 @@ def _number(data: bytes) -> int:
 
 
 def _array(data: bytes) -> Any:
+    if not data.startswith(b"\x93NUMPY"):  # np.load would take archives and pickles too
+        raise ValueError("is no array of numpy")
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 
@@ -69,5 +71,5 @@ def decode(extension: str, data: bytes) -> Any:
         return DECODERS[kind](data)
     except ValueError as error:
         raise ValueError(f".{extension}: {error}") from None
-    except (OSError, EOFError) as error:
-        raise ValueError(f".{extension}: {error}") from None
+    except (OSError, EOFError, MemoryError, RecursionError, Image.DecompressionBombError) as error:
+        raise ValueError(f".{extension}: {error or type(error).__name__}") from None

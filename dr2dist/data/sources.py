@@ -74,9 +74,14 @@ def _read_table(path: Path) -> tuple[list[dict[str, str]], Sequence[str]]:
     try:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            return list(reader), reader.fieldnames or []
+            rows, columns = list(reader), reader.fieldnames or []
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, row in enumerate(rows, 2):
+        for column in columns:
+            if row[column] is None:
+                raise UserError(f"{path}: row {number} has no value in the column '{column}'")
+    return rows, columns
 
 
 def _class_names(names: set[str]) -> list[str]:
@@ -138,15 +143,19 @@ def folder_of_files(path: Path) -> Source:
     webdataset's shards. A .cls file holds a class's number."""
     if not path.is_dir():
         raise UserError(f"{path}: is not a folder of files")
-    samples: dict[str, dict[str, Path]] = {}
+    samples: dict[Path, dict[str, Path]] = {}
     for file in sorted(path.rglob("*")):
-        name, _, extension = file.relative_to(path).as_posix().rpartition("/")[2].partition(".")
+        name, _, extension = file.name.partition(".")
         if file.is_file() and name and extension:
             inner = file.relative_to(path).parent / name
-            samples.setdefault(inner.as_posix().replace("/", "-"), {})[extension.lower()] = file
+            samples.setdefault(inner, {})[extension.lower()] = file
     if not samples:
         raise UserError(f"{path}: holds no files with extensions")
-    records = [Record(key, files, {}, _class_of(files)) for key, files in samples.items()]
+    taken: set[str] = set()
+    records = [
+        Record(_new_key(inner, taken), files, {}, _class_of(files))
+        for inner, files in samples.items()
+    ]
     count = max((record.label + 1 for record in records if record.label is not None), default=0)
     return records, list(map(str, range(count)))
 
@@ -168,6 +177,16 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
 }
 
 
+def _new_key(inner: Path, taken: set[str]) -> str:
+    """A key from a path that no other has, without a dot: shards end it at the first."""
+    base = inner.as_posix().replace("/", "-").replace(".", "_")
+    key, number = base, 1
+    while key in taken:
+        key, number = f"{base}-{number}", number + 1
+    taken.add(key)
+    return key
+
+
 def _records(root: Path, found: list[tuple[Path, Members]]) -> list[Record]:
     """Records with keys from their paths. A key holds no dot: shards end it at the first."""
     if not found:
@@ -176,11 +195,7 @@ def _records(root: Path, found: list[tuple[Path, Members]]) -> list[Record]:
     records = []
     for path, (members, label) in found:
         inner = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-        base = inner.with_suffix("").as_posix().replace("/", "-").replace(".", "_")
-        key, number = base, 1
-        while key in taken:
-            key, number = f"{base}-{number}", number + 1
-        taken.add(key)
+        key = _new_key(inner.with_suffix(""), taken)
         extension = path.suffix.lower().lstrip(".")
         records.append(Record(key, {extension: path}, members, label))
     return records

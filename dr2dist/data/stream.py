@@ -6,7 +6,7 @@ import bisect
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -63,6 +63,7 @@ class ShardDataset(Dataset[Read]):
         self.fields, self.transform = fields, transform
         self.seed = seed
         self.unreadable = unreadable
+        self._stand_in: Read | None = None
         self._ends = list(accumulate(len(shard.samples) for shard in self.index.shards))
 
     def __len__(self) -> int:
@@ -83,11 +84,15 @@ class ShardDataset(Dataset[Read]):
                 if self.unreadable == "fail":
                     raise
                 log.warning("left out: %s", error)
+                if self._stand_in is not None:
+                    return replace(self._stand_in, skipped=int(epoch >= 0))
                 continue
             values = self._transformed(values, path, sample.key, epoch, index)
-            if skipped and self.unreadable == "drop":
-                return Read(sample.key, values, count=False, skipped=1)
-            return Read(sample.key, values, count=epoch >= 0, skipped=skipped)
+            found = Read(sample.key, values, count=epoch >= 0, skipped=skipped)
+            if self.unreadable == "drop":
+                self._stand_in = replace(found, count=False)
+                return replace(self._stand_in, skipped=int(epoch >= 0)) if skipped else found
+            return found
         raise UserError(f"{self.folder}: no sample can be read")
 
     def _transformed(self, values: Values, path: Path, key: str, epoch: int, index: int) -> Values:

@@ -63,6 +63,15 @@ def total(value: float) -> float:
     return _reduced(value, dist.ReduceOp.SUM)
 
 
+def averages(values: dict[str, float]) -> dict[str, float]:
+    """Each value's mean over the ranks that have it; every rank must call it."""
+    everywhere: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, values)
+    names = dict.fromkeys(name for each in everywhere for name in each)
+    own = {name: [each[name] for each in everywhere if name in each] for name in names}
+    return {name: sum(found) / len(found) for name, found in own.items()}
+
+
 def slowest(times: list[int]) -> list[int]:
     """Each time as the slowest rank measured it."""
     found: list[list[int]] = [[] for _ in range(dist.get_world_size())]

@@ -135,12 +135,12 @@ class Classification(ImageTask):
         """See Task. A sample's loss is divided by no weight: it does not depend on which others
         share its micro-batch."""
         labels = to_device(batch.targets["label"], outputs.device)
-        if self._weights is not None:
-            self._weights = to_device(self._weights, outputs.device)  # stays there
+        # Not kept there: loader processes get the task as it is.
+        weights = None if self._weights is None else to_device(self._weights, outputs.device)
         each = functional.cross_entropy(
             outputs.float(),
             labels,
-            self._weights if training else None,
+            weights if training else None,
             reduction="none",
             label_smoothing=self.options.label_smoothing if training else 0.0,
         )
@@ -225,8 +225,9 @@ def class_index(label: Any, classes: Sequence[str]) -> int:
     """A label, a number or a name, as its class's number. Raises ValueError for another one."""
     if isinstance(label, str) and label in classes:
         return classes.index(label)
+    whole = not isinstance(label, bool) and not (isinstance(label, float) and label % 1)
     try:
-        number = int(label)
+        number = int(label) if whole else -1
     except (TypeError, ValueError):
         number = -1
     if not 0 <= number < len(classes):

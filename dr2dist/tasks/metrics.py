@@ -15,7 +15,8 @@ from dr2dist.data.batch import Batch
 
 
 class TorchMetrics:
-    """Metrics of torchmetrics, by name; a `Metrics`.
+    """Metrics of torchmetrics that count as they go, by name; a `Metrics`. For those that keep
+    samples until the end, such as average precision, see GatheredMetrics.
 
     metrics: by name, moved to the device. values: called with predictions and batch, gives what
     all of them are updated with: predictions and what is right, on the device. plain: called with
@@ -83,3 +84,35 @@ class KeyedMetrics(ABC):
         for key, part in (entry for entries in everywhere for entry in entries):
             by_key.setdefault(key, []).append(part)
         return self.score([(key, self.merge(by_key[key])) for key in sorted(by_key)])
+
+
+class GatheredMetrics(KeyedMetrics):
+    """torchmetrics' that keep samples until the end: they see all of them at once, on every rank.
+
+    metrics, values, plain: as of TorchMetrics.
+    """
+
+    def __init__(
+        self,
+        metrics: Mapping[str, Any],
+        values: Callable[[Any, Batch], tuple[Tensor, Tensor]],
+        plain: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        self._metrics, self._values, self._plain = dict(metrics), values, plain
+        for metric in self._metrics.values():
+            metric.sync_on_compute = False  # each rank has every sample
+
+    def entries(self, predictions: Any, batch: Batch) -> Sequence[tuple[str, Any]]:
+        """See KeyedMetrics."""
+        found, wanted = (value.cpu() for value in self._values(predictions, batch))
+        return list(zip(batch.keys, zip(found, wanted, strict=True), strict=True))
+
+    def score(self, samples: list[tuple[str, Any]]) -> dict[str, Any]:
+        """See KeyedMetrics."""
+        found, wanted = (torch.stack(each) for each in zip(*(v for _, v in samples), strict=True))
+        values = {}
+        for name, metric in self._metrics.items():
+            metric.update(found, wanted)
+            values[name] = metric.compute().tolist()
+        return values if self._plain is None else self._plain(values)

@@ -23,7 +23,7 @@ from dr2dist.errors import UserError
 from dr2dist.reversible.transfer import to_device
 from dr2dist.tasks.classification import class_index
 from dr2dist.tasks.images import IMAGE, SHOWN, ImageTask
-from dr2dist.tasks.metrics import TorchMetrics
+from dr2dist.tasks.metrics import GatheredMetrics
 from dr2dist.tasks.task import Loss, Row, Values, finite_samples
 
 Weight = Annotated[float, Field(gt=0)]
@@ -32,7 +32,7 @@ Weight = Annotated[float, Field(gt=0)]
 class MultilabelOptions(TaskOptions):
     """Any number of classes for each image, by binary cross entropy of each."""
 
-    num_classes: int = Field(ge=1, description="classes of the head")
+    num_classes: int = Field(ge=2, description="classes of the head")
     threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a class is said")
     positive_weights: tuple[Weight, ...] | None = Field(
         None, description="a factor of each class's losses where it is there; null: 1"
@@ -44,7 +44,7 @@ class MultilabelOptions(TaskOptions):
 
     @model_validator(mode="after")
     def _one_weight_a_class(self) -> Self:
-        if self.positive_weights and len(self.positive_weights) != self.num_classes:
+        if self.positive_weights is not None and len(self.positive_weights) != self.num_classes:
             raise ValueError(
                 f"positive_weights has {len(self.positive_weights)} values, allowed is one for "
                 f"each of num_classes, {self.num_classes}"
@@ -98,14 +98,14 @@ class Multilabel(ImageTask):
         counted = each if batch.count else each * 0
         return Loss(counted.sum() / normaliser, finite_samples(outputs))
 
-    def metrics(self, device: torch.device) -> TorchMetrics:
+    def metrics(self, device: torch.device) -> GatheredMetrics:
         """mean_average_precision over classes that there are samples of, and f1, over classes."""
-        return TorchMetrics(self._measured(), device, _values, self._plain)
+        return GatheredMetrics(self._measured(), _values, self._plain)
 
-    def report(self, device: torch.device) -> TorchMetrics:
+    def report(self, device: torch.device) -> GatheredMetrics:
         """All of metrics(), with average_precision by class (null where there is no sample),
         absent_classes and classes."""
-        return TorchMetrics(self._measured(), device, _values, self._described)
+        return GatheredMetrics(self._measured(), _values, self._described)
 
     def _measured(self) -> dict[str, Any]:
         count, threshold = self.options.num_classes, self.options.threshold

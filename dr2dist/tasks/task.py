@@ -29,7 +29,7 @@ class Loss(NamedTuple):
 
     total: scalar fp32 with a graph, a sum over what `counts` counts, divided by the normaliser.
     finite: bool [B], samples whose outputs are, see `finite_samples`. parts: named shares of the
-    total, scalars, for records.
+    total, scalars, which records have as loss_NAME.
     """
 
     total: Tensor
@@ -126,14 +126,16 @@ class Task(ABC):
     def head(self, features: Sequence[FeatureInfo]) -> Head | None:
         """The task's own head; None for the backbone's, with as many outputs as options say.
 
-        features: what the backbone has, see `Backbone.features`. Raises UserError for a backbone
-        that lacks what the head needs.
+        features: what the backbone has, see `Backbone.features`. It may be called more than once,
+        and under torch's meta device, where tensors have no values: what losses need is made in the
+        constructor. Raises UserError for a backbone that lacks what the head needs.
         """
         return None
 
     def augment(self, batch: Batch) -> Batch:
-        """A training batch changed as a whole, as by mixing samples. Draws from the global streams
-        of the CPU, which are seeded; every stage that needs a batch calls it."""
+        """A training batch changed as a whole, as by mixing samples: a new one, of the same counts.
+        Draws from the global streams of the CPU, which are seeded; it is called wherever inputs or
+        targets of the batch are needed."""
         return batch
 
     def counts(self, batch: Batch) -> float:
@@ -188,5 +190,5 @@ class Task(ABC):
 def finite_samples(outputs: Any) -> Tensor:
     """bool [B]: samples all of whose outputs are finite. outputs: a pytree of [B, ...]."""
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    fine = [leaf.detach().isfinite().flatten(1).all(1) for leaf in leaves]
+    fine = [leaf.detach().isfinite().reshape(len(leaf), -1).all(1) for leaf in leaves]
     return torch.stack(fine).all(0)

@@ -92,6 +92,8 @@ def _tensor_image(array: Any, channels: int) -> Tensor:
     values = array[..., None] if array.ndim == 2 else array
     if values.ndim != 3 or values.shape[-1] != channels:
         raise ValueError(f"an array {list(array.shape)}, allowed is [H, W, {channels}]")
+    if values.dtype not in (np.uint8, np.uint16, np.float16, np.float32, np.float64):
+        raise ValueError(f"an array of {values.dtype}, allowed are uint8, uint16 and floats")
     if values.dtype == np.uint16:  # what torch cannot resize
         values = values.astype(np.float32) / 65535
     return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1))))

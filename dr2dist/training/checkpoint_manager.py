@@ -126,7 +126,7 @@ def _shapes(engine: ReversibleEngine) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(engine: ReversibleEngine) -> dict[str, Source]:
-    """This rank's part, none of it copied yet. MasterWeights and averages are written in fp32."""
+    """This rank's part, none of it copied yet. Masters and averages are written in fp32."""
     rank, ranks = engine.replica, engine.replicas
     tensors = {}
     for fragment in engine.masters.fragments:

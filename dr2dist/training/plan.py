@@ -105,7 +105,7 @@ class Plan:
                 f"              {self._held(number, own)}",
             ]
             if number < self.grid.stages - 1:
-                lines.append(f"              {self.cut_layers(own[-1])}")
+                lines.append(f"              {self._crossing(own[-1])}")
         return lines
 
     def _held(self, number: int, own: list[Layer]) -> str:
@@ -132,7 +132,7 @@ class Plan:
         """Of a micro-batch."""
         return math.prod(shape) * int(self.deepspeed["train_micro_batch_size_per_gpu"])
 
-    def cut_layers(self, layer: Layer) -> str:
+    def _crossing(self, layer: Layer) -> str:
         """What crosses the cut behind a layer, as a text: bytes of a micro-batch, on and back."""
         size = (2 if layer.hands_on_state else 1) * 4 * self._elements(layer.shape)
         back = 2 * size if layer.hands_on_state else size
@@ -166,12 +166,18 @@ def make_plan(config: Config, ranks: int) -> Plan:
     _check_data(config, task, train, val)
     optim = config.optim
     groups = parameter_groups(model, optim.weight_decay, optim.layer_decay, optim.groups)
+    net = convert(model)
     with _as_user_error("coefficients"):
         setting = config.setting()
-        net = convert(model)
         lengths = {chain.name: len(chain.functions) for chain in net.chains}
         schedule.check(setting, list(lengths.values()))
     layers = layers_of(net) if grid.stages > 1 else []
+    measured = measure(on_meta(net))
+    if setting.measured and measured[0].flow.rows > 1:
+        raise UserError(
+            "reversible: memory budget and chunk_size auto are measured row by row, and a sample "
+            f"of this model is {measured[0].flow.rows} rows: allowed are the others"
+        )
     return Plan(
         grid=grid,
         layers=layers,
@@ -188,7 +194,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         groups=len(groups),
-        flops=training_flops(measure(on_meta(net))),
+        flops=training_flops(measured),
         inputs=sum(leaf.numel() for leaf in tree_leaves(net.family.example(net))),
         remainder_bits=_remainder_bits(setting, schedule),
     )

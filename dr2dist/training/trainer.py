@@ -16,7 +16,7 @@ from dr2dist.coefficients import Guard, Limits, Schedule
 from dr2dist.data.batch import Batch
 from dr2dist.data.randomness import seed_device, seeded
 from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepError
-from dr2dist.parallel.processes import total
+from dr2dist.parallel.processes import averages, total
 from dr2dist.parallel.verdict import Verdict
 from dr2dist.reversible.certificate import worst_drift
 from dr2dist.tasks.task import Task
@@ -92,6 +92,7 @@ class Trainer:
         )
         self._skipped = 0
         self._checked: list[tuple[Batch, Tensor]] = []
+        self._parts: dict[str, Any] = {}
         self._next: list[Batch] | None = None
         self._counted = 0.0
 
@@ -175,7 +176,7 @@ class Trainer:
         normaliser = self._counted / (self.pace.accumulate * self.engine.replicas) or 1.0
 
         def begin() -> None:
-            self._checked = []
+            self._checked, self._parts = [], {}
             seed_device(self.engine.device, *self.seed, step)
 
         def augmented(number: int) -> Batch:
@@ -185,6 +186,9 @@ class Trainer:
         def loss(number: int, output: Any) -> Tensor:
             found = self.task.loss(output, augmented(number), normaliser)
             self._checked.append((batches[number], found.finite))
+            for name, part in found.parts.items():
+                share = part.detach() / self.pace.accumulate
+                self._parts[name] = self._parts.get(name, 0) + share
             return found.total
 
         counted = self._counts(self._next or [])
@@ -250,6 +254,7 @@ class Trainer:
         speed, memory = self.speed.read(), peak_memory()
         held = {"remainder_bytes": self.engine.remainder_bytes, **memory}
         stages = self.engine.by_stage(held)
+        parts = averages({f"loss_{name}": float(part) for name, part in self._parts.items()})
         if self.records is not None:
             self.records.log(
                 self.engine.applied,
@@ -263,6 +268,7 @@ class Trainer:
                 certificate_failures=len(verdict.messages),
                 drift=verdict.drift,
                 skipped=self.progress.skipped,
+                **parts,
                 **speed,
                 **held,
                 **stages,

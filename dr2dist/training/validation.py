@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torchmetrics import MeanMetric, SumMetric
 
 from dr2dist.data.batch import Batch
+from dr2dist.errors import UserError
 from dr2dist.parallel.engine import ReversibleEngine
 from dr2dist.tasks.task import Task
 
@@ -35,17 +36,29 @@ def validate(
                 continue
             skipped.update(batch.skipped)
             if batch.count:
-                found = task.predictions(output, batch)
-                metrics.update(found, batch)
+                predicted = task.predictions(output, batch)
+                metrics.update(predicted, batch)
                 _add_loss(loss, task, output, batch)
                 count.update(batch.count)
                 if look is None and engine.replica == 0:
-                    look = task.draw(batch, found)
+                    look = task.draw(batch, predicted)
     look = engine.from_last(look)
     engine.net.train()
     own = {"loss": loss.compute(), "samples": count.compute(), "skipped": skipped.compute()}
-    values = {**own, **metrics.compute()}
-    return {name: float(value) for name, value in values.items()}, look
+    found = metrics.compute()
+    if task.best[0] not in found:
+        raise UserError(
+            f"task {task.name}: best is {task.best[0]}, its metrics are {', '.join(found)}"
+        )
+    return {name: _number(task, name, value) for name, value in {**own, **found}.items()}, look
+
+
+def _number(task: Task, name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        kind = type(value).__name__
+        raise UserError(f"task {task.name}: the metric {name} is a {kind}, not a number") from None
 
 
 def _add_loss(mean: MeanMetric, task: Task, output: Any, batch: Batch) -> None:

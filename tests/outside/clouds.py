@@ -21,14 +21,14 @@ POINTS = 12
 class Attention(nn.Module):
     """Attention over points that are there, with a bias that all functions share."""
 
-    sides = ("bias", "mask")
-
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, level: str) -> None:
         super().__init__()
+        self.sides = (f"{level}bias", f"{level}mask")
         self.norm, self.qkv = nn.LayerNorm(width), nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, bias: Tensor, mask: dict[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, **sides: Any) -> Tensor:
+        bias, mask = (sides[name] for name in self.sides)
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
         there = mask["there"][:, None]
         scores = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5 + bias).masked_fill(~there, -1e4)
@@ -48,7 +48,7 @@ class Mlp(nn.Module):
 
 
 class Halved(nn.Module):
-    """Every two points become one; the mask and the bias follow."""
+    """Every two points become one; the mask and the bias follow, under other names."""
 
     def __init__(self, width: int, wider: int) -> None:
         super().__init__()
@@ -58,22 +58,22 @@ class Halved(nn.Module):
         there = sides["mask"]["there"].unflatten(1, (-1, 2)).any(-1)
         bias = sides["bias"][::2, ::2] * 0.5
         pooled = self.grow(x).unflatten(1, (-1, 2)).mean(2)
-        return pooled, {"mask": {"there": there}, "bias": bias}
+        return pooled, {"coarse_mask": {"there": there}, "coarse_bias": bias}
 
 
 class Clouds(nn.Module):
     def __init__(self, width: int = 16, depth: int = 2, drop: float = 0.1) -> None:
         super().__init__()
 
-        def blocks(width: int) -> nn.ModuleList:
-            pairs = ((Attention(width), Mlp(width, drop)) for _ in range(depth))
+        def blocks(width: int, level: str = "") -> nn.ModuleList:
+            pairs = ((Attention(width, level), Mlp(width, drop)) for _ in range(depth))
             return nn.ModuleList(function for pair in pairs for function in pair)
 
         self.enter = nn.Linear(3, width)
         self.bias = nn.Parameter(torch.randn(POINTS, POINTS) * 0.1)
         self.fine = blocks(width)
         self.halve = Halved(width, 2 * width)
-        self.coarse = blocks(2 * width)
+        self.coarse = blocks(2 * width, "coarse_")
         self.norm = nn.LayerNorm(2 * width)
 
 
@@ -99,7 +99,7 @@ class CloudsBackbone(dr2dist.Backbone):
     def stem(self, model: Any, inputs: Mapping[str, Tensor], /, **options: Any) -> dr2dist.Stem:
         tokens = model.enter(inputs["points"])
         sides = {"mask": {"there": inputs["there"]}, "bias": model.bias}
-        return dr2dist.Stem(tokens, sides, batched=("mask",))
+        return dr2dist.Stem(tokens, sides, batched=("mask", "coarse_mask"))
 
     def preprocessing(self, model: Any) -> dict[str, Any]:
         return {"points": POINTS}

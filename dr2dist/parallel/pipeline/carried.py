@@ -55,6 +55,11 @@ class Skeleton:
             self._sides[name] = [None if isinstance(v, Tensor) else v for v in leaves], form
         self._tensors = {key for key in tensors_of(flow) if isinstance(key[0], str)}
 
+    @property
+    def plain(self) -> dict[str, list[Any]]:
+        """The plain values of each side, in the places of its leaves; None where tensors are."""
+        return {name: leaves for name, (leaves, _) in self._sides.items()}
+
     def fill(self, value: Any, tensors: Mapping[Key, Tensor]) -> Flow:
         """A flow of tokens and these tensors; sides of which one is missing are left out."""
         sides = {}

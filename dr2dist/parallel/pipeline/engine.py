@@ -36,7 +36,7 @@ class StagedEngine(ReversibleEngine):
     net: the whole network with no parameters but this stage's (`layers.keep_only`). optimizer: over
     them. config: DeepSpeed's, ZeRO 0 or 1. layers, own: of the whole network, and which are this
     stage's. returned: the next stage sends a stage's last state back with its gradient, so that
-    nothing but remainders is held for micro-batches in runner. Raises UserError for another ZeRO.
+    nothing but remainders is held for micro-batches in flight. Raises UserError for another ZeRO.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class StagedEngine(ReversibleEngine):
 
 
 class _ScheduleRunner:
-    """A step's micro-batches in runner on one stage; they come back in the order they went."""
+    """A step's micro-batches in flight on one stage; they come back in the order they went."""
 
     def __init__(self, engine: StagedEngine, work: StepBatches, count: int, total: Tensor) -> None:
         self.engine, self.work, self.count, self.total = engine, work, count, total

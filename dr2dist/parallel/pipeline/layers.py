@@ -15,6 +15,7 @@ from dr2dist.backbones.walk import Flow, Kind, Place
 from dr2dist.errors import UserError
 from dr2dist.parallel.pipeline.carried import Carried, Skeleton, tensors_of
 from dr2dist.reversible import Sides
+from dr2dist.reversible.trees import tree_map
 
 
 @dataclass(frozen=True)
@@ -55,27 +56,35 @@ def layers_of(net: ReversibleNetwork) -> list[Layer]:
     Raises UserError for a network that cannot be cut: one that drops tokens in training, or whose
     family does not say what its head uses.
     """
-    if net.family.tail is None and net.task_head is None:
+    if not net.names_its_tail:
         raise UserError(f"parallel.stages: the family {net.family.name} does not name its tail")
     meta = on_meta(net)
     found = measure(meta)
-    _check_shape(_training_shape(meta), tuple(found[0].flow.value.shape))
+    _check_stem(_training_stem(meta), found[0].flow)
     return _completed(found, meta)
 
 
-def _training_shape(meta: ReversibleNetwork) -> tuple[int, ...]:
+def _training_stem(meta: ReversibleNetwork) -> Flow:
+    """What the stem gives in training, for two samples."""
     meta.train()
+    two = tree_map(lambda value: torch.cat([value, value]), meta.family.example(meta))
     with torch.no_grad():
-        flow = AutogradDriver(meta, {}, ()).stem(meta.family.example(meta))
+        flow = AutogradDriver(meta, {}, ()).stem(two)
     meta.eval()
-    return tuple(flow.value.shape)
+    return flow
 
 
-def _check_shape(training: tuple[int, ...], evaluation: tuple[int, ...]) -> None:
-    if training != evaluation:
+def _check_stem(training: Flow, evaluation: Flow) -> None:
+    one, other = (tuple(flow.value.shape[1:]) for flow in (training, evaluation))
+    if one != other:
         raise UserError(
-            f"parallel.stages: the stem gives tokens {list(training[1:])} in training and "
-            f"{list(evaluation[1:])} otherwise (patch_drop_rate), stages need the same"
+            f"parallel.stages: the stem gives tokens {list(one)} in training and {list(other)} "
+            "otherwise (patch_drop_rate), stages need the same"
+        )
+    if Skeleton(training).plain != Skeleton(evaluation).plain:
+        raise UserError(
+            "parallel.stages: the stem gives sides with plain values that differ between training "
+            "and evaluation, or from batch to batch; stages know one: give tensors"
         )
 
 
@@ -83,8 +92,9 @@ def _completed(found: Sequence[Measured], net: ReversibleNetwork) -> list[Layer]
     """The layers, each with what the ones behind it take beside tokens."""
     needed: set[object] = set()
     layers = []
-    for measured in reversed(found):
+    for number, measured in reversed(list(enumerate(found))):
         place, flow = measured.place, measured.flow
+        before = found[number - 1].flow if number else flow
         tail = place.kind == "tail"
         layers.append(
             Layer(
@@ -96,12 +106,12 @@ def _completed(found: Sequence[Measured], net: ReversibleNetwork) -> list[Layer]
                 measured.parameters,
             )
         )
-        needed |= _taken(place, flow, net)
+        needed |= _taken(place, before, net)
     return layers[::-1]
 
 
 def _taken(place: Place, flow: Flow, net: ReversibleNetwork) -> set[object]:
-    """Names of sides, and taps, that a layer takes."""
+    """Names of sides, and taps, that a layer takes of the flow that comes to it."""
     if place.kind == "tail":
         return set(net.head_taps)
     if place.kind == "transition" and hasattr(net.items[place.item], "sides"):

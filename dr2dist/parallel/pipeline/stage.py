@@ -20,7 +20,7 @@ from dr2dist.backbones.backbone import Transition
 from dr2dist.backbones.forward import AutogradDriver
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.backbones.walk import Flow, Place, walk
-from dr2dist.parallel.pipeline.carried import Key, tensors_of
+from dr2dist.parallel.pipeline.carried import Key, Skeleton, tensors_of
 from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.reversible import Chain, Gradient, Layout, Segment, Sides, State, Tape
 from dr2dist.reversible.calls.replay import kept_statistics
@@ -156,7 +156,7 @@ class Pass(AutogradDriver):
             )
             return replace(flow, value=self._extend(graph).value)
         sides = tensors_of(replace(flow, taps={}))
-        skeleton = self._skeleton_before(place)
+        skeleton = Skeleton(flow)
         found = self._extend(
             _Graph(
                 lambda tokens, beside: self._pass_on(place, skeleton.fill(tokens, beside)),
@@ -168,12 +168,6 @@ class Pass(AutogradDriver):
 
     def _pass_on(self, place: Place, flow: Flow) -> Flow:
         return self.net.run_transition(place, flow)
-
-    def _skeleton_before(self, place: Place) -> Any:
-        number = self.stage.places.index(place)
-        before = self.stage.layers[number - 1] if number else self.stage.before
-        assert before is not None
-        return before.skeleton
 
     def functions(self, run: Sequence[Place], flow: Flow) -> Flow:
         """See Driver."""

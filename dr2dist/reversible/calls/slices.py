@@ -21,23 +21,20 @@ class Layout(NamedTuple):
     """What a chain's setting comes to: frozen into each tape, and into checkpoints.
 
     chunk_size: samples per slice, None for all. chunk_tokens: tokens per slice inside a sample,
-    None for all. kept: functions that keep their activations, memory mode budget only.
+    None for all. rows: of the batch, that are one sample: only slices of tokens are inside a row.
+    kept: functions that keep their activations, memory mode budget only.
     """
 
     chunk_size: int | None = None
     chunk_tokens: int | None = None
     kept: frozenset[int] = frozenset()
+    rows: int = 1
 
     @classmethod
     def given(cls, setting: Setting, rows: int = 1) -> Layout:
-        """What a setting says itself, where nothing of it is measured.
-
-        rows: of the batch, that are one sample: slices cut none. Slices of tokens are inside a row.
-        """
+        """What a setting says itself, where nothing of it is measured."""
         assert not isinstance(setting.chunk_size, str)
-        size = setting.chunk_size
-        whole = size if size is None or setting.chunk_tokens is not None else size * rows
-        return cls(whole, setting.chunk_tokens)
+        return cls(setting.chunk_size, setting.chunk_tokens, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -123,9 +120,11 @@ def slices_of(
     ranges: Sequence[Ranges] = ()
     if layout.chunk_tokens is not None and isinstance(function, TokenSliced):
         ranges = function.token_ranges(shape, layout.chunk_tokens, sides)
-    slices = sample_slices(shape[0], layout.chunk_size)
+    size = layout.chunk_size
     if len(ranges) < 2:
+        slices = sample_slices(shape[0], None if size is None else size * layout.rows)
         return [[Slice(samples)] for samples in slices]
+    slices = sample_slices(shape[0], size)
     return [[Slice(samples, found) for found in ranges] for samples in slices]
 
 
