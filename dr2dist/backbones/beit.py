@@ -8,7 +8,7 @@ import torch
 from timm.models.beit import Beit, Block
 from torch import Tensor, nn
 
-from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Transition, is_built_as
+from dr2dist.backbones.backbone import ChainOf, Stem, Transition, is_built_as
 from dr2dist.backbones.branch import BranchSpec, branches
 from dr2dist.backbones.compute import (
     SCALED_ATTENTION_NAMES,
@@ -17,7 +17,7 @@ from dr2dist.backbones.compute import (
     scaled_mlp,
 )
 from dr2dist.backbones.slicing import Queries, Tokenwise
-from dr2dist.backbones.tokens import TAIL, token_features, token_intermediates, token_map
+from dr2dist.backbones.tokens import TokenBackbone
 
 PARTS = {
     Block: (
@@ -27,14 +27,12 @@ PARTS = {
 }
 
 
-class BeitBackbone(Backbone):
+class BeitBackbone(TokenBackbone):
     """One chain of all blocks."""
 
     name = "beit"
     patterns = ("beit_*", "beitv2_*")
     classes = (Beit,)
-
-    tail = TAIL
 
     def matches(self, model: nn.Module) -> bool:
         """See Backbone."""
@@ -53,15 +51,3 @@ class BeitBackbone(Backbone):
         shared = model.rel_pos_bias() if model.rel_pos_bias is not None else None
         sides = {} if shared is None else {"shared_rel_pos_bias": shared}
         return Stem(model.pos_drop(tokens), sides)
-
-    def features(self, model: Any) -> list[FeatureInfo]:
-        """See Backbone: after each block."""
-        return token_features(model, self.layers(model))
-
-    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
-        """See Backbone."""
-        return token_map(model, tokens)
-
-    def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
-        """See Backbone."""
-        return token_intermediates(net, images, **options)

@@ -18,7 +18,7 @@ from dr2dist.backbones.compute import (
     scaled_mlp,
 )
 from dr2dist.backbones.slicing import Queries, Tokenwise
-from dr2dist.backbones.tokens import (
+from dr2dist.backbones.tokens import TokenBackbone
     TAIL,
     per_sample,
     token_features,
@@ -41,7 +41,7 @@ PARTS = {
 }
 
 
-class EvaBackbone(Backbone):
+class EvaBackbone(TokenBackbone):
     """One chain of all blocks. Learned mixed rotary embeddings are one side for each depth."""
 
     name = "eva"
@@ -56,7 +56,6 @@ class EvaBackbone(Backbone):
     )
     classes = (Eva,)
 
-    tail = TAIL
 
     def matches(self, model: nn.Module) -> bool:
         """See Backbone."""
@@ -81,17 +80,6 @@ class EvaBackbone(Backbone):
             sides["rope"] = rope
         return Stem(tokens, sides, per_sample(sides))
 
-    def features(self, model: Any) -> list[FeatureInfo]:
-        """See Backbone: after each block."""
-        return token_features(model, self.layers(model))
-
-    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
-        """See Backbone."""
-        return token_map(model, tokens)
-
-    def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
-        """See Backbone."""
-        return token_intermediates(net, images, **options)
 
 
 def _is_mixed(model: Any) -> bool:

@@ -12,11 +12,11 @@ from timm.models.vision_transformer_relpos import (
 )
 from torch import Tensor, nn
 
-from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Transition, is_built_as
+from dr2dist.backbones.backbone import ChainOf, Stem, Transition, is_built_as
 from dr2dist.backbones.branch import BranchSpec, branches
 from dr2dist.backbones.compute import attention_post_norm, match_buffer, mlp_post_norm
 from dr2dist.backbones.slicing import Queries, Tokenwise
-from dr2dist.backbones.tokens import TAIL, token_features, token_intermediates, token_map
+from dr2dist.backbones.tokens import TokenBackbone
 
 SHARED = "shared_rel_pos"
 
@@ -54,15 +54,13 @@ PARTS = {
 }
 
 
-class RelPosBackbone(Backbone):
+class RelPosBackbone(TokenBackbone):
     """One chain of all blocks. A shared bias is a side; others are computed in their blocks, once
     for each slice."""
 
     name = "relpos"
     patterns = ("vit_relpos_*", "vit_srelpos_*")
     classes = (VisionTransformerRelPos,)
-
-    tail = TAIL
 
     def matches(self, model: nn.Module) -> bool:
         """See Backbone."""
@@ -82,15 +80,3 @@ class RelPosBackbone(Backbone):
         _match_coordinates(model.shared_rel_pos)
         # Called, as engines gather weights around calls: what it is added to is nothing.
         return Stem(tokens, {SHARED: model.shared_rel_pos(tokens.new_zeros(()))})
-
-    def features(self, model: Any) -> list[FeatureInfo]:
-        """See Backbone: after each block."""
-        return token_features(model, self.layers(model))
-
-    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
-        """See Backbone."""
-        return token_map(model, tokens)
-
-    def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
-        """See Backbone."""
-        return token_intermediates(net, images, **options)

@@ -1,4 +1,4 @@
-"""`forward_intermediates` of transformers whose states are token sequences [B, N, C]."""
+"""Transformers whose states are token sequences [B, N, C]."""
 
 from __future__ import annotations
 
@@ -8,11 +8,29 @@ from typing import Any
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from dr2dist.backbones.backbone import OUTPUT, FeatureInfo
+from dr2dist.backbones.backbone import OUTPUT, Backbone, FeatureInfo
 from dr2dist.errors import UserError
 
 TAIL = ("norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist")
 """What follows the blocks of such models, where it is there."""
+
+
+class TokenBackbone(Backbone):
+    """timm's models of one chain of blocks, on tokens of which those of no place come first."""
+
+    tail = TAIL
+
+    def features(self, model: Any) -> list[FeatureInfo]:
+        """See Backbone: after each block."""
+        return token_features(model, self.layers(model))
+
+    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
+        """See Backbone."""
+        return token_map(model, tokens)
+
+    def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
+        """See Backbone."""
+        return token_intermediates(net, images, **options)
 
 
 def token_intermediates(

@@ -19,7 +19,7 @@ from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Tra
 from dr2dist.backbones.branch import BranchSpec, branches
 from dr2dist.backbones.compute import attention_post_norm, mlp_post_norm
 from dr2dist.backbones.slicing import Queries, Tokenwise
-from dr2dist.backbones.tokens import (
+from dr2dist.backbones.tokens import TokenBackbone
     TAIL,
     per_sample,
     token_features,
@@ -80,7 +80,7 @@ PARTS = {
 }
 
 
-class VitBackbone(Backbone):
+class VitBackbone(TokenBackbone):
     """One chain of all blocks; masks are sides."""
 
     name = "vit"
@@ -95,7 +95,6 @@ class VitBackbone(Backbone):
     )
     classes = (VisionTransformer,)
 
-    tail = TAIL
 
     def matches(self, model: nn.Module) -> bool:
         """See Backbone."""
@@ -111,15 +110,3 @@ class VitBackbone(Backbone):
         tokens = model.norm_pre(model.patch_drop(tokens))
         sides = {name: options.get(name) for name in MASK if options.get(name) is not None}
         return Stem(tokens, sides, per_sample(sides))
-
-    def features(self, model: Any) -> list[FeatureInfo]:
-        """See Backbone: after each block."""
-        return token_features(model, self.layers(model))
-
-    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
-        """See Backbone."""
-        return token_map(model, tokens)
-
-    def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
-        """See Backbone."""
-        return token_intermediates(net, images, **options)
