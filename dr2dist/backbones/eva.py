@@ -7,7 +7,7 @@ from typing import Any
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Transition, is_built_as
+from dr2dist.backbones.backbone import ChainOf, Stem, Transition, is_built_as
 from dr2dist.backbones.branch import BranchSpec, branches
 from dr2dist.backbones.compute import (
     SCALED_ATTENTION_NAMES,
@@ -18,13 +18,7 @@ from dr2dist.backbones.compute import (
     scaled_mlp,
 )
 from dr2dist.backbones.slicing import Queries, Tokenwise
-from dr2dist.backbones.tokens import TokenBackbone
-    TAIL,
-    per_sample,
-    token_features,
-    token_intermediates,
-    token_map,
-)
+from dr2dist.backbones.tokens import TokenBackbone, per_sample
 
 SIDES = ("rope", "attn_mask", "is_causal")
 
@@ -56,7 +50,6 @@ class EvaBackbone(TokenBackbone):
     )
     classes = (Eva,)
 
-
     def matches(self, model: nn.Module) -> bool:
         """See Backbone."""
         return is_built_as(model, Eva)
@@ -79,7 +72,6 @@ class EvaBackbone(TokenBackbone):
         elif rope is not None:
             sides["rope"] = rope
         return Stem(tokens, sides, per_sample(sides))
-
 
 
 def _is_mixed(model: Any) -> bool:

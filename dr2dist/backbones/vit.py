@@ -15,17 +15,11 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Transition, is_built_as
+from dr2dist.backbones.backbone import ChainOf, Stem, Transition, is_built_as
 from dr2dist.backbones.branch import BranchSpec, branches
 from dr2dist.backbones.compute import attention_post_norm, mlp_post_norm
 from dr2dist.backbones.slicing import Queries, Tokenwise
-from dr2dist.backbones.tokens import TokenBackbone
-    TAIL,
-    per_sample,
-    token_features,
-    token_intermediates,
-    token_map,
-)
+from dr2dist.backbones.tokens import TokenBackbone, per_sample
 
 MASK = ("attn_mask", "is_causal")
 
@@ -94,7 +88,6 @@ class VitBackbone(TokenBackbone):
         "vitamin_*",
     )
     classes = (VisionTransformer,)
-
 
     def matches(self, model: nn.Module) -> bool:
         """See Backbone."""
