@@ -97,8 +97,7 @@ def try_recompute(
     size = None if image_size is None else (image_size, image_size)
     model = build_model(name, weights=None, image_size=size, num_classes=10, drop_path=0.1)
     net = convert(model.to(device), 0.9, 0.1, on_failure="record").train()
-    channels, *own = net.pretrained_cfg["input_size"]
-    images = torch.randn(batch, channels, *(size or own), device=device)
+    images = torch.randn(batch, *net.family.example(net).shape[1:], device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         output = net(images)
     output.float().square().mean().backward()

@@ -27,7 +27,7 @@ from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import SOURCES
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import export
-from dr2dist.tasks.classification import class_index
+from dr2dist.tasks.classes import class_index
 from dr2dist.tasks.multilabel import Multilabel, MultilabelOptions
 from dr2dist.tasks.registry import make_task
 from dr2dist.tasks.regression import Regression, RegressionOptions

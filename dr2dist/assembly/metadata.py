@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
 from dr2dist.assembly.blueprint import Blueprint
+from dr2dist.backbones.backbone import built_size
 from dr2dist.backbones.channels import input_channels
 from dr2dist.config.task import DEFAULT_TASK
 from dr2dist.errors import UserError, one_line
@@ -132,11 +133,10 @@ def metadata_of(
     """
     alpha, beta = net.coefficients
     setting, family = net.chains[0].setting, net.family
-    built_for = getattr(getattr(net, "patch_embed", None), "img_size", None)
     try:
         return ExportMetadata(
             model=net.pretrained_cfg["architecture"],
-            image_size=built_for,
+            image_size=built_size(net),
             in_channels=input_channels(net),
             options=dict(options),
             alpha=alpha,

@@ -172,9 +172,14 @@ class Backbone(ABC):
 
 def input_size(model: Any) -> tuple[int, int]:
     """Height and width in pixels of the images that a timm model is built for."""
-    found = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = found or model.pretrained_cfg["input_size"][1:]
+    height, width = built_size(model) or model.pretrained_cfg["input_size"][1:]
     return int(height), int(width)
+
+
+def built_size(model: Any) -> tuple[int, int] | None:
+    """The same where a timm model is built for one size; None for others."""
+    found: tuple[int, int] | None = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return found
 
 
 def is_built_as(model: nn.Module, kind: type) -> bool:

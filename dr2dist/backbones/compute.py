@@ -16,6 +16,18 @@ def match_buffer(module: Any, name: str, x: Tensor) -> None:
         setattr(module, name, getattr(module, name).to(x.dtype))
 
 
+def attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
+    """Attention after the norm, with LayerScale's module (ViT)."""
+    result: Tensor = block.drop_path1(block.ls1(block.attn(block.norm1(x), **sides)))
+    return result
+
+
+def mlp(block: Any, x: Tensor) -> Tensor:
+    """MLP after the norm, with LayerScale's module (ViT)."""
+    result: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return result
+
+
 def scaled_attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
     """Attention after the norm, with a scale that may be missing (EVA, BEiT)."""
     x = block.norm1(x)
@@ -41,5 +53,7 @@ def mlp_post_norm(block: Any, x: Tensor) -> Tensor:
     return block.drop_path2(block.norm2(block.mlp(x)))
 
 
+ATTENTION_NAMES = ("norm1", "attn", "ls1", "drop_path1")
+MLP_NAMES = ("norm2", "mlp", "ls2", "drop_path2")
 SCALED_ATTENTION_NAMES = ("norm1", "attn", "gamma_1", "drop_path1")
 SCALED_MLP_NAMES = ("norm2", "mlp", "gamma_2", "drop_path2")

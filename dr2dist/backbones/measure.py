@@ -46,9 +46,9 @@ def measure(meta: Any) -> list[Measured]:
     return driver.found
 
 
-def training_flops(layers: Sequence[Measured]) -> int:
+def training_flops(layers: Sequence[Any]) -> int:
     """Of a forward and backward pass for one sample, without any recomputation: the backward pass
-    counts as two forward passes."""
+    counts as two forward passes. layers: each with its flops."""
     return 3 * sum(layer.flops for layer in layers)
 
 
@@ -87,8 +87,8 @@ class _Measuring(AutogradDriver):
         """See Driver."""
         sides, functions = Sides(flow.sides, flow.batched), self.net.items[run[0].item].functions
         for place in run:
-            if (place.item, place.function) in self.taps:
-                flow.taps[place.item, place.function] = flow.value
+            if place.tap in self.taps:
+                flow.taps[place.tap] = flow.value
             call = _call(functions[place.function], flow.value, sides)
             self._counted(place, call, flow)
         return flow

@@ -129,7 +129,7 @@ class ReversibleNetwork(nn.Module):
             (end,) = (
                 number
                 for number, place in enumerate(places)
-                if place.kind == "function" and (place.item, place.function) == until
+                if place.kind == "function" and place.tap == until
             )
             places = places[: end + 1]
         flow: Flow = self._walk(places, x, (), options, taps)

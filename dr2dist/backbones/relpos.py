@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from dr2dist.backbones.backbone import ChainOf, Stem, Transition, is_built_as
 from dr2dist.backbones.branch import BranchSpec, branches
-from dr2dist.backbones.compute import attention_post_norm, match_buffer, mlp_post_norm
+from dr2dist.backbones.compute import (
+    ATTENTION_NAMES,
+    MLP_NAMES,
+    attention,
+    attention_post_norm,
+    match_buffer,
+    mlp,
+    mlp_post_norm,
+)
 from dr2dist.backbones.slicing import Queries, Tokenwise
 from dr2dist.backbones.tokens import TokenBackbone
 
@@ -30,11 +38,7 @@ def _match_coordinates(bias: Any) -> None:
 
 def _attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
     _match_coordinates(block.attn.rel_pos)
-    return block.drop_path1(block.ls1(block.attn(block.norm1(x), **sides)))
-
-
-def _mlp(block: Any, x: Tensor) -> Tensor:
-    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return attention(block, x, **sides)
 
 
 def _attention_post_norm(block: Any, x: Tensor, **sides: Any) -> Tensor:
@@ -44,8 +48,8 @@ def _attention_post_norm(block: Any, x: Tensor, **sides: Any) -> Tensor:
 
 PARTS = {
     RelPosBlock: (
-        BranchSpec(("norm1", "attn", "ls1", "drop_path1"), _attention, (SHARED,), Queries()),
-        BranchSpec(("norm2", "mlp", "ls2", "drop_path2"), _mlp, slicing=Tokenwise()),
+        BranchSpec(ATTENTION_NAMES, _attention, (SHARED,), Queries()),
+        BranchSpec(MLP_NAMES, mlp, slicing=Tokenwise()),
     ),
     ResPostRelPosBlock: (
         BranchSpec(("norm1", "attn", "drop_path1"), _attention_post_norm, (SHARED,), Queries()),

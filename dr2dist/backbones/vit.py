@@ -17,19 +17,18 @@ from torch import Tensor, nn
 
 from dr2dist.backbones.backbone import ChainOf, Stem, Transition, is_built_as
 from dr2dist.backbones.branch import BranchSpec, branches
-from dr2dist.backbones.compute import attention_post_norm, mlp_post_norm
+from dr2dist.backbones.compute import (
+    ATTENTION_NAMES,
+    MLP_NAMES,
+    attention,
+    attention_post_norm,
+    mlp,
+    mlp_post_norm,
+)
 from dr2dist.backbones.slicing import Queries, Tokenwise
 from dr2dist.backbones.tokens import TokenBackbone, per_sample
 
 MASK = ("attn_mask", "is_causal")
-
-
-def _attention(block: Any, x: Tensor, **sides: Any) -> Tensor:
-    return block.drop_path1(block.ls1(block.attn(block.norm1(x), **sides)))
-
-
-def _mlp(block: Any, x: Tensor) -> Tensor:
-    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def _whole_branch(block: Any, x: Tensor, **sides: Any) -> Tensor:
@@ -49,17 +48,13 @@ def _parallel_attentions(block: Any, x: Tensor, **sides: Any) -> Tensor:
 
 
 def _parallel_mlps(block: Any, x: Tensor) -> Tensor:
-    return torch.stack([mlp(x) for mlp in block.ffns]).sum(dim=0)
-
-
-ATTENTION_NAMES = ("norm1", "attn", "ls1", "drop_path1")
-MLP_NAMES = ("norm2", "mlp", "ls2", "drop_path2")
+    return torch.stack([part(x) for part in block.ffns]).sum(dim=0)
 
 
 PARTS = {
     Block: (
-        BranchSpec(ATTENTION_NAMES, _attention, MASK, Queries()),
-        BranchSpec(MLP_NAMES, _mlp, slicing=Tokenwise()),
+        BranchSpec(ATTENTION_NAMES, attention, MASK, Queries()),
+        BranchSpec(MLP_NAMES, mlp, slicing=Tokenwise()),
     ),
     ResPostBlock: (
         BranchSpec(ATTENTION_NAMES, attention_post_norm, MASK, Queries()),

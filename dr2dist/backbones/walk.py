@@ -11,6 +11,10 @@ from torch import Tensor
 Kind = Literal["stem", "transition", "function", "tail"]
 
 
+Tap = tuple[int, int]
+"""(item, number of a function) after which tokens are wanted."""
+
+
 class Place(NamedTuple):
     """A layer's place in a network.
 
@@ -23,9 +27,10 @@ class Place(NamedTuple):
     function: int = 0
     last: bool = False
 
-
-Tap = tuple[int, int]
-"""(item, index of a function) after which tokens are wanted."""
+    @property
+    def tap(self) -> Tap:
+        """How tokens behind a function are asked for."""
+        return self.item, self.function
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dr2dist.data.decoders import decode
@@ -12,6 +13,13 @@ from dr2dist.errors import UserError, nearest
 
 Members = Mapping[str, bytes]
 """A sample as it lies in a shard: what its files hold, by extension."""
+
+
+def split_name(path: Path) -> tuple[str, str]:
+    """A file's name as webdataset takes it: the sample's, and the extension, from the first dot on,
+    in lower case."""
+    name, _, extension = path.name.partition(".")
+    return name, extension.lower()
 
 
 @dataclass(frozen=True)

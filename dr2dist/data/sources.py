@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dr2dist.data.decoders import IMAGE_TYPES
+from dr2dist.data.fields import split_name
 from dr2dist.errors import UserError, nearest
 
 
@@ -145,10 +146,10 @@ def folder_of_files(path: Path) -> Source:
         raise UserError(f"{path}: is not a folder of files")
     samples: dict[Path, dict[str, Path]] = {}
     for file in sorted(path.rglob("*")):
-        name, _, extension = file.name.partition(".")
+        name, extension = split_name(file)
         if file.is_file() and name and extension:
             inner = file.relative_to(path).parent / name
-            samples.setdefault(inner, {})[extension.lower()] = file
+            samples.setdefault(inner, {})[extension] = file
     if not samples:
         raise UserError(f"{path}: holds no files with extensions")
     taken: set[str] = set()

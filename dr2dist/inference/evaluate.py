@@ -17,6 +17,7 @@ from dr2dist.data.order import validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import ready
+from dr2dist.tasks.metrics import add_loss
 from dr2dist.tasks.registry import task_of
 from dr2dist.tasks.task import Task
 
@@ -74,10 +75,7 @@ def _measure(
             here = found.to(device)
             output = net(here.inputs)
             metrics.update(task.predictions(output, here), here)
-            counts = task.counts(here)
-            if counts:
-                total = task.loss(output, here, counts, training=False).total
-                loss.update(total, weight=counts)
+            add_loss(loss, task, output, here)
     if not samples:
         raise UserError(f"{dataset.folder}: no sample can be read")
     mean = float(loss.compute())

@@ -24,6 +24,7 @@ from dr2dist.checkpoints.checkpoint import (
 )
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
+from dr2dist.reversible.trees import tree_map
 from dr2dist.tasks.task import Task
 
 
@@ -117,3 +118,17 @@ def ready(path: str | Path) -> tuple[Loaded, torch.device]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.net.to(device)
     return loaded, device
+
+
+def random_inputs(net: Any, count: int) -> Any:
+    """Inputs of some samples as a network takes them, the same in every call; those that are not
+    floating are the example's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(value: Tensor) -> Tensor:
+        shape = (count * len(value), *value.shape[1:])
+        if value.is_floating_point():
+            return torch.randn(shape, generator=generator).to(value)
+        return value.expand(shape) if len(value) == 1 else torch.cat([value] * count)
+
+    return tree_map(drawn, net.family.example(net))

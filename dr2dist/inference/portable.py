@@ -19,7 +19,7 @@ from dr2dist.assembly import ExportMetadata
 from dr2dist.backbones.slicing import replaced_modules
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write
-from dr2dist.inference.exported import load_with_task
+from dr2dist.inference.exported import load_with_task, random_inputs
 from dr2dist.reversible import Chain, PlainRunner
 from dr2dist.reversible.tape import Sides
 from dr2dist.reversible.trees import tree_leaves, tree_map
@@ -96,8 +96,8 @@ def export_portable(source: str | Path, output: str | Path) -> float:
     if output.exists():
         raise UserError(f"{output}: exists already; name another file")
     net, _, facts = load_with_task(source)
-    program = _program(plain(net), _batch_of(net, 2))
-    inputs = _batch_of(net, 3)
+    program = _program(plain(net), random_inputs(net, 2))
+    inputs = random_inputs(net, 3)
     with torch.inference_mode():
         wanted = tree_leaves(net(inputs))
     with atomic_write(output) as aside:
@@ -116,19 +116,6 @@ class _Inputs(NamedTuple):
 
     name: str | None
     values: Any
-
-
-def _batch_of(net: Any, count: int) -> Any:
-    """Random inputs of some samples; those that are not floating are the example's."""
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(value: Tensor) -> Tensor:
-        shape = (count * len(value), *value.shape[1:])
-        if value.is_floating_point():
-            return torch.randn(shape, generator=generator)
-        return value.expand(shape) if len(value) == 1 else torch.cat([value] * count)
-
-    return tree_map(drawn, net.family.example(net))
 
 
 def _program(net: nn.Module, inputs: Any) -> Any:

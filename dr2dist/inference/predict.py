@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from dr2dist.data.batch import Batch
-from dr2dist.data.fields import Field, Fields
+from dr2dist.data.fields import Field, Fields, split_name
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 from dr2dist.inference.exported import ready
@@ -35,21 +35,20 @@ def find_sources(paths: Sequence[str | Path], fields: Sequence[Field]) -> list[S
         return [(file,) for file in found]
     samples: dict[Path, list[Path]] = {}
     for file in found:
-        samples.setdefault(file.with_name(file.name.partition(".")[0]), []).append(file)
+        samples.setdefault(file.with_name(split_name(file)[0]), []).append(file)
     for name, files in samples.items():
         for field in fields:
-            if field.choose([_extension(file) for file in files]) is None:
+            if field.choose([split_name(file)[1] for file in files]) is None:
                 raise UserError(f"{name}: has no {field.name} ({field.text})")
     return [tuple(files) for files in samples.values()]
 
 
-def _extension(path: Path) -> str:
-    return path.name.partition(".")[2].lower()
-
-
 def _carries(path: Path, fields: Sequence[Field]) -> bool:
-    own = (_extension(path), path.suffix.lower().lstrip("."))
-    return path.is_file() and any(field.choose(own) for field in fields)
+    return path.is_file() and _taken(_known(path, fields), fields)
+
+
+def _taken(extension: str, fields: Sequence[Field]) -> bool:
+    return any(field.choose([extension]) for field in fields)
 
 
 def _files(path: Path, fields: Sequence[Field]) -> Iterable[Path]:
@@ -124,8 +123,8 @@ def _read(
 
 def _known(path: Path, fields: Sequence[Field]) -> str:
     """The extension by which a field takes the file: `left.npy`, or `npy` of any name."""
-    whole = _extension(path)
-    return whole if any(field.choose([whole]) for field in fields) else path.suffix.lower()[1:]
+    whole = split_name(path)[1]
+    return whole if _taken(whole, fields) else path.suffix.lower()[1:]
 
 
 def write_rows(rows: Sequence[Row], output: str | Path) -> None:

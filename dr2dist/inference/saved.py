@@ -19,8 +19,8 @@ from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
 from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
-from dr2dist.inference.exported import load
-from dr2dist.reversible.trees import tree_leaves, tree_map
+from dr2dist.inference.exported import load, random_inputs
+from dr2dist.reversible.trees import tree_leaves
 
 TOLERANCE = 1e-4
 """Largest difference from the network's own output, relative to the largest of it, on a GPU: its
@@ -56,7 +56,7 @@ def save(
         raise UserError(f"save: {path} is a folder, a file is needed")
     _check_kind(net)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        sample = _sample(net)
+        sample = random_inputs(net, 1)
         wanted = _outputs(net, sample)
         facts = _facts(net, wanted[-1], task, classes, mean, std, options)
         tensors = _tensors(net, path, facts)
@@ -80,18 +80,6 @@ def _check_kind(net: nn.Module) -> None:
         )
     if any(parameter.is_meta for parameter in net.parameters()):
         raise UserError("save: the network is on the meta device and has no weights")
-
-
-def _sample(net: Any) -> Any:
-    """One random sample as the network takes it."""
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        return torch.randn(value.shape, generator=generator).to(value)
-
-    return tree_map(drawn, net.family.example(net))
 
 
 def _outputs(net: Any, sample: Any) -> list[Tensor]:

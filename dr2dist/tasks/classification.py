@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from matplotlib.figure import Figure
@@ -20,23 +20,21 @@ from torchmetrics.classification import (
 )
 
 from dr2dist.config.section import Unit
-from dr2dist.config.task import TaskOptions
 from dr2dist.data.batch import Batch
 from dr2dist.data.index import Index
+from dr2dist.data.stream import Values
 from dr2dist.errors import UserError
 from dr2dist.reversible.transfer import to_device
+from dr2dist.tasks.classes import ClassOptions, ClassTask, Weight, class_index, mean_of_present
 from dr2dist.tasks.confusion import draw_confusion
-from dr2dist.tasks.images import IMAGE, SHOWN, ImageTask
+from dr2dist.tasks.images import IMAGE, SHOWN
 from dr2dist.tasks.metrics import TorchMetrics
-from dr2dist.tasks.task import Loss, Row, Values, finite_samples
-
-Weight = Annotated[float, Field(gt=0)]
+from dr2dist.tasks.task import Loss, Row, loss_of_samples
 
 
-class ClassificationOptions(TaskOptions):
+class ClassificationOptions(ClassOptions):
     """One class for each image, by cross entropy."""
 
-    num_classes: int = Field(ge=2, description="classes of the head")
     label_smoothing: Unit = Field(0.0, description="share of a label spread over all classes")
     class_weights: tuple[Weight, ...] | None = Field(
         None, description="a factor of each class's losses in training; null: 1"
@@ -46,10 +44,6 @@ class ClassificationOptions(TaskOptions):
     )
     mixup: float = Field(0.0, ge=0, description="alpha of timm's mixup in a micro-batch; 0: none")
     cutmix: float = Field(0.0, ge=0, description="alpha of timm's cutmix; with both, either")
-
-    def outputs(self) -> int:
-        """See TaskOptions."""
-        return self.num_classes
 
     def check_micro_batch(self, micro_batch: int) -> None:
         """See TaskOptions."""
@@ -65,15 +59,11 @@ class ClassificationOptions(TaskOptions):
 
     @model_validator(mode="after")
     def _one_weight_a_class(self) -> Self:
-        if self.class_weights is not None and len(self.class_weights) != self.num_classes:
-            raise ValueError(
-                f"class_weights has {len(self.class_weights)} values, allowed is one for each of "
-                f"num_classes, {self.num_classes}"
-            )
+        self.check_one_a_class("class_weights")
         return self
 
 
-class Classification(ImageTask):
+class Classification(ClassTask):
     """Cross entropy over num_classes classes; the best has the highest accuracy.
 
     Outputs are logits [B, num_classes], targets {"label": int64 [B]}, in training after mixing
@@ -88,7 +78,6 @@ class Classification(ImageTask):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         said, count = self.options, self.options.num_classes
-        self.classes = self.classes or tuple(map(str, range(count)))
         self._weights = None if said.class_weights is None else torch.tensor(said.class_weights)
         self._mixup: Mixup | None = None
         if said.mixup or said.cutmix:
@@ -102,11 +91,7 @@ class Classification(ImageTask):
                 f"task.num_classes is {count}, the shards have {len(index.classes)} classes: "
                 f"{', '.join(index.classes[:10])}"
             )
-        if index.classes != self.classes:
-            raise UserError(
-                f"{source}: has the classes {', '.join(index.classes[:10])}; allowed are "
-                f"{', '.join(self.classes[:10])}"
-            )
+        self.check_names(index, source)
 
     def learn_from(self, index: Index) -> None:
         """See Task."""
@@ -144,8 +129,7 @@ class Classification(ImageTask):
             reduction="none",
             label_smoothing=self.options.label_smoothing if training else 0.0,
         )
-        counted = each if batch.count else each * 0
-        return Loss(counted.sum() / normaliser, finite_samples(outputs))
+        return loss_of_samples(each, outputs, batch, normaliser)
 
     def metrics(self, device: torch.device) -> TorchMetrics:
         """accuracy, and balanced_accuracy: the mean over classes that there are samples of."""
@@ -169,18 +153,18 @@ class Classification(ImageTask):
             "balanced_accuracy": MulticlassStatScores(count, average=None),
         }
 
+    def _recalls(self, found: dict[str, Any]) -> dict[str, float | None]:
+        """Each class's share of right predictions, None without samples."""
+        # True and false positives, true and false negatives, samples.
+        scores = zip(self.classes, found["balanced_accuracy"], strict=True)
+        return {name: right / all_ if all_ else None for name, (right, *_, all_) in scores}
+
     def _plain(self, found: dict[str, Any]) -> dict[str, Any]:
-        own = [value for value in _recalls(found["balanced_accuracy"]) if value is not None]
-        return {**found, "balanced_accuracy": sum(own) / len(own) if own else float("nan")}
+        return {**found, "balanced_accuracy": mean_of_present(self._recalls(found))}
 
     def _described(self, found: dict[str, Any]) -> dict[str, Any]:
-        recalls = dict(zip(self.classes, _recalls(found["balanced_accuracy"]), strict=True))
-        return {
-            **self._plain(found),
-            "class_accuracy": recalls,
-            "absent_classes": [name for name, value in recalls.items() if value is None],
-            "classes": list(self.classes),
-        }
+        by_class = self.told_by_class("class_accuracy", self._recalls(found))
+        return {**self._plain(found), **by_class}
 
     def rows(self, predictions: Tensor) -> list[Row]:
         """class, probability, and p_NAME for each class."""
@@ -188,9 +172,8 @@ class Classification(ImageTask):
 
     def _row(self, shares: list[float]) -> Row:
         best = max(range(len(shares)), key=shares.__getitem__)
-        named = zip(self.classes, shares, strict=True)
-        each = {f"p_{name}": round(share, 6) for name, share in named}
-        return {"class": self.classes[best], "probability": round(shares[best], 6), **each}
+        said = {"class": self.classes[best], "probability": round(shares[best], 6)}
+        return {**said, **self.shares_by_name(shares)}
 
     def draw(self, batch: Batch, predictions: Tensor) -> Figure:
         """See Task."""
@@ -221,21 +204,6 @@ class _Prepared:
         return values
 
 
-def class_index(label: Any, classes: Sequence[str]) -> int:
-    """A label, a number or a name, as its class's number. Raises ValueError for another one."""
-    if isinstance(label, str) and label in classes:
-        return classes.index(label)
-    whole = not isinstance(label, bool) and not (isinstance(label, float) and label % 1)
-    try:
-        number = int(label) if whole else -1
-    except (TypeError, ValueError):
-        number = -1
-    if not 0 <= number < len(classes):
-        names = ", ".join(classes[:10])
-        raise ValueError(f"label {label!r}, allowed is 0 to {len(classes) - 1} or one of {names}")
-    return number
-
-
 def balanced_weights(counts: Sequence[int]) -> list[float]:
     """Factors by which classes of so many samples weigh the same, with mean 1 over samples."""
     total = sum(counts)
@@ -244,9 +212,3 @@ def balanced_weights(counts: Sequence[int]) -> list[float]:
 
 def _values(predictions: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return predictions.float(), to_device(batch.targets["label"], predictions.device)
-
-
-def _recalls(scores: list[list[int]]) -> list[float | None]:
-    """Each class's share of right predictions, None without samples. scores: rows of true and
-    false positives, true and false negatives, samples."""
-    return [right / samples if samples else None for right, _, _, _, samples in scores]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dr2dist.data.batch import Batch
 from dr2dist.data.decoders import IMAGE_TYPES
+from dr2dist.data.stream import Values
 from dr2dist.errors import UserError
-from dr2dist.tasks.task import Task, Values
+from dr2dist.tasks.task import Task
 from dr2dist.tasks.transforms import EVALUATION, ImageData, eval_transform, train_transform
 
 IMAGE = ";".join((*IMAGE_TYPES, "npy"))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 from dr2dist.data.batch import Batch
 
@@ -116,3 +116,13 @@ class GatheredMetrics(KeyedMetrics):
             metric.update(found, wanted)
             values[name] = metric.compute().tolist()
         return values if self._plain is None else self._plain(values)
+
+
+def add_loss(mean: MeanMetric, task: Any, outputs: Any, batch: Batch) -> None:
+    """Takes a held-out batch's loss into the mean, by its own counts, which it weighs by.
+
+    task: the Task.
+    """
+    counts = task.counts(batch)
+    if counts:
+        mean.update(task.loss(outputs, batch, counts, training=False).total, weight=counts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from matplotlib.figure import Figure
@@ -16,43 +16,32 @@ from torchmetrics.classification import (
     MultilabelStatScores,
 )
 
-from dr2dist.config.task import TaskOptions
 from dr2dist.data.batch import Batch
 from dr2dist.data.index import Index
+from dr2dist.data.stream import Values
 from dr2dist.errors import UserError
 from dr2dist.reversible.transfer import to_device
-from dr2dist.tasks.classification import class_index
-from dr2dist.tasks.images import IMAGE, SHOWN, ImageTask
+from dr2dist.tasks.classes import ClassOptions, ClassTask, Weight, class_index, mean_of_present
+from dr2dist.tasks.images import IMAGE, SHOWN
 from dr2dist.tasks.metrics import GatheredMetrics
-from dr2dist.tasks.task import Loss, Row, Values, finite_samples
-
-Weight = Annotated[float, Field(gt=0)]
+from dr2dist.tasks.task import Loss, Row, loss_of_samples, words_of
 
 
-class MultilabelOptions(TaskOptions):
+class MultilabelOptions(ClassOptions):
     """Any number of classes for each image, by binary cross entropy of each."""
 
-    num_classes: int = Field(ge=2, description="classes of the head")
     threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a class is said")
     positive_weights: tuple[Weight, ...] | None = Field(
         None, description="a factor of each class's losses where it is there; null: 1"
     )
 
-    def outputs(self) -> int:
-        """See TaskOptions."""
-        return self.num_classes
-
     @model_validator(mode="after")
     def _one_weight_a_class(self) -> Self:
-        if self.positive_weights is not None and len(self.positive_weights) != self.num_classes:
-            raise ValueError(
-                f"positive_weights has {len(self.positive_weights)} values, allowed is one for "
-                f"each of num_classes, {self.num_classes}"
-            )
+        self.check_one_a_class("positive_weights")
         return self
 
 
-class Multilabel(ImageTask):
+class Multilabel(ClassTask):
     """The mean over classes of binary cross entropy; the best has the highest mean average
     precision.
 
@@ -66,10 +55,6 @@ class Multilabel(ImageTask):
     fields: ClassVar[Mapping[str, str]] = {"image": IMAGE, "labels": "json#labels;txt;cls"}
     best = ("mean_average_precision", "max")
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.classes = self.classes or tuple(map(str, range(self.options.num_classes)))
-
     def check_index(self, index: Index, source: str) -> None:
         """See Task. An index without classes has labels that are numbers."""
         count = self.options.num_classes
@@ -77,11 +62,8 @@ class Multilabel(ImageTask):
             raise UserError(
                 f"task.num_classes is {count}, {source} has {len(index.classes)} classes"
             )
-        if index.classes and index.classes != self.classes:
-            raise UserError(
-                f"{source}: has the classes {', '.join(index.classes[:10])}; allowed are "
-                f"{', '.join(self.classes[:10])}"
-            )
+        if index.classes:
+            self.check_names(index, source)
 
     def transform(self, data: Any = None) -> Callable[[Values], Values]:
         """See Task."""
@@ -95,8 +77,7 @@ class Multilabel(ImageTask):
         each = functional.binary_cross_entropy_with_logits(
             outputs.float(), labels, pos_weight=weights, reduction="none"
         ).mean(1)
-        counted = each if batch.count else each * 0
-        return Loss(counted.sum() / normaliser, finite_samples(outputs))
+        return loss_of_samples(each, outputs, batch, normaliser)
 
     def metrics(self, device: torch.device) -> GatheredMetrics:
         """mean_average_precision over classes that there are samples of, and f1, over classes."""
@@ -121,26 +102,19 @@ class Multilabel(ImageTask):
         return dict(zip(self.classes, values, strict=True))
 
     def _plain(self, found: dict[str, Any]) -> dict[str, Any]:
-        own = [value for value in self._by_class(found).values() if value is not None]
-        mean = sum(own) / len(own) if own else float("nan")
+        mean = mean_of_present(self._by_class(found))
         return {"mean_average_precision": mean, "f1": found["f1"]}
 
     def _described(self, found: dict[str, Any]) -> dict[str, Any]:
-        by_class = self._by_class(found)
-        return {
-            **self._plain(found),
-            "average_precision": by_class,
-            "absent_classes": [name for name, value in by_class.items() if value is None],
-            "classes": list(self.classes),
-        }
+        by_class = self.told_by_class("average_precision", self._by_class(found))
+        return {**self._plain(found), **by_class}
 
     def rows(self, predictions: Tensor) -> list[Row]:
         """classes, those said, between semicolons, and p_NAME for each class."""
         return [self._row(shares) for shares in predictions.float().sigmoid().tolist()]
 
     def _row(self, shares: list[float]) -> Row:
-        each = {f"p_{n}": round(s, 6) for n, s in zip(self.classes, shares, strict=True)}
-        return {"classes": self._said(shares), **each}
+        return {"classes": self._said(shares), **self.shares_by_name(shares)}
 
     def _said(self, shares: Sequence[float]) -> str:
         limit = self.options.threshold
@@ -173,7 +147,7 @@ class _Prepared:
 
 def _listed(labels: Any) -> list[Any]:
     if isinstance(labels, str):
-        return labels.replace(",", " ").replace(";", " ").split()
+        return words_of(labels)
     return list(labels) if isinstance(labels, list) else [labels]
 
 

@@ -15,10 +15,11 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError
 
 from dr2dist.config.task import TaskOptions
 from dr2dist.data.batch import Batch
+from dr2dist.data.stream import Values
 from dr2dist.reversible.transfer import to_device
 from dr2dist.tasks.images import IMAGE, SHOWN, ImageTask
 from dr2dist.tasks.metrics import TorchMetrics
-from dr2dist.tasks.task import Loss, Row, Values, finite_samples
+from dr2dist.tasks.task import Loss, Row, loss_of_samples, words_of
 
 
 class RegressionOptions(TaskOptions):
@@ -85,8 +86,7 @@ class Regression(ImageTask):
             "huber": functional.smooth_l1_loss,
         }[self.options.loss]
         each = function(outputs.float(), wanted, reduction="none").mean(1)
-        counted = each if batch.count else each * 0
-        return Loss(counted.sum() / normaliser, finite_samples(outputs))
+        return loss_of_samples(each, outputs, batch, normaliser)
 
     def predictions(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Numbers in their own units, fp32 [B, T]."""
@@ -124,7 +124,7 @@ class _Prepared:
 
     def _numbers(self, target: Any) -> Tensor:
         if isinstance(target, str):
-            target = target.replace(",", " ").replace(";", " ").split()
+            target = words_of(target)
         try:
             numbers = np.asarray(target, dtype=np.float32).reshape(-1)
         except (TypeError, ValueError):

@@ -15,10 +15,8 @@ from dr2dist.backbones.backbone import FeatureInfo
 from dr2dist.config.task import Data, TaskOptions
 from dr2dist.data.batch import Batch
 from dr2dist.data.index import Index
+from dr2dist.data.stream import Values
 from dr2dist.reversible.trees import tree_leaves
-
-Values = dict[str, Any]
-"""A sample's fields by name."""
 
 Row = dict[str, Any]
 """What is predicted of a sample, for a line of CSV or an object of JSON."""
@@ -192,3 +190,15 @@ def finite_samples(outputs: Any) -> Tensor:
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     fine = [leaf.detach().isfinite().reshape(len(leaf), -1).all(1) for leaf in leaves]
     return torch.stack(fine).all(0)
+
+
+def loss_of_samples(each: Tensor, outputs: Any, batch: Batch, normaliser: float) -> Loss:
+    """The loss of a task that has one a sample, [B]: nothing, with a graph, of a batch that only
+    fills in."""
+    counted = each if batch.count else each * 0
+    return Loss(counted.sum() / normaliser, finite_samples(outputs))
+
+
+def words_of(text: str) -> list[str]:
+    """Of a member's text: between spaces, commas or semicolons."""
+    return text.replace(",", " ").replace(";", " ").split()

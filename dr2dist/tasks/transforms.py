@@ -20,8 +20,8 @@ from torchvision.transforms import v2
 
 from dr2dist.config.section import Positive, Section, Unit
 from dr2dist.config.task import Data
+from dr2dist.data.stream import Transform, Values
 
-Values = dict[str, Any]
 Resize = Literal["timm", "floor"]
 Deviation = Annotated[float, Field(gt=0)]
 
@@ -113,7 +113,7 @@ class OnImage(nn.Module):
 
 def train_transform(
     size: tuple[int, int], mean: Sequence[float], std: Sequence[float], data: ImageData
-) -> Callable[[Values], Values]:
+) -> Transform:
     """Random crop, flips, RandAugment, then fp32 [C, *size], in which rectangles are erased.
 
     size: height, width. mean, std: one for each of C channels. Draws from the global streams of
@@ -147,7 +147,7 @@ def eval_transform(
     mean: Sequence[float],
     std: Sequence[float],
     resize: Resize = "timm",
-) -> Callable[[Values], Values]:
+) -> Transform:
     """The centre of the image that just covers `size` (height, width): fp32 [C, *size].
 
     resize: how the covering image's longer side is rounded; "timm" makes 8-bit RGB images the very

@@ -12,7 +12,8 @@ import torch
 
 from dr2dist.assembly import Blueprint, assemble
 from dr2dist.backbones.convert import convert
-from dr2dist.backbones.measure import measure, on_meta, training_flops
+from dr2dist.backbones.measure import Measured, measure, on_meta, training_flops
+from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.backbones.weights import check_file
 from dr2dist.coefficients import Schedule
 from dr2dist.config import Config
@@ -172,12 +173,8 @@ def make_plan(config: Config, ranks: int) -> Plan:
         lengths = {chain.name: len(chain.functions) for chain in net.chains}
         schedule.check(setting, list(lengths.values()))
     layers = layers_of(net) if grid.stages > 1 else []
-    measured = measure(on_meta(net))
-    if setting.measured and measured[0].flow.rows > 1:
-        raise UserError(
-            "reversible: memory budget and chunk_size auto are measured row by row, and a sample "
-            f"of this model is {measured[0].flow.rows} rows: allowed are the others"
-        )
+    # Stages have measured them already, and take no setting that is measured row by row.
+    measured: list[Any] = [*layers] or _measured(net, setting)
     return Plan(
         grid=grid,
         layers=layers,
@@ -198,6 +195,17 @@ def make_plan(config: Config, ranks: int) -> Plan:
         inputs=sum(leaf.numel() for leaf in tree_leaves(net.family.example(net))),
         remainder_bits=_remainder_bits(setting, schedule),
     )
+
+
+def _measured(net: ReversibleNetwork, setting: Setting) -> list[Measured]:
+    found = measure(on_meta(net))
+    rows = found[0].flow.rows
+    if setting.measured and rows > 1:
+        raise UserError(
+            "reversible: memory budget and chunk_size auto are measured row by row, and a sample "
+            f"of this model is {rows} rows: allowed are the others"
+        )
+    return found
 
 
 def _remainder_bits(setting: Setting, schedule: Schedule) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -179,6 +180,7 @@ class Trainer:
             self._checked, self._parts = [], {}
             seed_device(self.engine.device, *self.seed, step)
 
+        @lru_cache(maxsize=1)  # one rank's inputs and loss want the same
         def augmented(number: int) -> Batch:
             with seeded(*self.seed, step, number):
                 return self.task.augment(batches[number])

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric, SumMetric
 from dr2dist.data.batch import Batch
 from dr2dist.errors import UserError
 from dr2dist.parallel.engine import ReversibleEngine
+from dr2dist.tasks.metrics import add_loss
 from dr2dist.tasks.task import Task
 
 
@@ -38,7 +39,7 @@ def validate(
             if batch.count:
                 predicted = task.predictions(output, batch)
                 metrics.update(predicted, batch)
-                _add_loss(loss, task, output, batch)
+                add_loss(loss, task, output, batch)
                 count.update(batch.count)
                 if look is None and engine.replica == 0:
                     look = task.draw(batch, predicted)
@@ -59,10 +60,3 @@ def _number(task: Task, name: str, value: Any) -> float:
     except (TypeError, ValueError):
         kind = type(value).__name__
         raise UserError(f"task {task.name}: the metric {name} is a {kind}, not a number") from None
-
-
-def _add_loss(mean: MeanMetric, task: Task, output: Any, batch: Batch) -> None:
-    """A batch's loss by its own counts, which it weighs by in the mean."""
-    counts = task.counts(batch)
-    if counts:
-        mean.update(task.loss(output, batch, counts, training=False).total, weight=counts)

@@ -80,7 +80,7 @@ class Stage:
     def taps(self, run: Sequence[Place]) -> list[int]:
         """Functions of a segment, by their numbers in it, behind which a head takes tokens."""
         wanted = self.net.head_taps
-        return [n for n, place in enumerate(run) if (place.item, place.function) in wanted]
+        return [n for n, place in enumerate(run) if place.tap in wanted]
 
 
 class _Inference(AutogradDriver):
@@ -99,12 +99,8 @@ class _Inference(AutogradDriver):
         layout = Layout.given(chain.setting, flow.rows)
         infer = segment.infer if run[-1].last else segment.infer_state
         flow.value, tapped = infer(given, sides, chain.setting, layout, taps, dtype)
-        flow.taps |= {_tap(run[n]): tokens for n, tokens in zip(taps, tapped, strict=True)}
+        flow.taps |= {run[n].tap: tokens for n, tokens in zip(taps, tapped, strict=True)}
         return flow
-
-
-def _tap(place: Place) -> tuple[int, int]:
-    return place.item, place.function
 
 
 def _dtype(segment: Segment) -> torch.dtype:
@@ -350,7 +346,7 @@ class _Reversal:
                 self.dtype = given.dtype
                 found = segment.forward(given, sides, setting, layout, taps=taps)
         self.state, self.tape, handed = found
-        self.tapped = {_tap(run[tap]): tokens for tap, tokens in handed.items()}
+        self.tapped = {run[tap].tap: tokens for tap, tokens in handed.items()}
         chain.open(self.tape)
 
     def tokens(self) -> Tensor:
@@ -365,7 +361,7 @@ class _Reversal:
             gradient = Gradient(gradient.to(dtype).contiguous(), None)
         held = self.tape.remainder_bytes
         state, self.state = self.state, None
-        keys = {tap: _tap(self._run[tap]) for tap in self._taps}
+        keys = {tap: self._run[tap].tap for tap in self._taps}
         taps = {tap: run.grads.pop(key) for tap, key in keys.items() if key in run.grads}
         with torch.no_grad():
             result = self.segment.reversal(self.tape, state, gradient, taps).finish()
