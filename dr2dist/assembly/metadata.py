@@ -31,11 +31,11 @@ class ExportMetadata(BaseModel):
     """What an exported file says of its model.
 
     model, image_size (height, width in pixels), in_channels, options: how it is built. alpha, beta,
-    arithmetic, fraction_bits: how its residual functions are joined. task: the section `task`.
-    classes: names by label. preprocessing: how samples become inputs, as plain values. fields:
-    members of samples that were read instead of the task's. plugins: modules that know the task or
-    the backbone. step: applied optimiser steps, None where nobody counted. dr2dist: the version
-    that trained it.
+    arithmetic, fraction_bits, state_bits, scales: how its residual functions are joined. task: the
+    section `task`. classes: names by label. preprocessing: how samples become inputs, as plain
+    values. fields: members of samples that were read instead of the task's. plugins: modules that
+    know the task or the backbone. step: applied optimiser steps, None where nobody counted.
+    dr2dist: the version that trained it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -47,6 +47,8 @@ class ExportMetadata(BaseModel):
     beta: float
     arithmetic: Literal["exact", "float"]
     fraction_bits: int
+    state_bits: Literal[16, 32] = 32
+    scales: dict[str, tuple[int, ...]] = {}
     task: dict[str, Any]
     classes: tuple[str, ...] = ()
     preprocessing: dict[str, Any]
@@ -143,6 +145,8 @@ def metadata_of(
             beta=beta,
             arithmetic=setting.arithmetic,
             fraction_bits=setting.fraction_bits,
+            state_bits=setting.state_bits,
+            scales=net.scales,
             task=dict(task or {"name": DEFAULT_TASK, "num_classes": len(classes)}),
             classes=classes,
             preprocessing={**family.preprocessing(net), "resize": "timm", **preprocessing},

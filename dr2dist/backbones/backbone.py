@@ -39,11 +39,12 @@ class ChainOf(NamedTuple):
 
     name: by which the certificate calls it. functions: modules in order, two or so a block, each
     called as function(tokens, **sides) and computing its branch alone, without the addition, to
-    the tokens' shape; see `Chain` and `Branch`.
+    the tokens' shape; see `Chain` and `Branch`. channel_dim: of the tokens.
     """
 
     name: str
     functions: list[nn.Module]
+    channel_dim: int = -1
 
 
 class Transition(NamedTuple):

@@ -19,6 +19,7 @@ from dr2dist.backbones.live import bypassed, refuse_hooks, refuse_sharded, struc
 from dr2dist.backbones.walk import Flow, Place, Tap, places_of, walk
 from dr2dist.errors import UserError, nearest
 from dr2dist.reversible import Chain, Piece, Planner
+from dr2dist.reversible.arithmetic.scales import ChannelScales
 from dr2dist.reversible.arithmetic.setting import round_coefficient
 
 COEFFICIENTS_NAME = "reversible_alpha_beta"
@@ -93,6 +94,28 @@ class ReversibleNetwork(nn.Module):
             self.set_coefficients(*(round_coefficient(value / _UNIT) for value in values))
         except ValueError as error:
             raise UserError(f"{COEFFICIENTS_NAME} in the loaded state: {error}") from None
+
+    @property
+    def scales(self) -> dict[str, list[int]]:
+        """Exponents of the scales of 16-bit states, by chain and channel; empty before they are
+        found, and for states of 32 bits."""
+        found = {chain.name: chain.scales for chain in self.chains}
+        return {name: list(known.exponents) for name, known in found.items() if known is not None}
+
+    def set_scales(self, scales: Mapping[str, Sequence[int]]) -> None:
+        """Takes what `scales` has given; chains that are not named find their own.
+
+        Raises UserError for a chain that the network does not have, RuntimeError while a forward
+        pass still waits for its backward pass.
+        """
+        names = [chain.name for chain in self.chains]
+        for name in scales:
+            if name not in names:
+                raise UserError(f"scales: no chain is called {name!r}{nearest(name, names)}")
+        for chain in self.chains:
+            known = scales.get(chain.name)
+            dim = chain.channel_dim
+            chain.set_scales(None if known is None else ChannelScales(tuple(known), dim))
 
     def certificate(self) -> Certificate:
         """What the last backward pass verified, read to the host; without chains before the first.
@@ -291,7 +314,8 @@ class ReversibleNetwork(nn.Module):
             if isinstance(layer, Transition):
                 items.append(layer if layer.sides else Piece(layer.module))
                 continue
-            new = Chain(layer.functions, name=layer.name, **(options or self.chains[0].options))
+            more = {"name": layer.name, "channel_dim": layer.channel_dim}
+            new = Chain(layer.functions, **more, **(options or self.chains[0].options))
             chain = known.get(layer.name, new)
             chain.functions = new.functions
             items.append(chain)

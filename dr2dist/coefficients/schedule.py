@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -76,11 +76,8 @@ class Schedule:
         lengths: the number of functions of each chain, whose range the path must keep.
         """
         for alpha, beta in self.pairs():
-            at = Setting(
-                alpha, beta, setting.arithmetic, setting.memory, None, setting.fraction_bits
-            )
             for length in lengths:
-                at.check_range(length)
+                replace(setting, alpha=alpha, beta=beta).check_range(length)
 
 
 def _ease(weight: float, shape: Shape) -> float:

@@ -84,14 +84,21 @@ class Reversible(Section):
     chunk_tokens: Positive | None = Field(
         None, description="tokens per slice inside a sample, with chunk_size 1; null: all"
     )
-    fraction_bits: int = Field(18, ge=0, le=28, description="resolution of exact states, 2^-bits")
+    state_bits: Literal[16, 32] = Field(
+        32, description="of exact states: 16 has a scale for each channel, for F in bf16"
+    )
+    fraction_bits: int = Field(
+        18, ge=0, le=28, description="resolution of exact states of 32 bits, 2^-bits"
+    )
     compile: bool = Field(
         False, description="run functions by torch.compile, forth and back; not with zero 3"
     )
 
     def idle(self) -> dict[str, str]:
         """See Section."""
-        return {"fraction_bits": "arithmetic float"} if self.arithmetic == "float" else {}
+        if self.arithmetic == "float":
+            return dict.fromkeys(("fraction_bits", "state_bits"), "arithmetic float")
+        return {"fraction_bits": "state_bits 16"} if self.state_bits == 16 else {}
 
     @model_validator(mode="after")
     def _budgets_and_slices(self) -> Self:

@@ -104,7 +104,9 @@ def load_with_task(path: str | Path) -> Loaded:
         facts.arithmetic,
         "store" if facts.conventional else "reverse",
         fraction_bits=facts.fraction_bits,
+        state_bits=facts.state_bits,
     )
+    net.set_scales(facts.scales)
     # What timm says of other sizes than the trained one is not true of these weights.
     own = getattr(net, "pretrained_cfg", {})
     kept = {k: v for k, v in own.items() if not k.startswith("test_")}

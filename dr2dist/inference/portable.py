@@ -37,6 +37,7 @@ class PlainChain(nn.Module):
     def __init__(self, chain: Chain) -> None:
         super().__init__()
         self.functions, self.setting, self.name = chain.functions, chain.setting, chain.name
+        self.scales = chain.scales
 
     def forward(
         self,
@@ -65,7 +66,7 @@ class PlainChain(nn.Module):
             yield x
 
     def _exact(self, x: Tensor, functions: Sequence[Any], sides: Sides) -> Iterator[Tensor]:
-        setting, scale = self.setting, 2.0**self.setting.fraction_bits
+        setting, scale = self.setting, self._steps_of_one(x.dim())
         now = (x.double() * scale).round()
         before = now
         for function in functions:
@@ -73,6 +74,14 @@ class PlainChain(nn.Module):
             quotient = (before * setting.beta + 0.5).floor()
             now, before = (f.double() * scale + setting.alpha * now).round() + quotient, now
             yield (now / scale).to(x.dtype)
+
+    def _steps_of_one(self, dims: int) -> Any:
+        """Grid steps that are 1: a number, or fp64 and of the channels' place in tokens."""
+        if self.scales is None:
+            return 2.0**self.setting.fraction_bits
+        shape = [1] * dims
+        shape[self.scales.dim] = len(self.scales.exponents)
+        return self.scales.values(torch.device("cpu")).double().reciprocal().view(shape)
 
 
 def plain(net: Any) -> Any:

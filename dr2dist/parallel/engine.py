@@ -21,6 +21,7 @@ from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.parallel.master_weights import MasterWeights
 from dr2dist.parallel.originals import originals
 from dr2dist.parallel.processes import slowest
+from dr2dist.parallel.scales import find_scales, make_room, without_scales
 from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.parallel.sharding import shard
 from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
@@ -34,6 +35,9 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 
 _LAYOUT = ("memory", "memory_budget", "chunk_size", "chunk_tokens", "chunk_budget")
+
+WIDENINGS = 32
+"""Attempts of one step, each with larger scales of 16-bit states, before it is given up."""
 
 NO_NORM = "the norm of the reduced gradient is not finite"
 
@@ -117,6 +121,7 @@ class ReversibleEngine:
         self.gradient_norm: Any = None
         """2-norm of the last applied step's gradient before clipping."""
         self.applied = 0
+        self._peaks: dict[str, Tensor | None] = {}
 
     def step(self, work: StepBatches, count: int, learning_rates: list[float]) -> Verdict:
         """One optimiser step from `count` micro-batches.
@@ -124,10 +129,18 @@ class ReversibleEngine:
         learning_rates: one for each parameter group.
         Raises UnprovenStepError, with nothing applied on any rank and all buffers as they were, if
         the verdict is not clean, or the gradient that ranks have summed has no finite norm. A
-        mismatch is tried once more first.
+        mismatch is tried once more first, and a state of 16 bits out of range with larger scales,
+        as long as that is what is wrong.
         """
         buffers = Buffers(self.net)
+        self._find_scales(work, buffers)
         verdict = self._attempt(work, count)
+        for _ in range(WIDENINGS):
+            if "range" not in verdict.kinds or not self._make_room(verdict):
+                break
+            log.warning("step %d: %s; trying again", self.applied, "; ".join(verdict.messages))
+            self._discard(buffers)
+            verdict = self._attempt(work, count)
         if verdict.kinds == {"mismatch"}:
             log.warning("step %d: %s; trying again", self.applied, "; ".join(verdict.messages))
             self._discard(buffers)
@@ -138,9 +151,27 @@ class ReversibleEngine:
             self._discard(buffers)
             raise UnprovenStepError(verdict)
         self.applied += 1
+        self._make_room(verdict)
         if self.average is not None:
             self.average.update()
         return verdict
+
+    def _find_scales(self, work: StepBatches, buffers: Buffers) -> None:
+        """Those of states of 16 bits, from the step's first micro-batch, where there are none."""
+        chains = without_scales(self.chains)
+        if not chains:
+            return
+        work.begin()
+        with torch.no_grad():
+            find_scales(chains, lambda: self.forward(work.inputs(0) if self.first else None))
+        buffers.put_back()
+
+    def _make_room(self, verdict: Verdict) -> bool:
+        """Widens scales for the next attempt; whether any was. All ranks decide alike."""
+        widened = make_room(self.chains, verdict.near, self._peaks, self.device)
+        if widened:
+            log.info("step %d: room for larger states: %s", self.applied, ", ".join(widened))
+        return bool(widened)
 
     def _apply(self, learning_rates: list[float]) -> bool:
         """The optimiser's step; False, on all ranks, if the gradient's norm is not finite.
@@ -166,8 +197,14 @@ class ReversibleEngine:
             loss = work.loss(number, self.forward(work.inputs(number)))
             self.backward(loss, last=number == count - 1)
             total += loss.detach().double() / count
+        return self._decide(total, work)
+
+    def _decide(self, total: Tensor, work: StepBatches) -> Verdict:
+        """The verdict of all ranks. total: this rank's loss."""
         report = Report(total, self._watch.take(), self.chains, work.counted_next)
-        return decide(report, self.coefficients, self.applied)
+        verdict = decide(report, self.coefficients, self.applied)
+        self._peaks = report.peaks
+        return verdict
 
     def _whole_norm(self) -> Tensor:
         """Of gradients that every rank holds whole, where DeepSpeed keeps no norm."""

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dr2dist.reversible import Chain
+from dr2dist.reversible.arithmetic.scales import NEAR
 from dr2dist.reversible.certificate import NEVER, Flags, failure_messages, worst_drift
 from dr2dist.reversible.transfer import to_device
 
@@ -25,7 +27,8 @@ class Verdict:
 
     kinds: what went wrong (empty: the step may be applied). messages: one line each, with the
     rank. loss: mean over ranks. drift: worst over ranks and chains, float arithmetic only.
-    counted_next: sum over ranks of what the reports say of the next step.
+    counted_next: sum over ranks of what the reports say of the next step. near: by chain, the most
+    channels of a rank whose 16-bit states have come near their limit.
     """
 
     kinds: frozenset[Kind]
@@ -33,6 +36,7 @@ class Verdict:
     loss: float
     drift: float | None
     counted_next: float
+    near: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -45,32 +49,44 @@ class Report:
     """One rank's part: int64 or fp64 scalars on the device, not read before the exchange.
 
     loss: this rank's mean loss of the step. gradient: finite if every gradient is. counted_next:
-    see Verdict.
+    see Verdict. peaks: by chain, of its channels, once it is packed; None where nothing was run.
     """
 
     loss: Tensor
     gradient: Tensor
     chains: Sequence[Chain] = field(default_factory=tuple)
     counted_next: float = 0.0
+    peaks: dict[str, Tensor | None] = field(default_factory=dict)
 
     def pack(self, coefficients: tuple[float, float], step: int) -> Tensor:
         """fp64 [2 + len(SAME) + 1 + chains * (1 + FOR_A_CHAIN)]; every integer is below 2^53."""
         device = self.loss.device
         head = torch.stack([self.loss.double(), self.gradient.double()])
-        same = [*coefficients, step, *(chain.setting.fraction_bits for chain in self.chains)]
+        same = [*coefficients, step, *map(_grid, self.chains)]
         told = torch.tensor([*same, self.counted_next], dtype=torch.float64)
         parts = [head, to_device(told, device)]
         for chain in self.chains:
             flags, drift = chain.ledger.take()
+            self.peaks[chain.name] = None if flags is None else flags[Flags.SIZE :]
             flags = Flags(device).tensor if flags is None else flags
+            near = (flags[Flags.SIZE :] >= NEAR).sum().reshape(1)
             drift = torch.full((), -1.0, device=device) if drift is None else drift
-            parts += [flags.double(), drift.double().reshape(1)]
+            parts += [flags[: Flags.SIZE].double(), near.double(), drift.double().reshape(1)]
         return torch.cat(parts)
 
 
+def _grid(chain: Chain) -> float:
+    """A number that chains on the same grid have in common."""
+    scales = chain.scales
+    if scales is None:
+        return float(chain.setting.fraction_bits)
+    return float(crc32(str(scales.exponents).encode()))
+
+
 SAME = ("alpha", "beta", "applied steps")
-"""What all ranks must have in common, beside each chain's fraction bits."""
-FOR_A_CHAIN = Flags.SIZE + 1
+"""What all ranks must have in common, beside each chain's grid: its fraction bits, or a number of
+its scales."""
+FOR_A_CHAIN = Flags.SIZE + 2
 
 
 def decide(report: Report, coefficients: tuple[float, float], step: int) -> Verdict:
@@ -85,21 +101,24 @@ def decide(report: Report, coefficients: tuple[float, float], step: int) -> Verd
         dist.all_gather(gathered, own)
     else:
         gathered = [own]
-    return _read(torch.stack(gathered).tolist(), [chain.name for chain in report.chains])
+    return _read(torch.stack(gathered).tolist(), report.chains)
 
 
-def _read(rows: list[list[float]], names: list[str]) -> Verdict:
-    titles = [*SAME, *(f"{name}: fraction bits" for name in names)]
+def _read(rows: list[list[float]], chains: Sequence[Chain]) -> Verdict:
+    titles = [*SAME, *(f"{chain.name}: grid" for chain in chains)]
     start = 2 + len(titles) + 1
     messages = _disagreements([row[2 : start - 1] for row in rows], titles)
     kinds: set[Kind] = {"disagreement"} if messages else set()
     drifts: list[float | None] = []
+    near: dict[str, int] = {}
     for rank, row in enumerate(rows):
-        for place, name in enumerate(names):
-            *flags, drift = row[start + place * FOR_A_CHAIN :][:FOR_A_CHAIN]
+        for place, chain in enumerate(chains):
+            *flags, close, drift = row[start + place * FOR_A_CHAIN :][:FOR_A_CHAIN]
             whole = [int(value) for value in flags]
             kinds.update(failure_kinds(whole))
-            messages += [f"rank {rank}: {line}" for line in failure_messages(name, whole)]
+            lines = failure_messages(chain.name, chain.setting, whole)
+            messages += [f"rank {rank}: {line}" for line in lines]
+            near[chain.name] = max(int(close), near.get(chain.name, 0))
             drifts.append(None if drift == -1.0 else drift)
         loss, gradient = row[:2]
         if not (math.isfinite(loss) and math.isfinite(gradient)):
@@ -108,7 +127,7 @@ def _read(rows: list[list[float]], names: list[str]) -> Verdict:
             messages.append(f"rank {rank}: the {what} is not finite")
     loss = sum(row[0] for row in rows) / len(rows)
     counted = sum(row[start - 1] for row in rows)
-    return Verdict(frozenset(kinds), tuple(messages), loss, worst_drift(drifts), counted)
+    return Verdict(frozenset(kinds), tuple(messages), loss, worst_drift(drifts), counted, near)
 
 
 def _disagreements(values: list[list[float]], titles: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
-from dr2dist.reversible.arithmetic.setting import RANGE_BITS
+from dr2dist.reversible.arithmetic.setting import Setting
 from dr2dist.reversible.arithmetic.state import State
 from dr2dist.reversible.transfer import to_device
 
@@ -22,19 +22,20 @@ PROBE = 1024
 
 
 class Flags:
-    """What went wrong in one pass of a chain, as an int64 tensor on its device; no host reads.
+    """What was found in one pass of a chain, as an int64 tensor on its device; no host reads.
 
     [0] first function after which a state left the range, [1] first function whose output is
     not finite (NEVER: none; -1: the tokens that enter are not), [2] last function whose recompute
     differed (-1: none), [3] 1 where the chain's start is not what the forward pass began with,
-    [4] passes reversed.
+    [4] passes reversed. Behind them, for states of 16 bits, the largest |X| of each channel, as far
+    as it was near its limit.
     """
 
     SIZE = 5
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, channels: int = 0) -> None:
         # Filled there: a list of numbers would be copied there, and the host wait for it.
-        self.tensor = torch.zeros(self.SIZE, dtype=torch.int64, device=device)
+        self.tensor = torch.zeros(self.SIZE + channels, dtype=torch.int64, device=device)
         self.tensor[:2].fill_(NEVER)
         self.tensor[2].fill_(-1)
 
@@ -48,10 +49,17 @@ class Flags:
         if seen.outside is not None:
             self._first(0, index, seen.outside)
 
-    def note_state(self, index: int, state: Tensor) -> None:
-        """A fixed-point state: its range is checked."""
-        low, high = torch.aminmax(state)
-        self._first(0, index, (low <= -(1 << RANGE_BITS)) | (high >= 1 << RANGE_BITS))
+    def note_state(self, index: int, outside: Tensor, peaks: Tensor | None) -> None:
+        """The fixed-point state that a pass begins with: which samples are out of range, and the
+        largest |X| of its channels."""
+        self._first(0, index, outside.any())
+        if peaks is not None:
+            torch.maximum(self.peaks, peaks, out=self.peaks)
+
+    @property
+    def peaks(self) -> Tensor:
+        """int64 [channels], a view."""
+        return self.tensor[self.SIZE :]
 
     def note_recompute(self, index: int, differs: Tensor) -> None:
         """A recompute's sum against the first run's. The last function is the one to name."""
@@ -72,14 +80,14 @@ class Flags:
 
 
 def merge_flags(flags: Tensor, more: Tensor) -> Tensor:
-    """The flags of two passes of the same chain together: int64 [..., Flags.SIZE]."""
+    """The flags of two passes of the same chain together: int64 [Flags.SIZE + channels]."""
     return torch.cat(
         [
-            torch.minimum(flags[..., :2], more[..., :2]),
-            torch.maximum(flags[..., 2:4], more[..., 2:4]),
-            flags[..., 4:] + more[..., 4:],
-        ],
-        dim=-1,
+            torch.minimum(flags[:2], more[:2]),
+            torch.maximum(flags[2:4], more[2:4]),
+            flags[4:5] + more[4:5],
+            torch.maximum(flags[5:], more[5:]),
+        ]
     )
 
 
@@ -151,9 +159,10 @@ class Ledger:
         return taken
 
 
-def failure_messages(name: str, flags: list[int]) -> tuple[str, ...]:
+def failure_messages(name: str, setting: Setting, flags: list[int]) -> tuple[str, ...]:
     """One line for each failure in a chain's flags, the most telling first."""
-    out_of_range, not_finite, recompute, start, _ = flags
+    advice = "use state_bits 32" if setting.by_channel else "lower fraction_bits"
+    out_of_range, not_finite, recompute, start, _ = flags[: Flags.SIZE]
     lines = []
     if not_finite == -1:
         lines.append(f"{name}: the tokens that enter are not finite")
@@ -161,8 +170,7 @@ def failure_messages(name: str, flags: list[int]) -> tuple[str, ...]:
         lines.append(f"{name}: the output of function {not_finite} is not finite")
     if out_of_range < not_finite:
         lines.append(
-            f"{name}: the state after function {out_of_range} left the fixed-point range; "
-            "lower fraction_bits"
+            f"{name}: the state after function {out_of_range} left the fixed-point range; {advice}"
         )
     if recompute >= 0:
         lines.append(f"{name}: the recompute of function {recompute} differs from its first run")

@@ -11,13 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dr2dist.reversible.arithmetic.scales import ChannelMaxima, ChannelScales
 from dr2dist.reversible.arithmetic.setting import Setting
 from dr2dist.reversible.arithmetic.state import State
 from dr2dist.reversible.budget.costs import Meter
 from dr2dist.reversible.budget.planner import Planner
+from dr2dist.reversible.calls.replay import kept_statistics
 from dr2dist.reversible.calls.runner import FunctionRunner, PlainRunner
 from dr2dist.reversible.calls.slices import Layout
-from dr2dist.reversible.certificate import ChainCertificate, Ledger, failure_messages
+from dr2dist.reversible.certificate import (
+    NEVER,
+    ChainCertificate,
+    Flags,
+    Ledger,
+    failure_messages,
+)
 from dr2dist.reversible.failure import FailureWatch, OnFailure, check_on_failure
 from dr2dist.reversible.nodes import ChainPass
 from dr2dist.reversible.segment import Segment
@@ -27,8 +35,8 @@ from dr2dist.reversible.tape import Sides, Tape
 class Recorded(NamedTuple):
     """A forward pass that `Chain.reverse` can undo.
 
-    output: x_L, tokens [B, ...] of the input's dtype. state: the last two states, int32 in exact
-    arithmetic. tape: what the pass left, with the remainders.
+    output: x_L, tokens [B, ...] of the input's dtype. state: the last two states, int32 or int16 in
+    exact arithmetic. tape: what the pass left, with the remainders.
     """
 
     output: Tensor
@@ -50,8 +58,11 @@ class Chain(nn.Module):
         function that failed gives a gradient; on a GPU from a later forward pass, so that the host
         never waits), "warn", or "record" for `certificate`.
     compile: run the functions by torch.compile, the first time and in their recompute.
+    channel_dim: of the tokens, which has a scale for each channel in states of 16 bits.
     setting: alpha, beta and the other fields of Setting.
 
+    States of 16 bits have scales that are found, with headroom, in the first pass, and grow between
+    passes where a channel has come near its limit.
     Randomness inside functions is replayed exactly. Raises ValueError for a setting that is not
     allowed or cannot hold the chain's length.
     """
@@ -63,11 +74,16 @@ class Chain(nn.Module):
         name: str = "chain",
         on_failure: OnFailure = "raise",
         compile: bool = False,
+        channel_dim: int = -1,
         **setting: Any,
     ) -> None:
         super().__init__()
         self.functions = nn.ModuleList(functions)
         self.name = name
+        self.channel_dim = channel_dim
+        self.scales: ChannelScales | None = None
+        """Of states of 16 bits, once they are found."""
+        self._wanted: ChannelScales | None = None
         self.on_failure = check_on_failure(on_failure)
         self.compiles = compile
         self.setting = Setting(**setting)
@@ -78,12 +94,17 @@ class Chain(nn.Module):
     def _start_records(self) -> None:
         self.runner: FunctionRunner = PlainRunner(compile=self.compiles)
         self.ledger = Ledger()
-        self._failures = FailureWatch(partial(failure_messages, self.name))
+        self._failures = FailureWatch(self._describe)
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
+        self.maxima: ChannelMaxima | None = None
+        """Where it is set, passes without gradients measure states, for scales to be found."""
+
+    def _describe(self, flags: list[int]) -> tuple[str, ...]:
+        return failure_messages(self.name, self.setting, flags)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without open tapes, records or an engine's runner."""
-        dropped = ("runner", "ledger", "_failures", "_tapes")
+        dropped = ("runner", "ledger", "_failures", "_tapes", "maxima")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,10 +124,15 @@ class Chain(nn.Module):
         meter = Meter(segment.runner, x, sides, x.requires_grad)
         return self.planner.layout(self.name, setting, segment.functions, meter)
 
+    def part(self, begin: int = 0, end: int | None = None) -> Segment:
+        """The chain's functions from `begin` up to `end`, with what is in force."""
+        functions = list(self.functions)[begin:end]
+        return Segment(functions, self.runner, begin, self.scales, self.maxima)
+
     @property
     def segment(self) -> Segment:
-        """The chain's functions with the runner in force."""
-        return Segment(list(self.functions), self.runner)
+        """All of the chain's functions."""
+        return self.part()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -125,12 +151,67 @@ class Chain(nn.Module):
         """The setting that `set_coefficients` would make; raises as it does."""
         setting = replace(self.setting, alpha=alpha, beta=beta)
         setting.check_range(len(self.functions))
-        if setting != self.setting and any(tape.open for tape in self._tapes):
+        if setting != self.setting and self._waiting:
             raise RuntimeError(
                 f"{self.name}: coefficients cannot change while a forward pass waits for its "
                 "backward pass"
             )
         return setting
+
+    @property
+    def _waiting(self) -> bool:
+        """Whether a forward pass waits for its backward pass."""
+        return any(tape.open for tape in self._tapes)
+
+    def set_scales(self, scales: ChannelScales | None) -> None:
+        """Takes scales for the passes to come; None: they are to be found in the next one.
+
+        Raises RuntimeError while a forward pass still waits for its backward pass.
+        """
+        if scales != self.scales and self._waiting:
+            raise RuntimeError(
+                f"{self.name}: scales cannot change while a forward pass waits for its backward "
+                "pass"
+            )
+        self.scales = self._wanted = scales
+
+    def state_held(self, inference: bool = False) -> torch.dtype:
+        """The dtype of fp32 tokens' states, in passes with gradients or without."""
+        if self.setting.arithmetic == "float" or self.maxima is not None:
+            return torch.float32
+        return torch.int16 if self.setting.by_channel and not inference else torch.int32
+
+    @property
+    def _scales_settled(self) -> bool:
+        """Whether a pass has nothing to do about scales: there are none, an engine sees to them, or
+        no channel wants room."""
+        if not self.setting.by_channel or self.maxima is not None or self.runner.nested:
+            return True
+        return self.scales is not None and self._wanted == self.scales
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _settle_scales(self, x: Tensor, sides: Sides, layout: Layout) -> None:
+        """Finds the scales of states of 16 bits, or gives channels the room that they want."""
+        if x.is_meta:
+            return
+        if self.scales is None:
+            self.maxima = ChannelMaxima(self.channel_dim)
+            devices = [] if x.device.type == "cpu" else [x.device]
+            try:
+                with torch.random.fork_rng(devices), kept_statistics(self):
+                    self.segment.infer(x, sides, self.setting, layout)
+                self.set_scales(self.maxima.scales())
+            finally:
+                self.maxima = None
+        elif not self._waiting:
+            self.set_scales(self._wanted)
+
+    def _note_peaks(self, scales: ChannelScales | None, flags: list[int]) -> None:
+        """Remembers the room that channels want after a pass with `scales`, if it had numbers."""
+        if scales is None or self._wanted is None or flags[1] != NEVER:
+            return
+        self._wanted = self._wanted.joined(scales.with_room(flags[Flags.SIZE :]))
 
     def forward(
         self,
@@ -154,11 +235,14 @@ class Chain(nn.Module):
         failed, and RuntimeError where it is traced by torch.compile for training,
         unless memory is "store": a recompute could not use the same kernels.
         """
-        segment = Segment(list(self.functions)[:until], self.runner)
+        segment = self.part(0, until)
         self._check_inputs(x, taps, len(segment.functions), batched, sides)
         taps = [range(len(segment.functions))[tap] for tap in taps]
         shared = Sides(sides, batched)
         layout = self._layout(segment, x, shared, rows)
+        if not self._scales_settled:
+            self._settle_scales(x, shared, layout)
+            segment = self.part(0, until)
         trains = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         if not trains or not self._anything_to_train(segment, shared, x):
             output, tapped = segment.infer(x, shared, self.setting, layout, taps)
@@ -213,9 +297,11 @@ class Chain(nn.Module):
         x, batched, sides: as those of `forward`.
         """
         setting = replace(self.setting, memory="reverse", memory_budget=None)
-        shared, segment = Sides(sides, batched), self.segment
-        layout = self._layout(segment, x, shared)
-        state, tape, _ = segment.forward(x, shared, setting, layout)
+        shared = Sides(sides, batched)
+        layout = self._layout(self.segment, x, shared)
+        if not self._scales_settled:
+            self._settle_scales(x, shared, layout)
+        state, tape, _ = self.segment.forward(x, shared, setting, layout)
         return Recorded(tape.arithmetic.hand_out(state.current, tape.dtype), state, tape)
 
     @torch.no_grad()
@@ -241,7 +327,8 @@ class Chain(nn.Module):
         if self.on_failure != "raise" or not tape.setting.proves:
             return
         flags = tape.flags.tensor
-        if flags.device.type != "cuda" and failure_messages(self.name, flags.tolist()):
+        if flags.device.type != "cuda" and self._describe(flags.tolist()):
+            tape.open = False  # nothing waits for a pass that has failed
             self.enter(tape, remainder_bytes)
 
     def enter(self, tape: Tape, remainder_bytes: int) -> None:
@@ -251,8 +338,9 @@ class Chain(nn.Module):
         """
         flags = tape.flags.tensor.clone()
         self.ledger.record(flags, tape.drift, remainder_bytes)
-        if tape.setting.proves:
-            self._failures.note(flags, self.on_failure)
+        if tape.setting.proves and not self.runner.nested:
+            heed = partial(self._note_peaks, getattr(tape.arithmetic, "scales", None))
+            self._failures.note(flags, self.on_failure, heed)
 
     def certificate(self) -> ChainCertificate | None:
         """What the last backward pass verified, read to the host; None before the first.
@@ -264,12 +352,12 @@ class Chain(nn.Module):
             return None
         flags = self.ledger.last.tolist()
         drift = self.ledger.last_drift
-        messages = failure_messages(self.name, flags)
+        messages = self._describe(flags)
         return ChainCertificate(
             name=self.name,
             failures=len(messages),
             messages=messages,
-            verified=flags[-1] > 0,
+            verified=flags[Flags.SIZE - 1] > 0,
             remainder_bytes=self.ledger.remainder_bytes,
             drift=None if drift is None else float(drift),
         )

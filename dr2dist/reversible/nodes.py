@@ -16,7 +16,7 @@ from dr2dist.reversible.arithmetic.state import Gradient, State
 from dr2dist.reversible.calls.runner import differentiable
 from dr2dist.reversible.reversal import Backward, Reversal
 from dr2dist.reversible.segment import Segment
-from dr2dist.reversible.tape import Tape, state_dtype
+from dr2dist.reversible.tape import Tape
 
 
 class ChainPass:
@@ -77,10 +77,10 @@ class ChainPass:
             return None
         if grad is None:
             tap = next(iter(taps.values()))
-            grad = torch.zeros_like(tap, dtype=state_dtype(tap))
+            grad = torch.zeros_like(tap, dtype=self.tape.dtype)
         else:  # the reversal writes into it
             layout = torch.contiguous_format
-            grad = grad.to(state_dtype(grad), copy=True, memory_format=layout)
+            grad = grad.to(self.tape.dtype, copy=True, memory_format=layout)
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         self.remainder_bytes = self.tape.remainder_bytes
         self.look(self.tape, self.remainder_bytes)

@@ -224,14 +224,21 @@ class _Step:
         if self.after is None or self.reversal.grad is None:
             return
         before, setting = self.reversal.grad, self.tape.setting
-        views = part.views(before.x)
-        of_inputs, of_leaves = gradients(call, [joined(views)], self.keep)
-        for target, dx in zip(part.views(self.after.x), views, strict=True):
+        views, targets = part.views(before.x), part.views(self.after.x)
+        (of_x, *others), of_leaves = gradients(call, [joined(views)], self.keep)
+        pieces = [None] * len(views) if of_x is None else part.split(of_x)
+        for target, dx, piece in zip(targets, views, pieces, strict=True):
+            # In bf16 the sum is rounded once, as if its parts had come from one kernel.
+            total = target.to(torch.promote_types(target.dtype, torch.float32))
             if before.y is None:
-                torch.mul(dx, setting.alpha, out=target)
+                total.copy_(dx).mul_(setting.alpha)
             else:
-                target.mul_(setting.beta).add_(dx, alpha=setting.alpha)
-        self._add(part, of_inputs, of_leaves)
+                total.mul_(setting.beta).add_(dx, alpha=setting.alpha)
+            if piece is not None:
+                total.add_(piece)
+            if total is not target:
+                target.copy_(total)
+        self._add(part, [None, *others], of_leaves)
 
     def _spread(self, work: SlicedCall, calls: Iterable[tuple[Slice, Call]]) -> None:
         """Gradients of what a function gave for its context."""

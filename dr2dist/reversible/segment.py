@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
+from dr2dist.reversible.arithmetic.floating import FloatArithmetic
+from dr2dist.reversible.arithmetic.scales import ChannelMaxima, ChannelScales
 from dr2dist.reversible.arithmetic.setting import Setting
 from dr2dist.reversible.arithmetic.state import Gradient, State
 from dr2dist.reversible.calls.kernels import Kernels
@@ -36,15 +38,22 @@ from dr2dist.reversible.tape import Arithmetic, Kept, Sides, Tape, arithmetic_of
 class Segment:
     """Functions F_a .. F_b of a chain, with the runner that calls them.
 
-    begin: a, the number of functions before it in its chain.
+    begin: a, the number of functions before it in its chain. scales: of its states, if these have
+    16 bits. maxima: takes note of all states, which are then in floating point; `infer` only.
     """
 
     def __init__(
-        self, functions: Sequence[nn.Module], runner: FunctionRunner, begin: int = 0
+        self,
+        functions: Sequence[nn.Module],
+        runner: FunctionRunner,
+        begin: int = 0,
+        scales: ChannelScales | None = None,
+        maxima: ChannelMaxima | None = None,
     ) -> None:
         self.functions = functions
         self.runner = runner
         self.begin = begin
+        self.scales, self.maxima = scales, maxima
 
     def first_trained(self, sides: Sides, x_needs_grad: bool) -> int:
         """Index of the first function that gradients concern; the number of functions if none."""
@@ -78,7 +87,8 @@ class Segment:
 
         given: its tokens h [B, ...], or the state that the functions before have reached (consumed,
         with the dtype of the tokens that the chain began with). No certificate speaks here, so a
-        sample whose state leaves the range comes out as NaN.
+        sample whose state leaves the range comes out as NaN. States of 16 bits are held in 32,
+        which makes no other numbers of them.
         """
         state, outside, arithmetic, dtype, handed = self._infer(
             given, sides, setting, layout, taps, dtype
@@ -100,8 +110,10 @@ class Segment:
 
         A sample whose state leaves the range stays outside of it.
         """
-        state, outside, _, _, handed = self._infer(given, sides, setting, layout, taps, dtype)
-        if setting.arithmetic == "exact":
+        state, outside, arithmetic, _, handed = self._infer(
+            given, sides, setting, layout, taps, dtype
+        )
+        if isinstance(arithmetic, ExactArithmetic):
             state.current.masked_fill_(outside, torch.iinfo(torch.int32).max)
         return state, [handed[index] for index in taps]
 
@@ -116,17 +128,23 @@ class Segment:
     ) -> tuple[State, Tensor, Arithmetic, torch.dtype, dict[int, Tensor]]:
         """(last state, which samples left the range, arithmetic, tokens' dtype, taps)."""
         like = given.current.new_empty(0, dtype=dtype) if isinstance(given, State) else given
-        arithmetic, dtype = _arithmetic(like, setting)
+        arithmetic, dtype = self._arithmetic(like, setting, inference=True)
         state = given if isinstance(given, State) else arithmetic.start(given)
+        self._note_maxima(state)
         outside = arithmetic.outside(state.current)
         handed: dict[int, Tensor] = {}
         for index in range(len(self.functions)):
             state = self._plain_step(index, state, sides, layout, arithmetic, dtype, None)
+            self._note_maxima(state)
             outside = outside | arithmetic.outside(state.current)
             if index in taps:
                 handed[index] = arithmetic.hand_out(state.current, dtype)
                 handed[index].masked_fill_(outside, torch.nan)
         return state, outside, arithmetic, dtype, handed
+
+    def _note_maxima(self, state: State) -> None:
+        if self.maxima is not None:
+            self.maxima.note(state.current)
 
     def forward(
         self,
@@ -138,7 +156,7 @@ class Segment:
         taps: Sequence[int] = (),
     ) -> tuple[State, Tape, dict[int, Tensor]]:
         """Runs the chain from its tokens h [B, ...] to (last state, tape, tapped tokens)."""
-        arithmetic, dtype = _arithmetic(h, setting)
+        arithmetic, dtype = self._arithmetic(h, setting)
         tape = self._new_tape(arithmetic, dtype, sides, setting, layout, x_needs_grad, h.device)
         tape.flags.note_input(h.detach())
         return self._run(arithmetic.start(h), tape, taps)
@@ -160,7 +178,8 @@ class Segment:
         """
         device = state.current.device
         like = torch.empty(0, dtype=dtype, device=device)
-        tape = self._new_tape(*_arithmetic(like, setting), sides, setting, layout, True, device)
+        arithmetic, dtype = self._arithmetic(like, setting)
+        tape = self._new_tape(arithmetic, dtype, sides, setting, layout, True, device)
         return self._run(state, tape, taps)
 
     def _run(
@@ -168,10 +187,11 @@ class Segment:
     ) -> tuple[State, Tape, dict[int, Tensor]]:
         arithmetic, sides, layout = tape.arithmetic, tape.sides, tape.layout
         if isinstance(arithmetic, ExactArithmetic):
-            tape.flags.note_state(self.begin, state.current)
+            outside, peaks = arithmetic.outside(state.current), arithmetic.peaks(state.current)
+            tape.flags.note_state(self.begin, outside, peaks)
         handed = {}
         for index in range(len(self.functions)):
-            seen = OutputChecksum()
+            seen = tape.checksum()
             if index < tape.first:
                 state = self._plain_step(index, state, sides, layout, arithmetic, tape.dtype, seen)
             else:
@@ -198,7 +218,7 @@ class Segment:
         """The way back from the segment's last state, which is consumed unless `keep`.
 
         state: None where the last function keeps its activations. grad: of the last state, in
-        the state dtype and contiguous; consumed. taps: gradients of tapped tokens by function.
+        the tokens' dtype and contiguous; consumed. taps: gradients of tapped tokens by function.
         Raises RuntimeError on a used tape.
         """
         if tape.used:
@@ -242,9 +262,21 @@ class Segment:
             first=first,
             owned=[] if self.runner.nested else self.owned(first),
             sums=torch.zeros(len(self.functions), dtype=torch.int64, device=device),
-            flags=Flags(device),
+            flags=Flags(device, 0 if self.scales is None else len(self.scales.exponents)),
             x_needs_grad=x_needs_grad,
         )
+
+    def _arithmetic(
+        self, h: Tensor, setting: Setting, inference: bool = False
+    ) -> tuple[Arithmetic, torch.dtype]:
+        """(arithmetic, dtype that F is called with, tokens are handed out in and their gradients
+        are held in)."""
+        dtype = state_dtype(h)
+        autocast = torch.is_autocast_enabled(h.device.type)
+        arithmetic: Arithmetic = FloatArithmetic(setting, dtype)
+        if self.maxima is None:
+            arithmetic = arithmetic_of(setting, dtype, h.device, self.scales, wide=inference)
+        return arithmetic, dtype if autocast else h.dtype
 
     def _step(self, index: int, state: State, tape: Tape, seen: OutputChecksum) -> State:
         """One function forward, with everything noted that its reversal needs."""
@@ -348,13 +380,6 @@ def _tokens(arithmetic: Arithmetic, state: State, dtype: torch.dtype, part: Slic
 def _ambient(key: tuple[int, ...]) -> AbstractContextManager[Any]:
     """Calls without a record use the random stream that is in force."""
     return nullcontext()
-
-
-def _arithmetic(h: Tensor, setting: Setting) -> tuple[Arithmetic, torch.dtype]:
-    """(arithmetic, dtype that F is called with and tokens are handed out in)."""
-    dtype = state_dtype(h)
-    autocast = torch.is_autocast_enabled(h.device.type)
-    return arithmetic_of(setting, dtype, h.device), dtype if autocast else h.dtype
 
 
 def _note(tape: Tape, index: int, state: State) -> None:

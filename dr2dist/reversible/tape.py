@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.floating import FloatArithmetic
+from dr2dist.reversible.arithmetic.scales import ChannelScales
 from dr2dist.reversible.arithmetic.setting import Memory, Setting
 from dr2dist.reversible.arithmetic.state import State
 from dr2dist.reversible.calls.kernels import Kernels
@@ -152,6 +154,12 @@ class Tape:
         """Whether gradients flow to the tokens of function `index`."""
         return self.x_needs_grad or index > self.first
 
+    def checksum(self) -> OutputChecksum:
+        """For the first run of a function."""
+        if isinstance(self.arithmetic, FloatArithmetic):
+            return OutputChecksum()
+        return OutputChecksum(self.arithmetic.limit, self.flags.peaks)
+
     @property
     def remainder_bytes(self) -> int:
         """Bytes of remainders held now."""
@@ -170,16 +178,25 @@ class Tape:
             self.free(index)
 
 
-def arithmetic_of(setting: Setting, dtype: torch.dtype, device: torch.device) -> Arithmetic:
-    """The arithmetic that a setting names, for tokens of a state dtype on a device."""
+def arithmetic_of(
+    setting: Setting,
+    dtype: torch.dtype,
+    device: torch.device,
+    scales: ChannelScales | None = None,
+    wide: bool = False,
+) -> Arithmetic:
+    """The arithmetic that a setting names, for tokens of a state dtype on a device.
+
+    scales, wide: as ExactArithmetic takes them.
+    """
     if setting.arithmetic == "float":
         return FloatArithmetic(setting, dtype)
     if device.type == "cuda":
         # Triton comes with torch for GPUs only.
         from dr2dist.reversible.arithmetic.fused import FusedArithmetic
 
-        return FusedArithmetic(setting, dtype)
-    return ExactArithmetic(setting, dtype)
+        return FusedArithmetic(setting, dtype, scales, wide)
+    return ExactArithmetic(setting, dtype, scales, wide)
 
 
 def state_dtype(h: Tensor) -> torch.dtype:

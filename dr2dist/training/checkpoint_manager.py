@@ -77,6 +77,7 @@ class CheckpointManager:
             "step": engine.applied,
             "alpha": alpha,
             "beta": beta,
+            "scales": engine.net.scales,
             "progress": asdict(progress),
             "layouts": engine.layouts(),
         }
@@ -111,6 +112,9 @@ class CheckpointManager:
         _read_into(engine, saved)
         engine.go_on_from(saved.state["step"])
         engine.net.set_coefficients(saved.state["alpha"], saved.state["beta"])
+        if engine.chains[0].setting.by_channel:
+            # Without any they are found in the next step.
+            engine.net.set_scales(saved.state.get("scales", {}))
         engine.take_layouts(saved.state["layouts"])
         values = saved.state["progress"]
         # Runs of earlier versions have none.

@@ -148,6 +148,7 @@ def _facts(config: Config, plan: Plan) -> dict[str, Any]:
         "plugins": list(config.plugins),
         "arithmetic": config.reversible.arithmetic,
         "fraction_bits": config.setting().fraction_bits,
+        "state_bits": config.setting().state_bits,
         "global_batch": plan.global_batch,
         "dr2dist": __version__,
     }

@@ -27,7 +27,7 @@ from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.parallel.pipeline.link import BackwardMessage, ForwardMessage, Link
 from dr2dist.parallel.pipeline.stage import Pass, Stage
-from dr2dist.parallel.verdict import Report, Verdict, decide
+from dr2dist.parallel.verdict import Verdict
 
 
 class StagedEngine(ReversibleEngine):
@@ -87,10 +87,7 @@ class StagedEngine(ReversibleEngine):
                     runner.do(command)
             self._link.finish()
             # Only the last stage has losses; the verdict averages over all ranks.
-            report = Report(
-                total * self.grid.stages, self._watch.take(), self.chains, work.counted_next
-            )
-            return decide(report, self.coefficients, self.applied)
+            return self._decide(total * self.grid.stages, work)
 
     def by_stage(self, values: Mapping[str, float]) -> dict[str, float]:
         """See ReversibleEngine."""

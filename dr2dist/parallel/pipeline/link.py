@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -48,7 +49,8 @@ class Link:
     """What a stage exchanges with its neighbours. States travel as their bits, untouched.
 
     before, after: the layers at its cuts, None at the network's ends; neighbours: the ranks behind
-    them. batch: samples of a micro-batch. held: dtype of tokens where no state crosses.
+    them. batch: samples of a micro-batch. held: dtype of tokens where no state crosses, and of
+    gradients.
     """
 
     def __init__(
@@ -68,41 +70,42 @@ class Link:
         self._dtypes: list[torch.dtype] | None = None
         self._told = False
 
-    def _form(self, layer: Layer | None, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
+    def _form(
+        self, layer: Layer | None, batch: int, inference: bool = False
+    ) -> tuple[tuple[int, ...], torch.dtype]:
         """(shape, dtype) of what crosses the cut behind a layer."""
         assert layer is not None
         shape = (batch * layer.rows, *layer.shape[1:])
         if not layer.hands_on_state:
             return shape, self.held
-        exact = self.stage.net.chains[0].setting.arithmetic == "exact"
-        return (2, *shape), torch.int32 if exact else torch.float32
+        return (2, *shape), self.stage.net.chains[0].state_held(inference)
 
     def receive_forward(self) -> ForwardMessage:
         """A micro-batch, all of it in memory of its own."""
         return self._receive_handed(self.batch)
 
-    def send_forward(self, message: ForwardMessage) -> None:
+    def send_forward(self, message: ForwardMessage, inference: bool = False) -> None:
         """See receive_forward."""
         self.finish()
         # Tokens may have autocast's dtype, where nothing of theirs is lost.
-        _, dtype = self._form(self.after, self.batch)
+        _, dtype = self._form(self.after, self.batch, inference)
         self._send(message.value.to(dtype), self.next)
         self._send_carried(message.carried)
 
     def receive_any(self) -> ForwardMessage:
-        """As receive_forward, for any number of samples."""
-        return self._receive_handed(int(self._receive((1,), torch.int64, self.previous)))
+        """As receive_forward, for any number of samples, without gradients."""
+        return self._receive_handed(int(self._receive((1,), torch.int64, self.previous)), True)
 
-    def _receive_handed(self, batch: int) -> ForwardMessage:
-        value = self._receive(*self._form(self.before, batch), self.previous)
+    def _receive_handed(self, batch: int, inference: bool = False) -> ForwardMessage:
+        value = self._receive(*self._form(self.before, batch, inference), self.previous)
         return ForwardMessage(value, self._receive_carried(batch))
 
     def send_any(self, message: ForwardMessage) -> None:
-        """As send_forward, for any number of samples."""
+        """As send_forward, for any number of samples, without gradients."""
         assert self.after is not None
         batch = message.value.shape[1 if self.stage.gives_state else 0] // self.after.rows
         self._send(to_device(torch.tensor([batch]), self.device), self.next)
-        self.send_forward(message)
+        self.send_forward(message, inference=True)
 
     def _receive_carried(self, batch: int) -> dict[Key, Tensor]:
         """Each in the dtype that it was made in, which only the stage before knows: it is told
@@ -140,20 +143,21 @@ class Link:
     def _receive_gradient(
         self, shape: tuple[int, ...], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        if not self.stage.gives_state:
-            return self._receive(shape, dtype, self.next), None
-        if not self.stage.returned:
-            return self._receive(shape, torch.float32, self.next), None
-        both = self._receive((4, *shape[1:]), torch.float32, self.next)
-        return both[:2], both[2:].view(dtype)
+        if not (self.stage.gives_state and self.stage.returned):
+            return self._receive(shape, self.held, self.next), None
+        size = math.prod(shape)
+        bytes_of_gradient = size * self.held.itemsize
+        both = self._receive((bytes_of_gradient + size * dtype.itemsize,), torch.uint8, self.next)
+        gradient, state = both[:bytes_of_gradient], both[bytes_of_gradient:]
+        return gradient.view(self.held).view(shape), state.view(dtype).view(shape)
 
     def send_backward(self, run: Pass, gradient: Tensor | None) -> None:
         """The gradient of what was received, with the state that was reconstructed of it."""
         assert gradient is not None
         if self.stage.takes_state and self.stage.returned:
             assert run.state_taken is not None
-            state = torch.stack(tuple(run.state_taken)).view(torch.float32)
-            gradient = torch.cat([gradient, state])
+            state = torch.stack(tuple(run.state_taken))
+            gradient = torch.cat([part.view(torch.uint8).flatten() for part in (gradient, state)])
         self.finish()
         self._send(gradient, self.previous)
         for each in _carried(self.before):
@@ -168,12 +172,12 @@ class Link:
 
     def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, rank: int | None) -> Tensor:
         buffer = torch.empty(shape, dtype=dtype, device=self.device)
-        dist.recv(buffer, rank)
+        dist.recv(_wire(buffer), rank)
         return buffer
 
     def _send(self, message: Tensor, rank: int | None) -> None:
         message = message.contiguous()
-        self._sent.append((dist.isend(message, rank), message))
+        self._sent.append((dist.isend(_wire(message), rank), message))
 
     def finish(self) -> None:
         """Waits for all that was sent, and lets go of it.
@@ -182,6 +186,11 @@ class Link:
         """
         while self._sent:
             self._sent.popleft()[0].wait()
+
+
+def _wire(tensor: Tensor) -> Tensor:
+    """A view that every backend can send: NCCL knows no int16."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.int16 else tensor
 
 
 def _carried(layer: Layer | None) -> tuple[Carried, ...]:

@@ -74,8 +74,7 @@ class Stage:
     def segment(self, run: Sequence[Place]) -> tuple[Chain, Segment]:
         """A chain, and the part of it that some layers are."""
         chain = self.net.items[run[0].item]
-        functions = list(chain.functions)[run[0].function : run[-1].function + 1]
-        return chain, Segment(functions, chain.runner, run[0].function)
+        return chain, chain.part(run[0].function, run[-1].function + 1)
 
     def taps(self, run: Sequence[Place]) -> list[int]:
         """Functions of a segment, by their numbers in it, behind which a head takes tokens."""
@@ -357,8 +356,7 @@ class _Reversal:
     def backward(self, gradient: Any, run: Pass) -> Any:
         """From tokens' or a state's gradient to that of what it began with."""
         if isinstance(gradient, Tensor):
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            gradient = Gradient(gradient.to(dtype).contiguous(), None)
+            gradient = Gradient(gradient.to(self.tape.dtype).contiguous(), None)
         held = self.tape.remainder_bytes
         state, self.state = self.state, None
         keys = {tap: self._run[tap].tap for tap in self._taps}

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dr2dist.reversible.arithmetic.setting import RANGE_BITS
+from dr2dist.reversible.arithmetic.setting import LIMITS
 
 BLOCK = 1 << 18
 """Elements whose weights are drawn one by one; those of the next block are the same ones times
@@ -76,11 +76,13 @@ def checksum(value: Tensor) -> Tensor:
 class OutputChecksum:
     """What the slices of one function showed, gathered while they are in the cache anyway.
 
-    place: how many elements of the function's output it has seen so far.
+    limit: that states must stay below. peaks: int64 [channels], raised to the largest |X| that
+    states of 16 bits had, of channels that were near their limit. place: how many elements of the
+    function's output it has seen so far.
     """
 
-    def __init__(self) -> None:
-        self.place = 0
+    def __init__(self, limit: int = LIMITS[32], peaks: Tensor | None = None) -> None:
+        self.place, self.limit, self.peaks = 0, limit, peaks
         self._sums: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._states: list[Tensor] = []
@@ -95,12 +97,20 @@ class OutputChecksum:
         self._sums.extend(weighted_sums(f, self.place, scratch))
         self.advance(f.numel())
 
-    def state(self, state: Tensor) -> None:
-        """The fixed-point state made of F's output, in fp64, before it becomes integers.
+    def state(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The fixed-point state made of F's output, in fp64, before it becomes integers: (least,
+        largest).
 
         NaN and infinity of the one are in the other.
         """
-        self._states.extend(torch.aminmax(state))
+        low, high = torch.aminmax(state)
+        self._states += [low, high]
+        return low, high
+
+    def note_peaks(self, peaks: Tensor) -> None:
+        """The largest |X| of channels, int64 [channels]."""
+        if self.peaks is not None:
+            torch.maximum(self.peaks, peaks, out=self.peaks)
 
     def advance(self, count: int) -> None:
         """So many more elements of the output were seen."""
@@ -129,4 +139,4 @@ class OutputChecksum:
         """Whether a state left the range: bool scalar; None if no state was seen."""
         if not self._states:
             return None
-        return (torch.stack(self._states).abs() >= 1 << RANGE_BITS).any()
+        return (torch.stack(self._states).abs() >= self.limit).any()

@@ -1,13 +1,14 @@
-"""Exact arithmetic: states are int32 fixed point, and what beta discards is kept, packed.
+"""Exact arithmetic: states are fixed point, and what beta discards is kept, packed.
 
-With `x = X * 2^-K` and rne = round to nearest, ties to even:
+With `x = X * s` and rne = round to nearest, ties to even; s is 2^-K in 32 bits, and in 16 bits a
+power of two of each channel:
 
-    G(X)    = rne(F(x) * 2^K + alpha * X)
+    G(X)    = rne(F(x) / s + alpha * X)
     X_{i+1} = G(X_i) + enc(X_{i-1})                  enc(X) = floor(beta * X + 1/2)
     X_{i-1} = dec(X_{i+1} - G(X_i), r)               dec(y, r) = ceil(y / beta - 1 / (2 beta)) + r
 
 All of it runs in fp64. alpha is a multiple of 2^-16 and X has 31 bits, so alpha * X and
-F * 2^K are exact there and G rounds its sum once and then to the grid: a fused multiply-add
+F / s are exact there and G rounds its sum once and then to the grid: a fused multiply-add
 gives the same bits as a separate one, and only F itself can differ between two runs. dec uses
 1 / beta rounded to fp64; 2^-18 in its offset keeps that error away from the integers.
 """
@@ -16,18 +17,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dr2dist.reversible.arithmetic.checksum import BLOCK, OutputChecksum, checksum
 from dr2dist.reversible.arithmetic.packing import pack, packed_bytes, unpack
-from dr2dist.reversible.arithmetic.setting import RANGE_BITS, Setting
+from dr2dist.reversible.arithmetic.scales import (
+    NEAR,
+    ChannelScales,
+    Rows,
+    channel_peaks,
+    inner_size,
+)
+from dr2dist.reversible.arithmetic.setting import LIMITS, Setting
 from dr2dist.reversible.arithmetic.state import State
 
 INT32 = torch.iinfo(torch.int32)
 CPU_TILE = BLOCK
 """About how many elements elementwise work takes at a time on a CPU, to stay in a cache."""
+PEAK = 1 << 40
+"""Peaks of channels are told up to here."""
 GPU_TILE = 1 << 22
 """The same on a GPU, where kernels (`fused.py`) stand for this arithmetic, except in tests."""
 
@@ -36,30 +47,44 @@ class ExactArithmetic:
     """The coupling of one residual function, forth and back, for one setting.
 
     All tensors given are contiguous and of equal shape; `f` is F's raw output in its own dtype.
+    dtype: of the tokens. scales: of the channels, for states of 16 bits. wide: states are held in
+    32 bits on the grid of these scales, which has the same numbers and no limit to speak of: where
+    nothing is to be reversed.
     """
 
-    def __init__(self, setting: Setting, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        dtype: torch.dtype,
+        scales: ChannelScales | None = None,
+        wide: bool = False,
+    ) -> None:
         self.alpha, self.beta = setting.alpha, setting.beta
-        self.scale = 2.0**setting.fraction_bits
+        self.scales, self.scale = scales, 2.0**setting.fraction_bits
         self.inverse = 1 / setting.beta
         self.bits = setting.remainder_bits
         self.dtype = dtype
+        self.narrow = scales is not None and not wide
+        self.held = torch.int16 if self.narrow else torch.int32
+        self.limit = LIMITS[16 if self.narrow else 32]
         self.half = torch.tensor(0.5, dtype=torch.float64)
         self.offset = torch.tensor(-(self.inverse / 2 + 2.0**-18), dtype=torch.float64)
 
     def start(self, h: Tensor) -> State:
         """(X_0, X_{-1} = X_0) from the tokens h, whatever their float dtype."""
-        state = torch.empty(h.shape, dtype=torch.int32, device=h.device)
-        for target, source in _tiles(state, h.contiguous()):
+        state = torch.empty(h.shape, dtype=self.held, device=h.device)
+        rows = self._rows(h, onto_grid=True)
+        for start, target, source in _tiles(rows, state, h.contiguous()):
             doubles = source.to(torch.float64, copy=True)  # h is not ours to write to
-            target.copy_(_clamp(doubles.mul_(self.scale).round_()))
+            target.copy_(self._clamp(rows.onto(doubles, start).round_()))
         return State(state, state)
 
     def tokens(self, state: Tensor, dtype: torch.dtype) -> Tensor:
-        """x = X * 2^-K, rounded to the state dtype and then to `dtype`: a new tensor."""
+        """x = X * s, rounded to the state dtype and then to `dtype`: a new tensor."""
         x = torch.empty(state.shape, dtype=self.dtype, device=state.device)
-        for target, source in _tiles(x, state):
-            target.copy_(source).mul_(1 / self.scale)
+        rows = self._rows(state, onto_grid=False)
+        for start, target, source in _tiles(rows, x, state):
+            rows.onto(target.copy_(source), start)
         return x.to(dtype)
 
     def hand_out(self, state: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,52 +110,66 @@ class ExactArithmetic:
     ) -> Tensor | None:
         """Writes X_{i+1} to out.current (which may be state.previous); `seen` looks at all of it.
 
-        What is no int32 is noted, and the state then undefined; where nothing looks, it ends
-        outside the allowed range.
+        What leaves the range is noted, and the state then undefined; in 16 bits, and where nothing
+        looks, it ends outside the allowed range.
         Returns the packed remainders if they are to be kept: uint8, bits * ceil(n / 8) bytes.
         """
         bits = self.bits if keep else 0
         remainders = f.new_empty(packed_bytes(bits, f.numel()), dtype=torch.uint8)
-        room, start = self._room(f), 0
-        for target, now, before, branch in _tiles(out.current, *state, f):
+        rows, place = self._rows(f, onto_grid=True), 0
+        room = _Room(rows, f)
+        for start, target, now, before, branch in _tiles(rows, out.current, *state, f):
             source = room.cut(0, before).copy_(before)
             image = self._image(source, room.cut(1, before))
-            total = self._function(branch, now, room).add_(image)
+            total = self._function(branch, now, room, start).add_(image)
             size = packed_bytes(bits, len(now))
             if size:
                 source.sub_(self._preimage(image))
-                pack(source, bits, remainders[start : start + size])
+                pack(source, bits, remainders[place : place + size])
             if seen:
-                seen.state(total)
+                self._look(total, seen, start, f.shape)
                 seen.again(branch, room.cut(3, branch))
             else:
-                _clamp(total)
+                self._clamp(total)
             target.copy_(total)
-            start += size
+            place += size
         return remainders if keep else None
+
+    def _look(self, total: Tensor, seen: OutputChecksum, start: int, shape: torch.Size) -> None:
+        """Notes a tile's extremes, and in 16 bits the peaks of channels where some are near their
+        limit; what is beyond is held there."""
+        low, high = seen.state(total)
+        if self.narrow and not (float(low) > -NEAR and float(high) < NEAR):
+            assert self.scales is not None
+            finite = total.nan_to_num(0.0, 0.0, 0.0).clamp_(-PEAK, PEAK)
+            seen.note_peaks(_channel_peaks(finite, start, shape, self.scales))
+            self._clamp(total)
 
     def retreat(self, state: State, f: Tensor, remainders: Tensor, seen: OutputChecksum) -> State:
         """(X_i, X_{i-1}) from (X_{i+1}, X_i): X_{i-1} is written over X_{i+1}."""
-        room, start = self._room(f), 0
-        for after, now, branch in _tiles(*state, f):
+        rows, place = self._rows(f, onto_grid=True), 0
+        room = _Room(rows, f)
+        for start, after, now, branch in _tiles(rows, *state, f):
             seen.again(branch, room.cut(3, branch))
-            image = room.cut(0, after).copy_(after).sub_(self._function(branch, now, room))
-            before = self._preimage(image)
+            image = room.cut(0, after).copy_(after)
+            before = self._preimage(image.sub_(self._function(branch, now, room, start)))
             size = packed_bytes(self.bits, len(now))
-            after.copy_(before)
             if size:
-                after += unpack(remainders[start : start + size], self.bits, len(now))
-            start += size
+                # The smallest X may have been none of 16 bits.
+                before += unpack(remainders[place : place + size], self.bits, len(now))
+            after.copy_(before)
+            place += size
         return State(state.previous, state.current)
 
     def deviation(self, state: State, f: Tensor, seen: OutputChecksum) -> Tensor:
         """At a chain's start: how many elements break X_1 - G_0(X_0) = enc(X_0); int64 scalar."""
         count = torch.zeros((), dtype=torch.int64, device=f.device)
-        room = self._room(f)
-        for after, now, branch in _tiles(*state, f):
+        rows = self._rows(f, onto_grid=True)
+        room = _Room(rows, f)
+        for start, after, now, branch in _tiles(rows, *state, f):
             seen.again(branch, room.cut(3, branch))
             image = self._image(room.cut(0, now).copy_(now), room.cut(1, now))
-            count += image.add_(self._function(branch, now, room)).ne(after).sum()
+            count += image.add_(self._function(branch, now, room, start)).ne(after).sum()
         return count
 
     def sums(self, state: State) -> Tensor:
@@ -141,12 +180,21 @@ class ExactArithmetic:
     def outside(self, state: Tensor) -> Tensor:
         """Which samples hold a value outside the range: bool [B, 1, ...]."""
         low, high = torch.aminmax(state.unsqueeze(-1).flatten(1), dim=1)
-        limit = 1 << RANGE_BITS
-        return ((low <= -limit) | (high >= limit)).view(-1, *[1] * (state.ndim - 1))
+        outside = (low <= -self.limit) | (high >= self.limit)
+        return outside.view(-1, *[1] * (state.ndim - 1))
 
-    def _function(self, f: Tensor, x: Tensor, room: _Room) -> Tensor:
+    def peaks(self, state: Tensor) -> Tensor | None:
+        """The largest |X| of each channel, int16 [channels]; None for states of 32 bits."""
+        return channel_peaks(state, self.scales.dim) if self.narrow and self.scales else None
+
+    def _rows(self, like: Tensor, onto_grid: bool) -> Rows:
+        if self.scales is None:
+            return Rows(1, self.scale if onto_grid else 1 / self.scale)
+        return self.scales.rows(like, onto_grid)
+
+    def _function(self, f: Tensor, x: Tensor, room: _Room, start: int) -> Tensor:
         """G of one tile, fp64, in two of the room's places."""
-        scaled = room.cut(2, f).copy_(f).mul_(self.scale)
+        scaled = room.rows.onto(room.cut(2, f).copy_(f), start)
         return scaled.add_(room.cut(3, f).copy_(x), alpha=self.alpha).round_()
 
     def _image(self, source: Tensor, out: Tensor) -> Tensor:
@@ -161,34 +209,49 @@ class ExactArithmetic:
         """
         return torch.add(self.offset, image, alpha=self.inverse, out=image).ceil_()
 
-    def _room(self, like: Tensor) -> _Room:
-        return _Room(min(_tile(like), like.numel()), like.device)
+    def _clamp(self, value: Tensor) -> Tensor:
+        """Grid steps that a state can hold, in place; NaN and overflow end outside the range."""
+        low, high = (-self.limit, self.limit) if self.narrow else (INT32.min, INT32.max)
+        return value.nan_to_num_(high).clamp_(low, high)
 
 
 class _Room:
-    """Memory for what a tile needs on its way, reused by all tiles: it stays in the cache."""
+    """Memory for what a tile needs on its way, reused by all tiles: it stays in the cache.
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._doubles = torch.empty(4, size, dtype=torch.float64, device=device)
+    rows: how F's output is brought onto the grid.
+    """
+
+    def __init__(self, rows: Rows, like: Tensor) -> None:
+        self.rows = rows
+        size = min(_tile(like, rows.width), like.numel())
+        self._doubles = torch.empty(4, size, dtype=torch.float64, device=like.device)
 
     def cut(self, place: int, like: Tensor) -> Tensor:
         """Place 0 .. 3, fp64, as long as a tile."""
         return self._doubles[place, : len(like)]
 
 
-def _clamp(value: Tensor) -> Tensor:
-    """Grid steps that int32 can hold, in place; NaN and overflow end outside the range."""
-    return value.nan_to_num_(INT32.max).clamp_(INT32.min, INT32.max)
+def _channel_peaks(total: Tensor, start: int, shape: torch.Size, scales: ChannelScales) -> Tensor:
+    """The largest magnitudes of a tile by channel, int64; 0 for channels it has nothing of."""
+    count, inner = len(scales.exponents), inner_size(shape, scales.dim)
+    if inner == 1:
+        return total.view(-1, count).abs().amax(0).long()
+    of_rows = total.view(-1, inner).abs().amax(1).long()
+    channel = torch.arange(len(of_rows), device=total.device).add_(start // inner) % count
+    peaks = torch.zeros(count, dtype=torch.int64, device=total.device)
+    return peaks.scatter_reduce_(0, channel, of_rows, "amax")
 
 
-def _tile(tensor: Tensor) -> int:
-    """Elements of all tiles but the last: about as many as they should be, in whole octets."""
+def _tile(tensor: Tensor, width: int) -> int:
+    """Elements of all tiles but the last: about as many as they should be, in whole octets and
+    rows."""
     wanted = CPU_TILE if tensor.device.type == "cpu" else GPU_TILE
-    tiles = max(1, round(tensor.numel() / wanted))
-    return 8 * max(1, math.ceil(tensor.numel() / (8 * tiles)))
+    tiles, unit = max(1, round(tensor.numel() / wanted)), math.lcm(8, width)
+    return unit * max(1, math.ceil(tensor.numel() / (unit * tiles)))
 
 
-def _tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Flat views of the tensors, cut alike."""
-    size = _tile(tensors[0])
-    return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+def _tiles(rows: Rows, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(first element, flat views of the tensors), cut alike."""
+    size = _tile(tensors[0], rows.width)
+    cut = zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+    return ((number * size, *views) for number, views in enumerate(cut))

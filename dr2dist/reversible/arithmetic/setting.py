@@ -8,12 +8,17 @@ from typing import Literal, get_args
 
 Arithmetic = Literal["exact", "float"]
 Memory = Literal["reverse", "store", "checkpoint", "budget"]
+StateBits = Literal[16, 32]
 
 COEFFICIENT_STEP = 2.0**-16
 """alpha and beta are multiples of this, so that their products with int32 are exact in fp64."""
 
-RANGE_BITS = 30
-"""Every exact state must stay below 2^30 grid steps, so that one addition cannot wrap unseen."""
+LIMITS = {32: 1 << 30, 16: (1 << 15) - 1}
+"""Grid steps that every exact state of so many bits must stay below: an addition cannot wrap
+unseen, and what is held to the largest number of 16 bits is outside."""
+
+MOST_GROWTH = 64.0
+"""Of states of 16 bits over a chain: a channel's maximum takes 14 bits, and eight must be left."""
 
 USUAL_MAGNITUDE = 16.0
 """Size of a backbone's states without growth, assumed when a path is checked in advance."""
@@ -39,16 +44,17 @@ class Setting:
     alpha, beta: coefficients of the two residuals (arXiv 2401.04105), rounded here to multiples
         of 2^-16. alpha in [0, 1], beta in (0, 1]; beta = 0 only for conventional finetuning
         (alpha 1, float arithmetic, memory store or checkpoint).
-    arithmetic: "exact" keeps states as int32 fixed point, "float" in floating point.
+    arithmetic: "exact" keeps states in fixed point, "float" in floating point.
     memory: how the backward pass comes by its activations.
     chunk_size: samples per slice of the batch, None for the whole batch at once; "auto" for the
         largest slices, of samples or tokens, that chunk_budget allows.
-    fraction_bits: exact states are multiples of 2^-fraction_bits.
+    fraction_bits: exact states of 32 bits are multiples of 2^-fraction_bits.
     chunk_tokens: tokens per slice inside a sample, for functions that can run so; None for all.
         Only with a chunk_size of 1.
     memory_budget: with memory "budget", bytes that functions which keep their activations may
         hold beyond full reversal, for one micro-batch and all chains.
     chunk_budget: with chunk_size "auto", bytes of one function's working set.
+    state_bits: of exact states: 32 with one step for all, 16 with one for each channel.
 
     Raises ValueError for a value outside these sets.
     """
@@ -62,6 +68,7 @@ class Setting:
     chunk_tokens: int | None = None
     memory_budget: int | None = None
     chunk_budget: int | None = None
+    state_bits: StateBits = 32
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -75,9 +82,10 @@ class Setting:
         object.__setattr__(self, "beta", round_coefficient(self.beta))
 
     def _check_choices(self) -> None:
-        for name, kind in (("arithmetic", Arithmetic), ("memory", Memory)):
+        choices = (("arithmetic", Arithmetic), ("memory", Memory), ("state_bits", StateBits))
+        for name, kind in choices:
             if getattr(self, name) not in get_args(kind):
-                allowed = ", ".join(get_args(kind))
+                allowed = ", ".join(map(str, get_args(kind)))
                 raise ValueError(f"{name} is {getattr(self, name)!r}, allowed is {allowed}")
         if isinstance(self.chunk_size, str) and self.chunk_size != "auto":
             raise ValueError(f"chunk_size is {self.chunk_size!r}, allowed is a number or 'auto'")
@@ -130,13 +138,28 @@ class Setting:
             return 0
         return (math.ceil(1 / self.beta) - 1).bit_length()
 
+    @property
+    def by_channel(self) -> bool:
+        """Whether states have a step of their own for each channel."""
+        return self.arithmetic == "exact" and self.state_bits == 16
+
     def check_range(self, num_functions: int) -> None:
         """Raises ValueError if states of usual size would outgrow the fixed-point range."""
+        if self.arithmetic == "float":
+            return
         factor = growth(self.alpha, self.beta, num_functions)
-        limit = 2.0 ** (RANGE_BITS - self.fraction_bits)
-        if self.arithmetic == "exact" and factor * USUAL_MAGNITUDE > limit:
+        text = (
+            f"alpha {self.alpha:.5g} and beta {self.beta:.5g} make states grow {factor:.3g} "
+            f"times over {num_functions} functions, too much for "
+        )
+        limit = LIMITS[32] / 2.0**self.fraction_bits
+        if self.state_bits == 16 and factor > MOST_GROWTH:
             raise ValueError(
-                f"alpha {self.alpha:.5g} and beta {self.beta:.5g} make states grow {factor:.3g} "
-                f"times over {num_functions} functions, too much for the range of {limit:g} at "
-                f"fraction_bits {self.fraction_bits}: choose alpha = 1 - beta or fewer bits"
+                f"{text}states of 16 bits, of which eight must be left where a chain begins: "
+                "choose alpha = 1 - beta or state_bits 32"
+            )
+        if self.state_bits == 32 and factor * USUAL_MAGNITUDE > limit:
+            raise ValueError(
+                f"{text}the range of {limit:g} at fraction_bits {self.fraction_bits}: choose "
+                "alpha = 1 - beta or fewer bits"
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 class State(NamedTuple):
     """Two tensors of the shape of a chain's tokens.
 
-    Exact: current X_i and previous X_{i-1}, int32. Float: current x_i and previous y_i.
+    Exact: current X_i and previous X_{i-1}, int32 or int16. Float: current x_i and previous y_i.
     """
 
     current: Tensor

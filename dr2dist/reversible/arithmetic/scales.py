@@ -1,0 +1,129 @@
+"""The grid of 16-bit states: a power of two for each channel of a chain.
+
+`x = X * 2^exponent`. All functions of a chain share its scales, since X_{i+1} and X_{i-1} are added
+on one grid. They change only between optimiser steps, and only to larger ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dr2dist.reversible.transfer import to_device
+
+NEAR = 1 << 14
+"""Steps from which on a channel is near its limit, and is given room at the next boundary: scales
+that were found begin at most here."""
+
+FINEST = -18
+"""The smallest exponent: channels of zeros have a range too, and no grid need be finer."""
+
+
+class Rows(NamedTuple):
+    """A contiguous tensor, flattened, as rows of `width` elements that `factors` multiplies.
+
+    factors: a number, or [1, width] where every row has all channels, or [rows, 1] where each row
+    is of one channel.
+    """
+
+    width: int
+    factors: float | Tensor
+
+    def onto(self, flat: Tensor, start: int) -> Tensor:
+        """Multiplies a part of the flattened tensor, from element `start` on, in place."""
+        if not isinstance(self.factors, Tensor):
+            return flat.mul_(self.factors)
+        factors = self.factors
+        if len(factors) > 1:
+            first = start // self.width
+            factors = factors[first : first + len(flat) // self.width]
+        flat.view(-1, self.width).mul_(factors)
+        return flat
+
+
+@dataclass(frozen=True)
+class ChannelScales:
+    """exponents: by channel. dim: of tokens, that holds the channels."""
+
+    exponents: tuple[int, ...]
+    dim: int = -1
+    _known: dict[torch.device, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @classmethod
+    def find(cls, largest: Sequence[float], dim: int = -1) -> ChannelScales:
+        """Scales with headroom for the largest |x| of each channel: 2^ceil(log2(2 x)) / 2^15."""
+        return cls(tuple(max(FINEST, _exponent(value) - 14) for value in largest), dim)
+
+    def with_room(self, peaks: Sequence[int]) -> ChannelScales:
+        """Scales by which no channel would have been near its limit.
+
+        peaks: the largest |X| of each channel that was, any smaller number for others.
+        """
+        more = (max(0, int(peak).bit_length() - NEAR.bit_length() + 1) for peak in peaks)
+        grown = tuple(old + new for old, new in zip(self.exponents, more, strict=True))
+        return ChannelScales(grown, self.dim)
+
+    def joined(self, other: ChannelScales) -> ChannelScales:
+        """The larger scale of each channel."""
+        return ChannelScales(tuple(map(max, self.exponents, other.exponents)), self.dim)
+
+    def values(self, device: torch.device) -> Tensor:
+        """The scales themselves: fp32 [channels]."""
+        if device not in self._known:
+            scales = torch.tensor(self.exponents, dtype=torch.float32, device="cpu").exp2()
+            self._known[device] = to_device(scales, device)
+        return self._known[device]
+
+    def rows(self, like: Tensor, onto_grid: bool) -> Rows:
+        """How a tensor of tokens becomes grid steps, or how those become tokens."""
+        values = self.values(like.device)
+        values = values.reciprocal() if onto_grid else values
+        inner = inner_size(like.shape, self.dim)
+        if inner == 1:
+            return Rows(len(values), values.view(1, -1))
+        outer = like.numel() // (inner * len(values))
+        return Rows(inner, values.repeat(outer).view(-1, 1))
+
+
+class ChannelMaxima:
+    """The largest |x| of each channel over states of a chain, fp32 [channels] on its device.
+
+    dim: of tokens, that holds the channels.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.values: Tensor | None = None
+
+    def note(self, tokens: Tensor) -> None:
+        """Takes note of a state's tokens."""
+        found = channel_peaks(tokens, self.dim).float().nan_to_num_(0.0, 0.0, 0.0)
+        self.values = found if self.values is None else torch.maximum(self.values, found)
+
+    def scales(self) -> ChannelScales:
+        """Those that they come to, read to the host."""
+        assert self.values is not None
+        return ChannelScales.find(self.values.tolist(), self.dim)
+
+
+def inner_size(shape: torch.Size, dim: int) -> int:
+    """Elements between two neighbours in a dimension of a contiguous tensor."""
+    return math.prod(shape[range(len(shape))[dim] + 1 :])
+
+
+def channel_peaks(value: Tensor, dim: int) -> Tensor:
+    """The largest magnitude of each channel, in the value's dtype: [channels]."""
+    return value.abs().movedim(dim, -1).flatten(0, -2).amax(0)
+
+
+def _exponent(value: float) -> int:
+    """ceil(log2(value)) of a finite number; very small where it is 0."""
+    mantissa, exponent = math.frexp(value)
+    return -1100 if value == 0 else exponent - (mantissa == 0.5)
