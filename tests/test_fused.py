@@ -19,6 +19,7 @@ from dr2dist.reversible.arithmetic import triton_kernels
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.fused import FusedArithmetic
+from dr2dist.reversible.arithmetic.scales import NEAR, ChannelScales
 from dr2dist.reversible.arithmetic.triton_kernels import ELEMENTS, weighted_bits
 from dr2dist.reversible.budget.costs import Watermark
 from dr2dist.reversible.certificate import NEVER, Flags
@@ -62,6 +63,58 @@ def test_a_step_forth_and_back_has_the_plain_versions_bits(
             assert not seen.outside
         for one, other in zip(*found, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize(("alpha", "beta"), SETTINGS)
+def test_a_step_of_16_bits_has_the_plain_versions_bits_and_peaks(
+    alpha: float, beta: float, dim: int, device: torch.device
+) -> None:
+    setting, shape = Setting(alpha, beta, state_bits=16), (3, 24, 35)
+    generator = torch.Generator().manual_seed(4)
+    scales = ChannelScales(tuple(n % 21 - 15 for n in range(shape[dim])), dim)
+    h, f, more = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
+    steps = scales.values(device, onto_grid=False).view(-1, *[1] * (2 - dim)) * 2**12
+    found = []
+    for kind in (ExactArithmetic, FusedArithmetic):
+        arithmetic = kind(setting, torch.float32, scales)
+        state = arithmetic.start(h * steps)
+        seen, again = (
+            OutputChecksum(arithmetic.limit, torch.zeros(shape[dim], dtype=torch.int64).to(device))
+            for _ in range(2)
+        )
+        state = State(state.current, arithmetic.start(more * steps).current)
+        out = State(torch.empty_like(state.current), state.current.clone())
+        remainders = arithmetic.advance(state, f * steps, out, True, seen)
+        x = arithmetic.tokens(out.current, torch.float32)
+        found.append([*state, out.current, x, seen.peaks])
+        assert out.current.dtype == torch.int16
+        if not seen.outside:
+            back = arithmetic.retreat(
+                State(out.current.clone(), out.previous), f * steps, remainders, again
+            )
+            assert torch.equal(back.previous, state.previous)
+            assert torch.equal(seen.bits, again.bits)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert int(found[0][-1].max()) >= NEAR  # the test is of channels near their limit, too
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_steps_of_16_bits_back_to_a_chains_start(dim: int, device: torch.device) -> None:
+    setting, shape = Setting(0.9, 0.1, state_bits=16), (2, 33, 40)
+    scales = ChannelScales(tuple(n % 7 - 14 for n in range(shape[dim])), dim)
+    generator = torch.Generator().manual_seed(5)
+    steps = scales.values(device, onto_grid=False).view(-1, *[1] * (2 - dim)) * 2**11
+    h, f = (torch.randn(shape, generator=generator).to(device) * steps for _ in range(2))
+    for kind in (ExactArithmetic, FusedArithmetic):
+        arithmetic = kind(setting, torch.float32, scales)
+        state = arithmetic.start(h)
+        out = State(torch.empty_like(state.current), state.current)
+        arithmetic.advance(state, f, out, False, OutputChecksum())
+        assert int(arithmetic.deviation(out, f, OutputChecksum())) == 0
+        out.current[0, 3, 7] += 1
+        assert int(arithmetic.deviation(out, f, OutputChecksum())) == 1
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64])
@@ -242,6 +295,28 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6, -1e6])
+def test_what_is_not_allowed_is_noted_in_16_bits(value: float, device: torch.device) -> None:
+    scales = ChannelScales((0,) * 30)
+    for kind in (ExactArithmetic, FusedArithmetic):
+        arithmetic = kind(Setting(0.5, 0.5, state_bits=16), torch.float32, scales)
+        now = torch.ones(100, 30, dtype=torch.int16, device=device)
+        f = torch.zeros(100, 30, device=device)
+        f[50, 7] = value
+        flags = Flags(f.device, 30)
+        seen = OutputChecksum(arithmetic.limit, flags.peaks)
+        out = State(torch.empty_like(now), now)
+        arithmetic.advance(State(now, now), f, out, False, seen)
+        flags.note_function(3, seen)
+        assert int(flags.tensor[0]) == 3 or value != value
+        assert int(flags.tensor[1]) == (NEVER if abs(value) == 1e6 else 3)
+        assert bool(arithmetic.outside(out.current)[50])
+        wanted = [0] * 30
+        if abs(value) == 1e6:
+            wanted[7] = 10**6 + (1 if value > 0 else -1)
+        assert flags.peaks.tolist() == wanted
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6, -1e6])
 def test_what_is_not_allowed_is_noted(value: float, device: torch.device) -> None:
     kernels = FusedArithmetic(Setting(0.5, 0.5), torch.float32)
     now = states(3000, 1, device)
@@ -262,7 +337,9 @@ def test_a_chain_on_kernels_trains_like_one_without(
     for kind in (ExactArithmetic, FusedArithmetic):
         monkeypatch.setattr(
             "dr2dist.reversible.segment.arithmetic_of",
-            lambda setting, dtype, device, kind=kind: kind(setting, dtype),
+            lambda setting, dtype, device, scales, wide, kind=kind: kind(
+                setting, dtype, scales, wide
+            ),
         )
         chain = make_chain(5, alpha=0.7, beta=0.3, chunk_size=2).to(device)
         x = tokens(5).to(device).requires_grad_()
@@ -285,10 +362,14 @@ import triton.language as tl
 from dr2dist.reversible.arithmetic import triton_kernels as kernels
 
 data = {"now": "*i32", "f": "*bf16", "remainders": "*u8", "sums": "*i64", "count": "i32",
-    "place": "i64", "alpha": "fp32", "beta": "fp32", "scale": "fp32", "before": "*i32",
+    "place": "i64", "alpha": "fp32", "beta": "fp32", "scales": "*fp32", "before": "*i32",
     "after": "*i32", "out": "*i32", "extremes": "*fp64", "counts": "*i64", "value": "*bf16",
-    "state": "*i32", "x": "*bf16", "h": "*bf16", "step": "fp32"}
-constants = {"bits": 4, "share": kernels.BYTES, "block": kernels.ELEMENTS, "wide": tl.float32}
+    "state": "*i32", "x": "*bf16", "h": "*bf16", "steps": "*fp32", "peaks": "*i64"}
+constants = {"bits": 4, "share": kernels.BYTES, "block": kernels.ELEMENTS, "wide": tl.float32,
+    "channels": 1, "inner": 1, "narrow": False, "noted": False}
+if NARROW:
+    data |= dict.fromkeys(("now", "before", "after", "out", "state"), "*i16")
+    constants |= {"channels": 384, "narrow": True, "noted": True}
 for kernel in (kernels.advance, kernels.retreat, kernels.deviation, kernels.start, kernels.tokens,
         kernels.sum_bits):
     own = {name: constants[name] for name in kernel.arg_names if name in constants}
@@ -305,10 +386,11 @@ for kernel in (kernels.advance, kernels.retreat, kernels.deviation, kernels.star
 """
 
 
-def test_kernels_compile_for_a_gpu_and_keep_their_rounding() -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_kernels_compile_for_a_gpu_and_keep_their_rounding(narrow: bool) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
+        [sys.executable, "-c", f"NARROW = {narrow}\n{COMPILE}"],
         env=environment,
         capture_output=True,
         text=True,

@@ -81,7 +81,7 @@ class PlainChain(nn.Module):
             return 2.0**self.setting.fraction_bits
         shape = [1] * dims
         shape[self.scales.dim] = len(self.scales.exponents)
-        return self.scales.values(torch.device("cpu")).double().reciprocal().view(shape)
+        return self.scales.values(torch.device("cpu"), onto_grid=True).double().view(shape)
 
 
 def plain(net: Any) -> Any:

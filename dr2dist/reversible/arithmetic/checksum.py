@@ -108,7 +108,7 @@ class OutputChecksum:
         return low, high
 
     def note_peaks(self, peaks: Tensor) -> None:
-        """The largest |X| of channels, int64 [channels]."""
+        """The largest |X| of channels near their limit, 0 for others: int64 [channels]."""
         if self.peaks is not None:
             torch.maximum(self.peaks, peaks, out=self.peaks)
 

@@ -142,7 +142,7 @@ class ExactArithmetic:
         if self.narrow and not (float(low) > -NEAR and float(high) < NEAR):
             assert self.scales is not None
             finite = total.nan_to_num(0.0, 0.0, 0.0).clamp_(-PEAK, PEAK)
-            seen.note_peaks(_channel_peaks(finite, start, shape, self.scales))
+            seen.note_peaks(_near(_tile_peaks(finite, start, shape, self.scales)))
             self._clamp(total)
 
     def retreat(self, state: State, f: Tensor, remainders: Tensor, seen: OutputChecksum) -> State:
@@ -184,8 +184,11 @@ class ExactArithmetic:
         return outside.view(-1, *[1] * (state.ndim - 1))
 
     def peaks(self, state: Tensor) -> Tensor | None:
-        """The largest |X| of each channel, int16 [channels]; None for states of 32 bits."""
-        return channel_peaks(state, self.scales.dim) if self.narrow and self.scales else None
+        """The largest |X| of channels near their limit, 0 for others: int64 [channels]; None for
+        states of 32 bits."""
+        if self.scales is None or not self.narrow:
+            return None
+        return _near(channel_peaks(state, self.scales.dim).long())
 
     def _rows(self, like: Tensor, onto_grid: bool) -> Rows:
         if self.scales is None:
@@ -231,7 +234,11 @@ class _Room:
         return self._doubles[place, : len(like)]
 
 
-def _channel_peaks(total: Tensor, start: int, shape: torch.Size, scales: ChannelScales) -> Tensor:
+def _near(peaks: Tensor) -> Tensor:
+    return peaks.where(peaks >= NEAR, 0)
+
+
+def _tile_peaks(total: Tensor, start: int, shape: torch.Size, scales: ChannelScales) -> Tensor:
     """The largest magnitudes of a tile by channel, int64; 0 for channels it has nothing of."""
     count, inner = len(scales.exponents), inner_size(shape, scales.dim)
     if inner == 1:

@@ -6,6 +6,9 @@ packed remainders differs. What of them was tried where: docs/memory.md.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -14,25 +17,28 @@ from dr2dist.reversible.arithmetic import triton_kernels as kernels
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.packing import packed_bytes
+from dr2dist.reversible.arithmetic.scales import inner_size
 from dr2dist.reversible.arithmetic.state import State
 
 
 class FusedArithmetic(ExactArithmetic):
     """The coupling in kernels. Remainders are planes of one bit, 8 neighbours to a byte.
 
-    Coefficients travel as fp32, which holds every multiple of 2^-16 up to 1, and every 2^k.
+    Coefficients travel as fp32, which holds every multiple of 2^-16 up to 1, and every step 2^k.
     """
 
     def start(self, h: Tensor) -> State:
         """See ExactArithmetic."""
-        state = torch.empty(h.shape, dtype=torch.int32, device=h.device)
+        state = torch.empty(h.shape, dtype=self.held, device=h.device)
         kernels.launch(
             kernels.start,
             state,
             h.contiguous(),
             state,
+            self._values(h, onto_grid=True),
             state.numel(),
-            self.scale,
+            **self._channels(h),
+            narrow=self.narrow,
             block=kernels.ELEMENTS,
         )
         return State(state, state)
@@ -40,15 +46,15 @@ class FusedArithmetic(ExactArithmetic):
     def tokens(self, state: Tensor, dtype: torch.dtype) -> Tensor:
         """See ExactArithmetic."""
         x = torch.empty(state.shape, dtype=dtype, device=state.device)
-        wide = tl.float64 if self.dtype == torch.float64 else tl.float32
         kernels.launch(
             kernels.tokens,
             x,
             state,
             x,
+            self._values(state, onto_grid=False),
             x.numel(),
-            1 / self.scale,
-            wide=wide,
+            **self._channels(state),
+            wide=tl.float64 if self.dtype == torch.float64 else tl.float32,
             block=kernels.ELEMENTS,
         )
         return x
@@ -71,11 +77,15 @@ class FusedArithmetic(ExactArithmetic):
             remainders,
             sums,
             extremes,
+            sums if seen is None or seen.peaks is None else seen.peaks,
+            self._values(f, onto_grid=True),
             _place(seen),
             count,
             self.alpha,
             self.beta,
-            self.scale,
+            **self._channels(f),
+            narrow=self.narrow,
+            noted=self.narrow and seen is not None and seen.peaks is not None,
             bits=bits,
             share=kernels.BYTES,
         )
@@ -94,11 +104,12 @@ class FusedArithmetic(ExactArithmetic):
             f,
             remainders,
             sums,
+            self._values(f, onto_grid=True),
             _place(seen),
             f.numel(),
             self.alpha,
             self.beta,
-            self.scale,
+            **self._channels(f),
             bits=self.bits,
             share=kernels.BYTES,
         )
@@ -117,11 +128,12 @@ class FusedArithmetic(ExactArithmetic):
             f,
             counts,
             sums,
+            self._values(f, onto_grid=True),
             _place(seen),
             f.numel(),
             self.alpha,
             self.beta,
-            self.scale,
+            **self._channels(f),
             share=kernels.BYTES,
         )
         seen.summed(sums, f.numel())
@@ -131,6 +143,24 @@ class FusedArithmetic(ExactArithmetic):
         """See ExactArithmetic; elements weigh by their place in each tensor."""
         parts = state[:1] if state.previous is state.current else state
         return torch.stack([kernels.weighted_bits(part, 0) for part in parts])
+
+    def _values(self, like: Tensor, onto_grid: bool) -> Tensor:
+        """What brings each channel onto the grid, or back: fp32; one for states of 32 bits."""
+        if self.scales is not None:
+            return self.scales.values(like.device, onto_grid)
+        return _one(self.scale if onto_grid else 1 / self.scale, like.device)
+
+    def _channels(self, like: Tensor) -> dict[str, Any]:
+        """How kernels find an element's channel."""
+        if self.scales is None:
+            return {"channels": 1, "inner": 1}
+        inner = inner_size(like.shape, self.scales.dim)
+        return {"channels": len(self.scales.exponents), "inner": inner}
+
+
+@functools.cache
+def _one(value: float, device: torch.device) -> Tensor:
+    return torch.full((1,), value, dtype=torch.float32, device=device)
 
 
 def _place(seen: OutputChecksum | None) -> int:

@@ -52,7 +52,7 @@ class ChannelScales:
 
     exponents: tuple[int, ...]
     dim: int = -1
-    _known: dict[torch.device, Tensor] = field(
+    _known: dict[tuple[torch.device, bool], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -74,17 +74,19 @@ class ChannelScales:
         """The larger scale of each channel."""
         return ChannelScales(tuple(map(max, self.exponents, other.exponents)), self.dim)
 
-    def values(self, device: torch.device) -> Tensor:
-        """The scales themselves: fp32 [channels]."""
-        if device not in self._known:
-            scales = torch.tensor(self.exponents, dtype=torch.float32, device="cpu").exp2()
-            self._known[device] = to_device(scales, device)
-        return self._known[device]
+    def values(self, device: torch.device, onto_grid: bool) -> Tensor:
+        """The scales' reciprocals, which bring tokens onto the grid, or themselves: fp32
+        [channels]."""
+        key = device, onto_grid
+        if key not in self._known:
+            sign = -1 if onto_grid else 1
+            scales = [math.ldexp(1.0, sign * exponent) for exponent in self.exponents]
+            self._known[key] = to_device(torch.tensor(scales, device="cpu"), device)
+        return self._known[key]
 
     def rows(self, like: Tensor, onto_grid: bool) -> Rows:
         """How a tensor of tokens becomes grid steps, or how those become tokens."""
-        values = self.values(like.device)
-        values = values.reciprocal() if onto_grid else values
+        values = self.values(like.device, onto_grid)
         inner = inner_size(like.shape, self.dim)
         if inner == 1:
             return Rows(len(values), values.view(1, -1))

@@ -51,20 +51,39 @@ def notes(f: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def start(h, state, count, scale, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def start(  # type: ignore[no-untyped-def]
+    h,
+    state,
+    scales,
+    count,
+    channels: tl.constexpr,
+    inner: tl.constexpr,
+    narrow: tl.constexpr,
+    block: tl.constexpr,
+):
     """Tokens to X_0."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    value = tl.load(h + at, mask=at < count).to(tl.float64) * tl.cast(scale, tl.float64)
-    tl.store(state + at, _nearest(_held(value)).to(tl.int32), mask=at < count)
+    scale = _of_channel(scales, at, channels, inner)
+    value = tl.load(h + at, mask=at < count).to(tl.float64) * scale
+    held = _nearest(_held(value, narrow))
+    tl.store(state + at, held.to(state.dtype.element_ty), mask=at < count)
 
 
 @triton.jit
 def tokens(  # type: ignore[no-untyped-def]
-    state, x, count, step, wide: tl.constexpr, block: tl.constexpr
+    state,
+    x,
+    steps,
+    count,
+    channels: tl.constexpr,
+    inner: tl.constexpr,
+    wide: tl.constexpr,
+    block: tl.constexpr,
 ):
     """A state's tokens: rounded to `wide` first, as everywhere, and then to x's own dtype."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    value = tl.load(state + at, mask=at < count).to(wide) * tl.cast(step, wide)
+    step = _of_channel(steps, at, channels, inner).to(wide)
+    value = tl.load(state + at, mask=at < count).to(wide) * step
     tl.store(x + at, value.to(x.dtype.element_ty), mask=at < count)
 
 
@@ -77,29 +96,38 @@ def advance(  # type: ignore[no-untyped-def]
     remainders,
     sums,
     extremes,
+    peaks,
+    scales,
     place,
     count,
     alpha,
     beta,
-    scale,
+    channels: tl.constexpr,
+    inner: tl.constexpr,
+    narrow: tl.constexpr,
+    noted: tl.constexpr,
     bits: tl.constexpr,
     share: tl.constexpr,
 ):
-    """A step forth, its remainders in `bits` planes, and what it notes of f and of the state."""
+    """A step forth, its remainders in `bits` planes, and what it notes of f and of the state: in 16
+    bits, the peaks of channels near their limit."""
     octet, at = _places(share)
     inside = at < count
     source = tl.load(before + at, mask=inside, other=0).to(tl.float64)
     x = tl.load(now + at, mask=inside, other=0).to(tl.float64)
     branch = tl.load(f + at, mask=inside, other=0)
     image = _image(source, beta)
+    scale = _of_channel(scales, at, channels, inner)
     total = _function(branch, x, alpha, scale) + image
+    if noted:
+        _note_peaks(total, peaks, at, inside, channels, inner)
     total = tl.where(total == total, total, float("inf"))
     _store_bits(source - _preimage(image, beta), octet, remainders, count, bits)
     program = tl.program_id(0)
     tl.store(sums + program, _weighted(branch, at, place))
     tl.store(extremes + program, tl.min(total))
     tl.store(extremes + tl.num_programs(0) + program, tl.max(total))
-    tl.store(out + at, _held(total).to(tl.int32), mask=inside)
+    tl.store(out + at, _held(total, narrow).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["place"])
@@ -109,11 +137,13 @@ def retreat(  # type: ignore[no-untyped-def]
     f,
     remainders,
     sums,
+    scales,
     place,
     count,
     alpha,
     beta,
-    scale,
+    channels: tl.constexpr,
+    inner: tl.constexpr,
     bits: tl.constexpr,
     share: tl.constexpr,
 ):
@@ -123,15 +153,28 @@ def retreat(  # type: ignore[no-untyped-def]
     total = tl.load(after + at, mask=inside, other=0).to(tl.float64)
     x = tl.load(now + at, mask=inside, other=0).to(tl.float64)
     branch = tl.load(f + at, mask=inside, other=0)
+    scale = _of_channel(scales, at, channels, inner)
     before = _preimage(total - _function(branch, x, alpha, scale), beta)
     found = before.to(tl.int32) + _load_bits(octet, remainders, count, bits)
     tl.store(sums + tl.program_id(0), _weighted(branch, at, place))
-    tl.store(after + at, found, mask=inside)
+    tl.store(after + at, found.to(after.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["place"])
 def deviation(  # type: ignore[no-untyped-def]
-    after, now, f, counts, sums, place, count, alpha, beta, scale, share: tl.constexpr
+    after,
+    now,
+    f,
+    counts,
+    sums,
+    scales,
+    place,
+    count,
+    alpha,
+    beta,
+    channels: tl.constexpr,
+    inner: tl.constexpr,
+    share: tl.constexpr,
 ):
     """How many elements a chain's first step would give another value, and f's sums."""
     _, at = _places(share)
@@ -139,6 +182,7 @@ def deviation(  # type: ignore[no-untyped-def]
     found = tl.load(after + at, mask=inside, other=0).to(tl.float64)
     x = tl.load(now + at, mask=inside, other=0).to(tl.float64)
     branch = tl.load(f + at, mask=inside, other=0)
+    scale = _of_channel(scales, at, channels, inner)
     total = _function(branch, x, alpha, scale) + _image(x, beta)
     tl.store(counts + tl.program_id(0), tl.sum((total != found).to(tl.int64)))
     tl.store(sums + tl.program_id(0), _weighted(branch, at, place))
@@ -160,9 +204,28 @@ def _places(share: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _of_channel(  # type: ignore[no-untyped-def]
+    values, at, channels: tl.constexpr, inner: tl.constexpr
+):
+    """The value of each element's channel, fp64."""
+    return tl.load(values + at // inner % channels).to(tl.float64)
+
+
+@triton.jit
+def _note_peaks(  # type: ignore[no-untyped-def]
+    total, peaks, at, inside, channels: tl.constexpr, inner: tl.constexpr
+):
+    """Raises the peaks of channels that are near their limit; infinity and NaN are no peaks."""
+    size = tl.abs(total)
+    near = inside & (size >= 16384.0) & (size < float("inf"))
+    whole = tl.minimum(tl.where(near, size, 0.0), 1099511627776.0).to(tl.int64)
+    tl.atomic_max(peaks + at // inner % channels, whole, mask=near)
+
+
+@triton.jit
 def _function(branch, x, alpha, scale):  # type: ignore[no-untyped-def]
     """G in fp64."""
-    return _nearest(branch.to(tl.float64) * tl.cast(scale, tl.float64) + x * _double(alpha))
+    return _nearest(branch.to(tl.float64) * scale + x * _double(alpha))
 
 
 @triton.jit
@@ -188,11 +251,15 @@ def _double(value):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _held(total):  # type: ignore[no-untyped-def]
-    """What int32 can hold; NaN ends outside the range."""
+def _held(total, narrow: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a state can hold; NaN ends outside the range."""
     total = tl.where(total == total, total, float("inf"))
-    most = tl.full([], 2147483647.0, tl.float64)  # a bare number would be one of fp32: 2^31
-    return tl.minimum(tl.maximum(total, -2147483648.0), most)
+    if narrow:
+        held = tl.minimum(tl.maximum(total, -32767.0), 32767.0)
+    else:
+        most = tl.full([], 2147483647.0, tl.float64)  # a bare number would be one of fp32: 2^31
+        held = tl.minimum(tl.maximum(total, -2147483648.0), most)
+    return held
 
 
 @triton.jit
