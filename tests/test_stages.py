@@ -111,7 +111,7 @@ def test_a_cut_anywhere_gives_the_same_bits_reversed_returned_or_stored(
     ("kind", "named"),
     [
         ("coefficients", "alpha 0.800003, most ranks have 0.899994; rank {}: beta 0.199997"),
-        ("bits", "blocks: fraction bits 17, most ranks have 18"),
+        ("bits", "blocks: grid 17, most ranks have 18"),
         ("step", "applied steps 1, most ranks have 0"),
     ],
 )

@@ -161,7 +161,9 @@ class Ledger:
 
 def failure_messages(name: str, setting: Setting, flags: list[int]) -> tuple[str, ...]:
     """One line for each failure in a chain's flags, the most telling first."""
-    advice = "use state_bits 32" if setting.by_channel else "lower fraction_bits"
+    advice = "lower fraction_bits"
+    if setting.by_channel:
+        advice = "its channels have larger scales from the next pass on: try again"
     out_of_range, not_finite, recompute, start, _ = flags[: Flags.SIZE]
     lines = []
     if not_finite == -1:

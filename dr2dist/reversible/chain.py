@@ -16,7 +16,7 @@ from dr2dist.reversible.arithmetic.setting import Setting
 from dr2dist.reversible.arithmetic.state import State
 from dr2dist.reversible.budget.costs import Meter
 from dr2dist.reversible.budget.planner import Planner
-from dr2dist.reversible.calls.replay import kept_statistics
+from dr2dist.reversible.calls.replay import kept_statistics, kept_streams
 from dr2dist.reversible.calls.runner import FunctionRunner, PlainRunner
 from dr2dist.reversible.calls.slices import Layout
 from dr2dist.reversible.certificate import (
@@ -197,9 +197,8 @@ class Chain(nn.Module):
             return
         if self.scales is None:
             self.maxima = ChannelMaxima(self.channel_dim)
-            devices = [] if x.device.type == "cpu" else [x.device]
             try:
-                with torch.random.fork_rng(devices), kept_statistics(self):
+                with kept_streams(x.device), kept_statistics(self):
                     self.segment.infer(x, sides, self.setting, layout)
                 self.set_scales(self.maxima.scales())
             finally:

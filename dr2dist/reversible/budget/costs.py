@@ -12,7 +12,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dr2dist.reversible.calls.kernels import Kernels
-from dr2dist.reversible.calls.replay import Randomness, function_context, kept_statistics
+from dr2dist.reversible.calls.replay import (
+    Randomness,
+    function_context,
+    kept_statistics,
+    kept_streams,
+)
 from dr2dist.reversible.calls.runner import Call, FunctionRunner, gradients
 from dr2dist.reversible.calls.sliced import SlicedCall
 from dr2dist.reversible.calls.slices import Layout, joined, slices_of
@@ -128,6 +133,12 @@ class Meter:
         self, function: nn.Module, work: SlicedCall, differentiate: bool = False
     ) -> list[Call]:
         """The function's calls, each dropped after its gradient or all returned."""
+        with kept_streams(self.x.device):
+            return self._run_drawing(function, work, differentiate)
+
+    def _run_drawing(
+        self, function: nn.Module, work: SlicedCall, differentiate: bool
+    ) -> list[Call]:
         kernels, randomness = Kernels.current(self.x.device), Randomness(self.x.device)
         calls: list[Call] = []
 
@@ -144,7 +155,6 @@ class Meter:
                 else:
                     calls.append(call.without_outputs())
                 del call
-        randomness.close()
         return calls
 
 

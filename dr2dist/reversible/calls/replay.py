@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,13 @@ class Randomness:
 
 def _moved(generator: torch.Generator, state: Tensor) -> bool:
     return bool((generator.get_state().numpy() != state.numpy()).any())
+
+
+def kept_streams(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside leaves the global streams as they were."""
+    devices = [] if device.type == "cpu" else [device]
+    context: AbstractContextManager[None] = torch.random.fork_rng(devices)
+    return context
 
 
 @contextmanager
