@@ -85,7 +85,7 @@ def test_a_jump_is_tried_again_with_larger_scales(stages: int, zero: int, four_r
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((1, 2), (1, 2)), ((1, 3), (2, 1)), ((2, 0), (1, 1))]
+    ("before", "after"), [((1, 2), (1, 2)), ((1, 0), (1, 3)), ((2, 1), (4, 0))]
 )
 def test_a_checkpoint_has_the_scales_and_any_layout_takes_them(
     before: tuple[int, int], after: tuple[int, int], four_ranks: Pool, tmp_path: Any

@@ -314,8 +314,12 @@ class ReversibleNetwork(nn.Module):
             if isinstance(layer, Transition):
                 items.append(layer if layer.sides else Piece(layer.module))
                 continue
-            more = {"name": layer.name, "channel_dim": layer.channel_dim}
-            new = Chain(layer.functions, **more, **(options or self.chains[0].options))
+            new = Chain(
+                layer.functions,
+                name=layer.name,
+                channel_dim=layer.channel_dim,
+                **(options or self.chains[0].options),
+            )
             chain = known.get(layer.name, new)
             chain.functions = new.functions
             items.append(chain)
