@@ -158,7 +158,7 @@ def fault(kind: str, zero: int, memory: str = "reverse") -> dict[str, Any]:
             return
         if kind == "remainder":
             (tape,) = (tape for tape in chain._tapes if tape.open)
-            tape.remainders[3][0][5] ^= 1
+            tape.remainders.part(3, 0)[5] ^= 1
         if kind == "weight":
             with deepspeed.zero.GatheredParameters([weight], 0, enabled=zero == 3):
                 weight.data[0, 0] *= 2.0**20

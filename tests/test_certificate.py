@@ -128,7 +128,7 @@ def test_every_change_of_a_remainder_is_caught(mode: str, request: pytest.Fixtur
     for number in range(counts(request)):
         output = chain(torch.ones(SIZE).cumsum(1))
         (tape,) = [tape for tape in chain._tapes if tape.open]
-        held = [r for rest in tape.remainders.values() for r in rest if r is not None and len(r)]
+        held = [rest for rest in tape.remainders.held() if len(rest)]
         remainder = held[number % len(held)]
         change_bits(remainder, *random_change(generator, len(remainder), 8))
         output.square().mean().backward()

@@ -57,7 +57,7 @@ def test_a_flipped_remainder_is_found_wherever_it_is(bf16: bool) -> None:
             )
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 recorded = chain.record(tokens())
-            recorded.tape.remainders[place][0][17] ^= 1
+            recorded.tape.remainders.part(place, 0)[17] ^= 1
             chain.reverse(recorded)
             certificate = chain.certificate()
             assert certificate.failures, (place, pair)

@@ -172,7 +172,7 @@ def test_a_flipped_remainder_bit_is_found_at_any_of_many_functions(bf16: bool) -
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for place in (1, 2, 3, 7, 12, 17, 21, 22, 23):
             recorded = chain.record(tokens(5, 3))
-            recorded.tape.remainders[place][place % 3][place % 8] ^= 1 << place % 8
+            recorded.tape.remainders.part(place, place % 3)[place % 8] ^= 1 << place % 8
             chain.reverse(recorded)
             assert messages(chain), place
 

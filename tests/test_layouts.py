@@ -92,7 +92,7 @@ def test_a_flipped_remainder_beside_kept_functions_is_noticed() -> None:
     chain.on_failure = "record"
     output = chain(tokens().requires_grad_())
     (tape,) = chain._tapes
-    tape.remainders[1][0][7] ^= 1
+    tape.remainders.part(1, 0)[7] ^= 1
     output.sum().backward()
     certificate = chain.certificate()
     assert certificate is not None and certificate.failures > 0

@@ -22,7 +22,7 @@ from dr2dist.backbones.torchvision_vit import TorchvisionVitBackbone
 from dr2dist.backbones.vit import VitBackbone
 from dr2dist.errors import UserError
 from dr2dist.reversible import Setting
-from dr2dist.reversible.arithmetic.setting import Arithmetic, Memory, StateBits
+from dr2dist.reversible.arithmetic.setting import Arithmetic, Memory, Place, StateBits
 from dr2dist.reversible.failure import OnFailure
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def convert(
     on_failure: OnFailure = "raise",
     compile: bool = False,
     state_bits: StateBits = 32,
+    remainders: Place = "device",
 ) -> Any:
     """A reversible network from a supported model (Dr2Net, arXiv 2401.04105; docs/method.md).
 
@@ -71,7 +72,8 @@ def convert(
     "warn", or "record" for `certificate()`; on a GPU at a later forward pass, so that the host
     never waits. compile: run residual functions in training by torch.compile, forth and back.
     state_bits: of exact states: 32, or 16 with a scale for each channel, which is found in the
-    first pass and grows between passes where it must (docs/method.md).
+    first pass and grows between passes where it must (docs/method.md). remainders: where the bits
+    that beta discards wait for the backward pass: "host" is pinned memory (docs/memory.md).
 
     Raises UserError for a model that is not supported and ValueError for a setting that is not.
     """
@@ -86,6 +88,7 @@ def convert(
         memory_budget,
         chunk_budget,
         state_bits,
+        remainders,
     )
     family = family_of(model)
     net = blank(type(model))

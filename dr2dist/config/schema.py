@@ -90,6 +90,9 @@ class Reversible(Section):
     fraction_bits: int = Field(
         18, ge=0, le=28, description="resolution of exact states of 32 bits, 2^-bits"
     )
+    remainders: Literal["device", "host"] = Field(
+        "device", description="where discarded bits wait: host is pinned memory, out of the way"
+    )
     compile: bool = Field(
         False, description="run functions by torch.compile, forth and back; not with zero 3"
     )

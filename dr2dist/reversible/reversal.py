@@ -70,7 +70,9 @@ class Reversal:
             self.grad.x.add_(tap)
         with self.tape.kernels.restored():
             self._step(self.left)
-        if not self.keep:
+        if self.keep:
+            self.tape.remainders.return_(self.left)
+        else:
             self.tape.free(self.left)
 
     def finish(self) -> Backward:
@@ -85,6 +87,8 @@ class Reversal:
 
     def _step(self, index: int) -> None:
         mode, seen = self.tape.mode(index), OutputChecksum()
+        for wanted in (index, index - 1):  # its own are there by now, but for the first time
+            self.tape.remainders.ahead(wanted)
         after = _after(self.grad)
         upcoming = self.functions[index - 1] if index > self.tape.first else None
         with self.runner.open(self.functions[index], upcoming) as live:
@@ -209,11 +213,10 @@ class _Step:
             if isinstance(self.arithmetic, FloatArithmetic):
                 self.arithmetic.retreat(state, piece)
             elif not self.tape.starts_chain(self.index):
-                remainders = self.tape.remainders[self.index][self.number]
-                assert remainders is not None
+                remainders = self.tape.remainders.part(self.index, self.number)
                 self.arithmetic.retreat(state, piece, remainders, self.seen)
                 if not self.keep:
-                    self.tape.remainders[self.index][self.number] = None
+                    self.tape.remainders.drop(self.index, self.number)
             else:
                 deviation = self.arithmetic.deviation(state, piece, self.seen)
                 self.tape.flags.note_start(deviation > 0)

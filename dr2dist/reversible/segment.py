@@ -31,6 +31,7 @@ from dr2dist.reversible.calls.runner import (
 )
 from dr2dist.reversible.calls.slices import Layout, Slice, joined, slices_of
 from dr2dist.reversible.certificate import Flags, Probe
+from dr2dist.reversible.remainders import Remainders
 from dr2dist.reversible.reversal import Backward, Reversal
 from dr2dist.reversible.tape import Arithmetic, Kept, Sides, Tape, arithmetic_of, state_dtype
 
@@ -201,6 +202,7 @@ class Segment:
             if index in taps:
                 handed[index] = arithmetic.hand_out(state.current, tape.dtype)
         tape.randomness.close()
+        tape.remainders.settle()
         return state, tape, handed
 
     def backward(self, tape: Tape, state: State | None, grad: Gradient) -> Backward:
@@ -263,6 +265,7 @@ class Segment:
             owned=[] if self.runner.nested else self.owned(first),
             sums=torch.zeros(len(self.functions), dtype=torch.int64, device=device),
             flags=Flags(device, 0 if self.scales is None else len(self.scales.exponents)),
+            remainders=Remainders(device, setting.remainders == "host"),
             x_needs_grad=x_needs_grad,
         )
 
@@ -309,7 +312,7 @@ class Segment:
                 else:
                     work.forget()
         if mode == "reverse":
-            tape.remainders[index] = advance.remainders
+            tape.remainders.put(index, advance.remainders)
         elif mode == "store":
             tape.kept[index] = kept
         return out

@@ -22,6 +22,7 @@ from dr2dist.reversible.calls.runner import Call
 from dr2dist.reversible.calls.sliced import SlicedCall, Stream
 from dr2dist.reversible.calls.slices import Layout, Slice
 from dr2dist.reversible.certificate import Flags, Probe
+from dr2dist.reversible.remainders import Remainders
 from dr2dist.reversible.trees import tree_map_only
 
 Arithmetic = ExactArithmetic | FloatArithmetic
@@ -80,9 +81,9 @@ class Tape:
     trained parameters that none before it uses; none under a nested runner.
     sums: int64 [functions], the bits of F's outputs.
 
-    By function, as far as its memory mode needs them: parts, its slices; remainders, one entry
-    for each part's range; inputs, its state; kept, its graphs; states, what reversal goes on from
-    below functions that keep theirs; starts, what it must find where a reversed stretch began.
+    By function, as far as its memory mode needs them: parts, its slices; remainders; inputs, its
+    state; kept, its graphs; states, what reversal goes on from below functions that keep theirs;
+    starts, what it must find where a reversed stretch began.
     used: whether a reversal that frees all this has begun. open: whether none has ended.
     """
 
@@ -98,9 +99,9 @@ class Tape:
     owned: list[list[nn.Parameter]]
     sums: Tensor
     flags: Flags
+    remainders: Remainders
     x_needs_grad: bool
     parts: dict[int, list[list[Slice]]] = field(default_factory=dict)
-    remainders: dict[int, list[Tensor | None]] = field(default_factory=dict)
     inputs: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, list[Kept]] = field(default_factory=dict)
     states: dict[int, State] = field(default_factory=dict)
@@ -162,13 +163,13 @@ class Tape:
 
     @property
     def remainder_bytes(self) -> int:
-        """Bytes of remainders held now."""
-        parts = (part for parts in self.remainders.values() for part in parts)
-        return sum(part.nbytes for part in parts if part is not None)
+        """Bytes of remainders held now, wherever they are."""
+        return self.remainders.nbytes
 
     def free(self, index: int) -> None:
         """Drops what only the reversal of function `index` needed."""
-        for held in (self.remainders, self.inputs, self.kept, self.states, self.starts):
+        self.remainders.free(index)
+        for held in (self.inputs, self.kept, self.states, self.starts):
             held.pop(index, None)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 Arithmetic = Literal["exact", "float"]
 Memory = Literal["reverse", "store", "checkpoint", "budget"]
 StateBits = Literal[16, 32]
+Place = Literal["device", "host"]
 
 COEFFICIENT_STEP = 2.0**-16
 """alpha and beta are multiples of this, so that their products with int32 are exact in fp64."""
@@ -55,6 +56,8 @@ class Setting:
         hold beyond full reversal, for one micro-batch and all chains.
     chunk_budget: with chunk_size "auto", bytes of one function's working set.
     state_bits: of exact states: 32 with one step for all, 16 with one for each channel.
+    remainders: where they wait for the reversal: "host" is pinned memory, to which they are copied
+        while functions run.
 
     Raises ValueError for a value outside these sets.
     """
@@ -69,6 +72,7 @@ class Setting:
     memory_budget: int | None = None
     chunk_budget: int | None = None
     state_bits: StateBits = 32
+    remainders: Place = "device"
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -82,7 +86,12 @@ class Setting:
         object.__setattr__(self, "beta", round_coefficient(self.beta))
 
     def _check_choices(self) -> None:
-        choices = (("arithmetic", Arithmetic), ("memory", Memory), ("state_bits", StateBits))
+        choices = (
+            ("arithmetic", Arithmetic),
+            ("memory", Memory),
+            ("state_bits", StateBits),
+            ("remainders", Place),
+        )
         for name, kind in choices:
             if getattr(self, name) not in get_args(kind):
                 allowed = ", ".join(map(str, get_args(kind)))
@@ -91,6 +100,11 @@ class Setting:
             raise ValueError(f"chunk_size is {self.chunk_size!r}, allowed is a number or 'auto'")
         if isinstance(self.chunk_size, int) and self.chunk_size < 1:
             raise ValueError(f"chunk_size is {self.chunk_size}, allowed is None or 1 and more")
+        if self.remainders == "host" and not self.keeps_remainders:
+            raise ValueError(
+                "remainders is 'host', which has an effect only with arithmetic 'exact' and memory "
+                "'reverse' or 'budget'"
+            )
         self._check_budget("memory_budget", self.memory == "budget", "memory 'budget'")
         self._check_budget("chunk_budget", self.chunk_size == "auto", "chunk_size 'auto'")
         if self.chunk_tokens is not None:
@@ -117,6 +131,11 @@ class Setting:
     def proves(self) -> bool:
         """Whether a backward pass must be proven: whether anything is run twice or rounded."""
         return self.arithmetic == "exact" or self.memory != "store"
+
+    @property
+    def keeps_remainders(self) -> bool:
+        """Whether a forward pass leaves remainders, at any beta below 1."""
+        return self.arithmetic == "exact" and self.memory in ("reverse", "budget")
 
     @property
     def measured(self) -> bool:
