@@ -40,7 +40,7 @@ class Plan:
     network and its task; task: that has seen the training data. deepspeed: DeepSpeed's
     configuration. lengths: functions of each chain. parameters, trained: of the model, in numbers.
     groups: of the optimiser. flops: of training on one sample. inputs: numbers of one sample's
-    inputs. remainder_bits: for each element and function, at the smallest beta.
+    inputs. setting: of the chains, at the smallest beta.
     """
 
     grid: Grid
@@ -60,7 +60,7 @@ class Plan:
     groups: int
     flops: int
     inputs: int
-    remainder_bits: int
+    setting: Setting
 
     @property
     def global_batch(self) -> int:
@@ -82,6 +82,7 @@ class Plan:
                 f"samples       {self.train.num_samples} for training, {held_out} for validation",
                 f"steps         {self.steps} of {self.global_batch} samples on "
                 f"{self.grid.stages * self.grid.replicas} rank(s), {self.steps_per_epoch} an epoch",
+                *self._describe_states(),
                 f"ZeRO          {self.deepspeed['zero_optimization']['stage']}",
                 *self._describe_stages(),
             ]
@@ -112,17 +113,36 @@ class Plan:
     def _held(self, number: int, own: list[Layer]) -> str:
         """What a stage holds: parameters, and remainders at their most."""
         text = f"{sum(layer.parameters for layer in own):,} parameters"
-        if not self.remainder_bits:
+        bits = self._kept_bits
+        if not bits:
             return text
         flight = min(self.grid.stages - number, self.deepspeed["gradient_accumulation_steps"])
         inputs = sum(4 * self._elements(shape) for shape in self._inputs_kept(number))
         # The first function of a chain keeps none: it reverses by y = beta x.
         kept = [layer for layer in own if layer.kind == "function" and layer.place.function]
-        size = sum(self._elements(layer.shape) for layer in kept) * self.remainder_bits // 8
+        size = sum(self._elements(layer.shape) for layer in kept) * bits // 8
         other = f" and {inputs:,} of inputs" if inputs else ""
+        place = " in the host's memory" if self.setting.remainders == "host" else ""
         return (
-            f"{text}; {flight} micro-batch(es) in flight, {size:,} bytes of remainders{other} each"
+            f"{text}; {flight} micro-batch(es) in flight, {size:,} bytes of remainders{place}"
+            f"{other} each"
         )
+
+    @property
+    def _kept_bits(self) -> int:
+        """Bits of remainders for each element and function."""
+        return self.setting.remainder_bits if self.setting.keeps_remainders else 0
+
+    def _describe_states(self) -> list[str]:
+        setting = self.setting
+        if setting.arithmetic == "float":
+            return []
+        grid = f"in steps of 2^-{setting.fraction_bits}"
+        if setting.by_channel:
+            grid = "with a scale for each channel, found in the first step"
+        bits = self._kept_bits
+        kept = f"; {bits} bit(s) of remainders, on the {setting.remainders}" if bits else ""
+        return [f"states        {setting.state_bits} bits {grid}{kept}"]
 
     def _inputs_kept(self, number: int) -> list[tuple[int, ...]]:
         """Shapes of one sample's input to the stem, the transitions and the tail of a stage."""
@@ -135,13 +155,18 @@ class Plan:
 
     def _crossing(self, layer: Layer) -> str:
         """What crosses the cut behind a layer, as a text: bytes of a micro-batch, on and back."""
-        size = (2 if layer.hands_on_state else 1) * 4 * self._elements(layer.shape)
-        back = 2 * size if layer.hands_on_state else size
+        narrow = any(self.deepspeed.get(kind, {}).get("enabled") for kind in ("bf16", "fp16"))
+        tokens = (2 if narrow else 4) * self._elements(layer.shape)
+        on, back = tokens, tokens
+        if layer.hands_on_state:
+            bits = 32 if self.setting.arithmetic == "float" else self.setting.state_bits
+            on = 2 * self._elements(layer.shape) * bits // 8
+            back = 2 * tokens + (on if self.setting.memory == "reverse" else 0)
         batch = int(self.deepspeed["train_micro_batch_size_per_gpu"])
         beside = [(4 * math.prod(each.shape_of(batch)), each.trained) for each in layer.carried]
-        on = size + sum(count for count, _ in beside)
+        on += sum(count for count, _ in beside)
         back += sum(count for count, trained in beside if trained)
-        return f"{on:,} bytes on and {back:,} back a micro-batch (fp32)"
+        return f"{on:,} bytes on and {back:,} back a micro-batch"
 
 
 def make_plan(config: Config, ranks: int) -> Plan:
@@ -193,7 +218,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
         groups=len(groups),
         flops=training_flops(measured),
         inputs=sum(leaf.numel() for leaf in tree_leaves(net.family.example(net))),
-        remainder_bits=_remainder_bits(setting, schedule),
+        setting=_at_smallest_beta(setting, schedule),
     )
 
 
@@ -208,11 +233,9 @@ def _measured(net: ReversibleNetwork, setting: Setting) -> list[Measured]:
     return found
 
 
-def _remainder_bits(setting: Setting, schedule: Schedule) -> int:
-    if setting.memory != "reverse":
-        return 0
-    least = min(pair.beta for pair in schedule.pairs())
-    return replace(setting, alpha=1 - least, beta=least).remainder_bits
+def _at_smallest_beta(setting: Setting, schedule: Schedule) -> Setting:
+    pair = min(schedule.pairs(), key=lambda pair: pair.beta)
+    return replace(setting, alpha=pair.alpha, beta=pair.beta)
 
 
 def _check_precision(precision: str) -> None:
