@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dr2dist
 from dr2dist.parallel.verdict import failure_kinds
-from dr2dist.reversible import Chain, Layout, Segment, Setting, Sides
+from dr2dist.reversible import Chain, Layout, Setting, Sides
 from dr2dist.reversible.calls.replay import stable_seed
 from dr2dist.reversible.certificate import worst_drift
 from dr2dist.reversible.failure import ReversalError
@@ -26,6 +26,8 @@ NUM_CHANGES = 150
 """For each place in a normal run; ten times as many in a long one."""
 MODES: dict[str, dict[str, Any]] = {
     "reverse": {"memory": "reverse"},
+    "reverse-16-bits": {"memory": "reverse", "state_bits": 16},
+    "checkpoint-16-bits": {"memory": "checkpoint", "state_bits": 16},
     "checkpoint": {"memory": "checkpoint"},
     "budget": {"memory": "budget", "memory_budget": 1500},
     "float-checkpoint": {"memory": "checkpoint", "arithmetic": "float"},
@@ -121,7 +123,7 @@ def test_every_change_of_an_output_is_caught(mode: str, request: pytest.FixtureR
         assert chain.certificate().failures, (number, change)
 
 
-@pytest.mark.parametrize("mode", ["reverse", "budget"])
+@pytest.mark.parametrize("mode", ["reverse", "reverse-16-bits", "budget"])
 def test_every_change_of_a_remainder_is_caught(mode: str, request: pytest.FixtureRequest) -> None:
     chain, _ = changed_chain(mode)
     generator = torch.Generator().manual_seed(2)
@@ -135,13 +137,16 @@ def test_every_change_of_a_remainder_is_caught(mode: str, request: pytest.Fixtur
         assert chain.certificate().failures, number
 
 
-def test_every_change_of_a_returned_state_is_caught(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("bits", [16, 32])
+def test_every_change_of_a_returned_state_is_caught(
+    bits: Any, request: pytest.FixtureRequest
+) -> None:
     """A stage's start, which is only compared by its checksum."""
     torch.manual_seed(0)
-    chain = make_chain(count=4)
-    functions, setting = list(chain.functions), Setting(0.9, 0.1)
-    before = Segment(functions[:2], chain.runner)
-    after = Segment(functions[2:], chain.runner, begin=2)
+    chain = make_chain(count=4, state_bits=bits)
+    chain.record(tokens(2, 3))  # finds scales
+    setting = Setting(0.9, 0.1, state_bits=bits)
+    before, after = chain.part(0, 2), chain.part(2)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         state, _, _ = before.forward(tokens(2, 3), Sides({}), setting, Layout())
@@ -151,7 +156,7 @@ def test_every_change_of_a_returned_state_is_caught(request: pytest.FixtureReque
         for number in range(counts(request)):
             other = last.copy()
             part = other[number % 2]
-            change_bits(part, *random_change(generator, part.numel(), 32))
+            change_bits(part, *random_change(generator, part.numel(), bits))
             tape.flags.tensor[2:4] = torch.tensor([-1, 0])
             after.reverse(tape, other)
             assert tape.flags.tensor[2] >= 0 or tape.flags.tensor[3], number

@@ -324,6 +324,22 @@ def test_a_file_has_the_scales_and_computes_the_same(tmp_path: Path) -> None:
         net.set_scales({"block": [1]})
 
 
+def test_a_state_goes_on_with_the_same_bits() -> None:
+    """In a loop of one's own, from state_dict alone; a network of 32 bits takes such a state."""
+    net: Any = dr2dist.convert(build("swin"), state_bits=16)
+    train(net, images(3, seed=7))
+    state = net.state_dict()
+    again: Any = dr2dist.convert(build("swin", seed=1), state_bits=16)
+    again.load_state_dict(state)
+    assert_same(train(again, images(3)), train(net, images(3)))
+    wide: Any = dr2dist.convert(build("swin", seed=1))
+    wide.load_state_dict(state)
+    assert wide.scales == {}
+    again.load_state_dict({k: v for k, v in state.items() if not k.startswith("reversible_")})
+    with pytest.raises(RuntimeError, match="reversible_scale.blocks"):
+        again.load_state_dict({**state, "reversible_scale.blocks": torch.zeros(1)})
+
+
 def test_gradients_of_states_have_the_tokens_dtype() -> None:
     chain = make_chain(4, state_bits=16).bfloat16()
     x = tokens(4).bfloat16().requires_grad_()

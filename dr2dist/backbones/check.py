@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dr2dist.backbones.branch import Branch
 from dr2dist.backbones.convert import convert
-from dr2dist.backbones.network import COEFFICIENTS_NAME, CUT, ReversibleNetwork
+from dr2dist.backbones.in_force import COEFFICIENTS_NAME
+from dr2dist.backbones.network import CUT, ReversibleNetwork
 from dr2dist.errors import UserError, one_line
 from dr2dist.reversible import Sides
 from dr2dist.reversible.trees import tree_flatten, tree_leaves, tree_map_only

@@ -14,7 +14,8 @@ from torch import nn
 from dr2dist.backbones.backbone import Backbone
 from dr2dist.backbones.beit import BeitBackbone
 from dr2dist.backbones.eva import EvaBackbone
-from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork, blank
+from dr2dist.backbones.in_force import COEFFICIENTS_NAME
+from dr2dist.backbones.network import ReversibleNetwork, blank
 from dr2dist.backbones.refusal import check_is_model, unsupported
 from dr2dist.backbones.relpos import RelPosBackbone
 from dr2dist.backbones.swin import SwinBackbone

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dr2dist.assembly import ExportMetadata, Option, assemble
 from dr2dist.assembly.metadata import class_names, metadata_of
 from dr2dist.backbones.arguments import arguments_of
-from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
+from dr2dist.backbones.in_force import adjusted_names
+from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
@@ -137,8 +138,8 @@ def _facts(
 def _tensors(net: nn.Module, path: Path, facts: ExportMetadata) -> dict[str, Source]:
     """The weights under timm's names, if they are those of timm's model."""
     own, known = net.state_dict(), assemble(facts.blueprint(), "meta").model.state_dict()
-    # The coefficients are in the metadata.
-    own.pop(COEFFICIENTS_NAME, None)
+    for name in adjusted_names(own):  # these are in the metadata
+        del own[name]
     for name in sorted(own.keys() | known.keys()):
         shapes = [list(d[name].shape) if name in d else "not there" for d in (own, known)]
         if shapes[0] != shapes[1]:

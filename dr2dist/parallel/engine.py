@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dr2dist.backbones.network import COEFFICIENTS_NAME, ReversibleNetwork
+from dr2dist.backbones.in_force import adjusted_names
+from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.parallel import adapter, traces
 from dr2dist.parallel.buffers import Buffers
 from dr2dist.parallel.deepspeed_json import Precision
@@ -312,8 +313,8 @@ class ReversibleEngine:
 
     def buffers(self) -> dict[str, Tensor]:
         """The model's persistent buffers by name, themselves; coefficients go by the step."""
-        others = {*dict(self.net.named_parameters()), COEFFICIENTS_NAME}
         state = self.net.state_dict(keep_vars=True)
+        others = {*dict(self.net.named_parameters()), *adjusted_names(state)}
         return {name: value for name, value in state.items() if name not in others}
 
     def layouts(self) -> dict[str, Any]:

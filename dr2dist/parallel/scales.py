@@ -22,7 +22,7 @@ def without_scales(chains: Iterable[Chain]) -> list[Chain]:
 def find_scales(chains: Sequence[Chain], measure: Callable[[], Any]) -> None:
     """Gives chains scales from one pass; every rank must call it.
 
-    measure: runs the network without gradients, in floating point. The largest value of each
+    measure: runs the network without gradients, its states not on a grid. The largest value of each
     channel on any rank counts: ranks may see other samples, and stages other functions.
     """
     for chain in chains:
