@@ -21,6 +21,7 @@ from dr2dist.bench.cases import (
     COMPILED,
     CONVENTIONAL,
     EXACT_COMPILED,
+    FAR,
     OFFLOADED,
     PER_BLOCK,
     Spec,
@@ -28,7 +29,17 @@ from dr2dist.bench.cases import (
 from dr2dist.bench.process import CaseError, Process
 from dr2dist.errors import UserError
 
-CASES = (PER_BLOCK, CONVENTIONAL, "exact", "exact sliced", EXACT_COMPILED, OFFLOADED, COMPILED)
+CASES = (
+    PER_BLOCK,
+    CONVENTIONAL,
+    "exact 16 bits",
+    "exact 16 bits sliced",
+    FAR,
+    "exact",
+    EXACT_COMPILED,
+    OFFLOADED,
+    COMPILED,
+)
 """Checkpointing first, for all others are told as multiples of it."""
 ROUNDS = 7
 WARM = 2
@@ -105,7 +116,7 @@ def rows(sizes: Sequence[Size], cases: Sequence[str], minutes: float) -> Iterato
 def table(found: Sequence[Row], device: str) -> str:
     """All rows, with times as multiples of the same model's checkpointing."""
     lines = [
-        f"bf16 autocast, fp32 weights, alpha 0.9, beta 0.1; medians of {ROUNDS} steps (forward, "
+        f"weights and tokens in bf16, alpha 0.9, beta 0.1; medians of {ROUNDS} steps (forward, "
         f"backward) after {WARM}; growth of the step's peak without weights and gradients. "
         f"{device}, torch {torch.__version__}.",
         "",

@@ -336,7 +336,7 @@ def test_a_state_goes_on_with_the_same_bits() -> None:
     wide.load_state_dict(state)
     assert wide.scales == {}
     again.load_state_dict({k: v for k, v in state.items() if not k.startswith("reversible_")})
-    with pytest.raises(RuntimeError, match="reversible_scale.blocks"):
+    with pytest.raises(RuntimeError, match=r"reversible_scale\.blocks"):
         again.load_state_dict({**state, "reversible_scale.blocks": torch.zeros(1)})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from dr2dist.backbones.convert import convert
 from dr2dist.backbones.forward import AutogradDriver
@@ -18,6 +18,8 @@ from dr2dist.backbones.walk import Flow, Place, walk
 from dr2dist.errors import UserError, nearest
 
 CONVENTIONAL, PER_BLOCK, BUDGET = "conventional", "checkpoint per block", "budget"
+PER_TWO, PER_FOUR = "checkpoint per 2 blocks", "checkpoint per 4 blocks"
+GROUPS = {PER_TWO: 2, PER_FOUR: 4}
 EXACT_COMPILED = "exact compiled"
 WHOLE_BLOCK = "checkpoint per block, no early stop"
 """Torch's checkpointing ends a recompute at the last tensor that gradients need, before a block's
@@ -29,23 +31,28 @@ CONVERTED: dict[str, dict[str, Any]] = {
     "float sliced": {"arithmetic": "float", "sliced": True},
     "exact": {},
     "exact sliced": {"sliced": True},
+    "exact 16 bits": {"state_bits": 16},
+    "exact 16 bits sliced": {"state_bits": 16, "sliced": True},
     BUDGET: {"memory": "budget"},
     EXACT_COMPILED: {"compile": True},
 }
 """Cases that `convert` makes, with its options; `sliced` stands for the slices asked for."""
 
+_FAR_OPTIONS = {"state_bits": 16, "sliced": True, "remainders": "host"}
+
 LIBRARIES = ("revlib", "momentumnet")
 """Packages from PyPI that reverse a run of functions, by other couplings than Dr2Net's."""
 
-CASES = (CONVENTIONAL, PER_BLOCK, WHOLE_BLOCK, *CONVERTED, *LIBRARIES)
+CASES = (CONVENTIONAL, PER_BLOCK, WHOLE_BLOCK, *GROUPS, *CONVERTED, *LIBRARIES)
 
-USUAL = tuple(case for case in CASES if case != EXACT_COMPILED)
+USUAL = tuple(case for case in CASES if case not in (EXACT_COMPILED, *GROUPS))
 """What is measured where nothing is asked for: compiling needs a C++ compiler on a CPU."""
 
 OFFLOADED = "checkpoint per block, offloaded"
 """What checkpoints keep goes to the host's memory, and comes back when it is needed."""
 COMPILED = "checkpoint per compiled block"
-ON_GPU = (OFFLOADED, COMPILED)
+FAR = "exact 16 bits sliced, remainders offloaded"
+ON_GPU = (OFFLOADED, COMPILED, FAR)
 """Further cases, for `benchmarks/gpu.sh`: on a CPU they save nothing, or need a C++ compiler."""
 
 
@@ -54,16 +61,16 @@ class Spec:
     """A model in one case, as plain values.
 
     size: pixels of a side. depth: blocks, None for the model's own. slices: of `convert`, for
-    cases that are sliced. memory_budget: bytes, for case budget. bf16: functions compute in it, by
-    autocast, with weights in fp32.
+    cases that are sliced. memory_budget: bytes, for case budget. bf16: weights, images and tokens
+    are held in it, as DeepSpeed's bf16 holds them.
     """
 
     case: str
     model: str
     size: int
     depth: int | None = None
-    alpha: float = 0.5
-    beta: float = 0.5
+    alpha: float = 0.9
+    beta: float = 0.1
     slices: dict[str, int] = field(default_factory=dict)
     memory_budget: int | None = None
     bf16: bool = False
@@ -81,7 +88,7 @@ def build(spec: Spec) -> nn.Module:
     """The network of a case, with the same weights in all. Raises UserError if it cannot be."""
     torch.manual_seed(0)
     net = _network(_model(spec), spec)
-    return _Within(net, _autocast) if spec.bf16 else net
+    return net.bfloat16() if spec.bf16 else net
 
 
 def _network(model: nn.Module, spec: Spec) -> nn.Module:
@@ -89,9 +96,11 @@ def _network(model: nn.Module, spec: Spec) -> nn.Module:
         return model
     if spec.case in (PER_BLOCK, WHOLE_BLOCK, *ON_GPU):
         return _checkpointed(model, spec.case)
+    if spec.case in GROUPS:
+        return _grouped(model, GROUPS[spec.case])
     if spec.case in LIBRARIES:
         return _Foreign(model, spec)
-    options = dict(CONVERTED[spec.case])
+    options = dict(_FAR_OPTIONS if spec.case == FAR else CONVERTED[spec.case])
     if options.pop("sliced", False):
         options |= spec.slices
     if spec.case == BUDGET:
@@ -112,6 +121,26 @@ def _checkpointed(model: nn.Module, case: str) -> nn.Module:
     return _Within(model, _to_the_end) if case == WHOLE_BLOCK else model
 
 
+def _grouped(model: Any, size: int) -> nn.Module:
+    """A model whose every `size` blocks are one checkpoint."""
+    blocks = list(model.blocks)
+    groups = [nn.Sequential(*blocks[n : n + size]) for n in range(0, len(blocks), size)]
+    model.blocks = nn.Sequential(*map(_Checkpointed, groups))
+    return model  # type: ignore[no-any-return]
+
+
+class _Checkpointed(nn.Module):
+    """Blocks that are run again in the backward pass, from their input."""
+
+    def __init__(self, blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, tokens: Tensor) -> Any:
+        """As the blocks'."""
+        return checkpoint(self.blocks, tokens, use_reentrant=False)
+
+
 def _to_the_end(images: Tensor) -> AbstractContextManager[Any]:
     found: AbstractContextManager[Any] = set_checkpoint_early_stop(False)
     return found
@@ -119,10 +148,6 @@ def _to_the_end(images: Tensor) -> AbstractContextManager[Any]:
 
 def _on_host(images: Tensor) -> AbstractContextManager[Any]:
     return torch.autograd.graph.save_on_cpu(pin_memory=images.is_cuda)
-
-
-def _autocast(images: Tensor) -> AbstractContextManager[Any]:
-    return torch.autocast(images.device.type, torch.bfloat16)
 
 
 def _model(spec: Spec) -> nn.Module:

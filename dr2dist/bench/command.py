@@ -33,8 +33,9 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--cases", nargs="+", help="what to compare; default: everything")
     bench.add_argument("--size", type=int, default=224, help="pixels of a side")
     bench.add_argument("--depths", nargs="+", type=int, help="blocks; default: the model's own")
-    bench.add_argument("--alpha", type=float, default=0.5)
-    bench.add_argument("--beta", type=float, default=0.5)
+    bench.add_argument("--alpha", type=float, help="default: 1 - beta")
+    bench.add_argument("--beta", type=float, default=0.1)
+    bench.add_argument("--bf16", action="store_true", help="weights, images and tokens in bf16")
     bench.add_argument("--batches", nargs=2, type=int, default=[16, 32], help="slope between")
     bench.add_argument("--chunk-size", type=int, default=4, help="samples per slice, where sliced")
     bench.add_argument("--time-batch", type=int, default=16, help="samples of a timed step")
@@ -49,14 +50,16 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Measures, writing the files anew after each case, and prints the table."""
     from dr2dist.bench import measure
-    from dr2dist.bench.cases import BUDGET, Spec
+    from dr2dist.bench.cases import BUDGET, CONVENTIONAL, Spec
 
     _check(given)
+    if given.alpha is None:
+        given.alpha = 1 - given.beta
     cases = _cases(given.cases)
     depths = given.depths or [None]
     first = Spec(
-        cases[0], given.model, given.size, depths[0], given.alpha, given.beta,
-        {"chunk_size": given.chunk_size},
+        CONVENTIONAL, given.model, given.size, depths[0], given.alpha, given.beta,
+        {"chunk_size": given.chunk_size}, bf16=given.bf16,
     )  # fmt: skip
     specs = [replace(first, case=case) for case in cases if case != BUDGET]
     results = _begin(given, cases)
@@ -143,15 +146,16 @@ def _begin(given: argparse.Namespace, cases: list[str]) -> dict[str, Any]:
         "limit": _bytes("limit", given.limit),
         "size_limit": _bytes("size-limit", given.size_limit),
     }
-    named = ("model", "size", "alpha", "beta", "batches", "sizes", "chunk_size", "chunk_tokens")
-    settings |= {name: getattr(given, name) for name in named}
+    named = ("model", "size", "beta", "alpha", "bf16", "batches", "sizes", "chunk_size")
+    settings |= {name: getattr(given, name) for name in (*named, "chunk_tokens")}
     path = given.output / "results.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     for name, value in settings.items():
-        if known and known[name] != value:
+        found = known.get(name)
+        if known and found != value:
             raise UserError(
-                f"--output: {given.output} holds results with {name} {known[name]}, not {value}: "
-                "choose another folder"
+                f"--output: {given.output} holds results with {name} {found}, not {value}: choose "
+                "another folder"
             )
     command = f"{datetime.date.today().isoformat()}: {shlex.join(['dr2dist', *sys.argv[1:]])}"
     present = known.get("cases", [])

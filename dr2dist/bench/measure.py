@@ -22,7 +22,7 @@ SPARE = 0.97
 
 
 def facts(spec: Spec) -> Found:
-    """Of a model: bytes of a sample's tokens, pixels of a patch, functions, device."""
+    """Of a model: elements of a sample's tokens, pixels of a patch, functions, device."""
     return ask_once(spec, "facts")
 
 

@@ -16,10 +16,11 @@ def table(results: dict[str, Any]) -> str:
     columns = _columns(results)
     cases = [case for case in results["cases"] if any(case in found for _, found in columns)]
     lines = [
-        f"{results['model']}, fp32, alpha {results['alpha']:g}, beta {results['beta']:g}, "
-        f"{results['size']} pixels; slices of {results['chunk_size']} samples, of one image "
-        f"{results['chunk_tokens']} tokens; one token tensor is {results['token_bytes']} bytes a "
-        f"sample. {results['machine']}, {results['threads']} threads, torch {results['torch']}.",
+        f"{results['model']}, {'bf16' if results['bf16'] else 'fp32'}, alpha "
+        f"{results['alpha']:g}, beta {results['beta']:g}, {results['size']} pixels; slices of "
+        f"{results['chunk_size']} samples, of one image {results['chunk_tokens']} tokens; a "
+        f"sample's tokens have {results['elements']} elements. {results['machine']}, "
+        f"{results['threads']} threads, torch {results['torch']}.",
         "",
         *(f"    {command}" for command in results["commands"]),
         "",
@@ -34,13 +35,13 @@ def table(results: dict[str, Any]) -> str:
 def _columns(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     """(title, text by case)."""
     columns = []
-    token = results["token_bytes"]
+    elements = results["elements"]
     for depth, lines in _by_depth(results):
         low, high = results["batches"]
         title = f"depth {depth}: memory of batch {high}"
         columns.append((title, _texts(lines, lambda x: f"{x['growth'][1] / MIB:.0f} MiB")))
-        title = f"depth {depth}: token tensors per sample (slope {low} to {high})"
-        columns.append((title, _texts(lines, lambda x: f"{x['slope'] / token:.1f}")))
+        title = f"depth {depth}: bytes an element of a sample's tokens (slope {low} to {high})"
+        columns.append((title, _texts(lines, lambda x: f"{x['slope'] / elements:.1f}")))
     columns += _depth_column(results)
     if times := results.get("time"):
         for base in ("checkpoint per block", "conventional"):
@@ -65,12 +66,10 @@ def _depth_column(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     if len(results.get("memory", {})) < 2:
         return []
     (low, first), *_, (high, last) = _by_depth(results)
-    unit = (int(high) - int(low)) * results["token_bytes"]
+    unit = (int(high) - int(low)) * results["elements"]
     known = set(_sound(last)) & set(_sound(first))
     both = {case: {"slope": last[case]["slope"] - first[case]["slope"]} for case in known}
-    return [
-        ("token tensors per sample and block", _texts(both, lambda x: f"{x['slope'] / unit:.2f}"))
-    ]
+    return [("bytes an element and block", _texts(both, lambda x: f"{x['slope'] / unit:.2f}"))]
 
 
 def _resolution_columns(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:

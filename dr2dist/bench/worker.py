@@ -24,7 +24,7 @@ from dr2dist.bench.cases import COMPILED, Spec, build
 from dr2dist.errors import UserError
 from dr2dist.reversible import Chain, State
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
-from dr2dist.reversible.tape import arithmetic_of
+from dr2dist.reversible.tape import arithmetic_of, state_dtype
 
 
 class Worker:
@@ -67,13 +67,14 @@ class Worker:
         total = 0.0
         with torch.no_grad():
             for chain, tokens in _chain_inputs(net, self._images(batch)):
-                arithmetic: Any = arithmetic_of(chain.setting, torch.float32, self.device)
+                dtype = state_dtype(tokens)
+                arithmetic: Any = arithmetic_of(chain.setting, dtype, self.device, chain.scales)
                 one = _coupling_seconds(arithmetic, tokens, self._now)
                 total += one * len(chain.functions)
         return {"seconds": total}
 
     def facts(self) -> dict[str, Any]:
-        """Bytes of one sample's tokens in fp32 (the first chain's), pixels of a patch, functions,
+        """Elements of one sample's tokens (the first chain's), pixels of a patch, functions,
         device."""
         net = self._reversible()
         with torch.no_grad():
@@ -82,7 +83,7 @@ class Worker:
         patch = int(net.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         return {
-            "token_bytes": tokens.numel() * 4,
+            "elements": tokens.numel(),
             "patch": patch,
             "functions": functions,
             "device": name,
@@ -94,10 +95,11 @@ class Worker:
 
     def _images(self, batch: int) -> Tensor:
         shape = (batch, input_channels(self.net), self.spec.size, self.spec.size)
-        return torch.randn(shape, device=self.device)
+        dtype = torch.bfloat16 if self.spec.bf16 else torch.float32
+        return torch.randn(shape, device=self.device).to(dtype)
 
     def _step(self, images: Tensor) -> None:
-        self.net(images).square().mean().backward()
+        self.net(images).float().square().mean().backward()
 
     def _now(self) -> float:
         if self.device.type == "cuda":
