@@ -126,7 +126,7 @@ def _grouped(model: Any, size: int) -> nn.Module:
     blocks = list(model.blocks)
     groups = [nn.Sequential(*blocks[n : n + size]) for n in range(0, len(blocks), size)]
     model.blocks = nn.Sequential(*map(_Checkpointed, groups))
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 class _Checkpointed(nn.Module):

@@ -163,7 +163,7 @@ def failure_messages(name: str, setting: Setting, flags: list[int]) -> tuple[str
     """One line for each failure in a chain's flags, the most telling first."""
     advice = "lower fraction_bits"
     if setting.by_channel:
-        advice = "its channels have larger scales from the next pass on: try again"
+        advice = "its channels need larger scales"
     out_of_range, not_finite, recompute, start, _ = flags[: Flags.SIZE]
     lines = []
     if not_finite == -1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from dr2dist.reversible.arithmetic.setting import Setting
 from dr2dist.reversible.arithmetic.state import State
 from dr2dist.reversible.budget.costs import Meter
 from dr2dist.reversible.budget.planner import Planner
-from dr2dist.reversible.calls.replay import kept_statistics, kept_streams
+from dr2dist.reversible.calls.replay import Snapshot, kept_statistics, kept_streams
 from dr2dist.reversible.calls.runner import FunctionRunner, PlainRunner
 from dr2dist.reversible.calls.slices import Layout
 from dr2dist.reversible.certificate import (
@@ -30,6 +29,9 @@ from dr2dist.reversible.failure import FailureWatch, OnFailure, check_on_failure
 from dr2dist.reversible.nodes import ChainPass
 from dr2dist.reversible.segment import Segment
 from dr2dist.reversible.tape import Sides, Tape
+
+WIDENINGS = 32
+"""Attempts of one pass, each with larger scales of 16-bit states, before it is given up."""
 
 
 class Recorded(NamedTuple):
@@ -61,8 +63,8 @@ class Chain(nn.Module):
     channel_dim: of the tokens, which has a scale for each channel in states of 16 bits.
     setting: alpha, beta and the other fields of Setting.
 
-    States of 16 bits have scales that are found, with headroom, in the first pass, and grow between
-    passes where a channel has come near its limit.
+    States of 16 bits have scales that are found, with headroom, in the first pass. They grow for
+    the passes to come where a channel is near its limit, and for the same pass where it is beyond.
     Randomness inside functions is replayed exactly. Raises ValueError for a setting that is not
     allowed or cannot hold the chain's length.
     """
@@ -83,7 +85,6 @@ class Chain(nn.Module):
         self.channel_dim = channel_dim
         self.scales: ChannelScales | None = None
         """Of states of 16 bits, once they are found."""
-        self._wanted: ChannelScales | None = None
         self.on_failure = check_on_failure(on_failure)
         self.compiles = compile
         self.setting = Setting(**setting)
@@ -173,7 +174,7 @@ class Chain(nn.Module):
                 f"{self.name}: scales cannot change while a forward pass waits for its backward "
                 "pass"
             )
-        self.scales = self._wanted = scales
+        self.scales = scales
 
     def state_held(self, inference: bool = False) -> torch.dtype:
         """The dtype of fp32 tokens' states, in passes with gradients or without."""
@@ -182,35 +183,47 @@ class Chain(nn.Module):
         return torch.int16 if self.setting.by_channel and not inference else torch.int32
 
     @property
-    def _scales_settled(self) -> bool:
-        """Whether a pass has nothing to do about scales: there are none, an engine sees to them, or
-        no channel wants room."""
-        if not self.setting.by_channel or self.maxima is not None or self.runner.nested:
-            return True
-        return self.scales is not None and self._wanted == self.scales
+    def _sees_to_scales(self) -> bool:
+        """Whether scales are the chain's own affair: an engine finds them for all ranks."""
+        return self.setting.by_channel and self.maxima is None and not self.runner.nested
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _settle_scales(self, x: Tensor, sides: Sides, layout: Layout) -> None:
-        """Finds the scales of states of 16 bits, or gives channels the room that they want."""
+    def _find_scales(self, x: Tensor, sides: Sides, layout: Layout) -> None:
+        """Finds the scales of states of 16 bits, by a pass that leaves no other trace."""
         if x.is_meta:
             return
-        if self.scales is None:
-            self.maxima = ChannelMaxima(self.channel_dim)
-            try:
-                with kept_streams(x.device), kept_statistics(self):
-                    self.segment.infer(x, sides, self.setting, layout)
-                self.set_scales(self.maxima.scales())
-            finally:
-                self.maxima = None
-        elif not self._waiting:
-            self.set_scales(self._wanted)
+        self.maxima = ChannelMaxima(self.channel_dim)
+        try:
+            with kept_streams(x.device), kept_statistics(self):
+                self.segment.infer(x, sides, self.setting, layout)
+            self.set_scales(self.maxima.scales())
+        finally:
+            self.maxima = None
 
-    def _note_peaks(self, scales: ChannelScales | None, flags: list[int]) -> None:
-        """Remembers the room that channels want after a pass with `scales`, if it had numbers."""
-        if scales is None or self._wanted is None or flags[1] != NEVER:
-            return
-        self._wanted = self._wanted.joined(scales.with_room(flags[Flags.SIZE :]))
+    def _recorded(
+        self, x: Tensor, sides: Sides, setting: Setting, layout: Layout, taps: Sequence[int] = (),
+        until: int | None = None,
+    ) -> tuple[State, Tape, dict[int, Tensor]]:  # fmt: skip
+        """A forward pass: (last state, tape, tapped tokens).
+
+        Where the chain sees to its scales the host waits for what the pass has found: if a state
+        left its range, it is run again with larger scales.
+        """
+        before = Snapshot(self, x.device) if self._sees_to_scales else None
+        for _ in range(WIDENINGS):
+            found = self.part(0, until).forward(x, sides, setting, layout, x.requires_grad, taps)
+            if before is None or not self._make_room(found[1].flags.tensor.tolist()):
+                break
+            before.restore()
+        return found
+
+    def _make_room(self, flags: list[int]) -> bool:
+        """Widens the scales of channels near their limit; whether the pass is to be repeated."""
+        if self.scales is None or flags[1] != NEVER:  # its states were no numbers
+            return False
+        self.scales = self.scales.with_room(flags[Flags.SIZE :])
+        return flags[0] != NEVER
 
     def forward(
         self,
@@ -239,8 +252,8 @@ class Chain(nn.Module):
         taps = [range(len(segment.functions))[tap] for tap in taps]
         shared = Sides(sides, batched)
         layout = self._layout(segment, x, shared, rows)
-        if not self._scales_settled:
-            self._settle_scales(x, shared, layout)
+        if self._sees_to_scales and self.scales is None:
+            self._find_scales(x, shared, layout)
             segment = self.part(0, until)
         trains = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         if not trains or not self._anything_to_train(segment, shared, x):
@@ -248,19 +261,23 @@ class Chain(nn.Module):
         else:
             if torch.compiler.is_dynamo_compiling() and self.setting.memory != "store":
                 _refuse_compiling()
-            output, tapped = self._train(segment, shared, layout, taps, x)
+            output, tapped = self._train(segment, shared, layout, taps, x, until)
         return (output, list(tapped)) if taps else output
 
     @torch.compiler.disable
     def _train(
-        self, segment: Segment, sides: Sides, layout: Layout, taps: Sequence[int], x: Tensor
+        self,
+        segment: Segment,
+        sides: Sides,
+        layout: Layout,
+        taps: Sequence[int],
+        x: Tensor,
+        until: int | None,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """The pass as nodes of autograd's graph: (output, taps)."""
         self._failures.poll(self.on_failure)
         with torch.no_grad():
-            state, tape, handed = segment.forward(
-                x, sides, self.setting, layout, x.requires_grad, taps
-            )
+            state, tape, handed = self._recorded(x, sides, self.setting, layout, taps, until)
             output = tape.arithmetic.hand_out(state.current, tape.dtype)
         self.open(tape)
         last = state if tape.mode(len(segment.functions) - 1) == "reverse" else None
@@ -298,9 +315,9 @@ class Chain(nn.Module):
         setting = replace(self.setting, memory="reverse", memory_budget=None)
         shared = Sides(sides, batched)
         layout = self._layout(self.segment, x, shared)
-        if not self._scales_settled:
-            self._settle_scales(x, shared, layout)
-        state, tape, _ = self.segment.forward(x, shared, setting, layout)
+        if self._sees_to_scales and self.scales is None:
+            self._find_scales(x, shared, layout)
+        state, tape, _ = self._recorded(x, shared, setting, layout)
         return Recorded(tape.arithmetic.hand_out(state.current, tape.dtype), state, tape)
 
     @torch.no_grad()
@@ -338,8 +355,7 @@ class Chain(nn.Module):
         flags = tape.flags.tensor.clone()
         self.ledger.record(flags, tape.drift, remainder_bytes)
         if tape.setting.proves and not self.runner.nested:
-            heed = partial(self._note_peaks, getattr(tape.arithmetic, "scales", None))
-            self._failures.note(flags, self.on_failure, heed)
+            self._failures.note(flags, self.on_failure)
 
     def certificate(self) -> ChainCertificate | None:
         """What the last backward pass verified, read to the host; None before the first.

@@ -10,8 +10,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dr2dist.reversible.certificate import Flags
-
 OnFailure = Literal["raise", "warn", "record"]
 
 
@@ -39,36 +37,28 @@ class FailureWatch:
 
     def __init__(self, describe: Callable[[list[int]], tuple[str, ...]]) -> None:
         self._describe = describe
-        self._copies: deque[tuple[Tensor, Any, Callable[[list[int]], None]]] = deque()
+        self._copies: deque[tuple[Tensor, Any]] = deque()
 
-    def note(self, flags: Tensor, on_failure: OnFailure, heed: Callable[[list[int]], None]) -> None:
-        """A pass has ended. Raises ReversalError if that is asked for and known already.
-
-        heed: is told the flags as soon as they are known.
-        """
-        if on_failure == "record" and len(flags) == Flags.SIZE:
+    def note(self, flags: Tensor, on_failure: OnFailure) -> None:
+        """A pass has ended. Raises ReversalError if that is asked for and known already."""
+        if on_failure == "record":
             return
         if flags.device.type != "cuda":
-            self._tell(flags, on_failure, heed)
+            self._tell(flags, on_failure)
             return
         copy = torch.empty_like(flags, device="cpu", pin_memory=True)
         copy.copy_(flags, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(flags.device))
-        self._copies.append((copy, event, heed))
+        self._copies.append((copy, event))
 
     def poll(self, on_failure: OnFailure) -> None:
         """Looks at what has arrived. Raises ReversalError if that is asked for."""
         while self._copies and self._copies[0][1].query():
-            copy, _, heed = self._copies.popleft()
-            self._tell(copy, on_failure, heed)
+            self._tell(self._copies.popleft()[0], on_failure)
 
-    def _tell(
-        self, flags: Tensor, on_failure: OnFailure, heed: Callable[[list[int]], None]
-    ) -> None:
-        values = flags.tolist()
-        heed(values)
-        messages = self._describe(values)
+    def _tell(self, flags: Tensor, on_failure: OnFailure) -> None:
+        messages = self._describe(flags.tolist())
         if not messages or on_failure == "record":
             return
         text = "; ".join(messages)

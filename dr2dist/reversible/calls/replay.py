@@ -28,9 +28,7 @@ class Randomness:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._generators = _generators(device)
         self._before: Tensor | None = torch.default_generator.get_state()
         # Read as host memory: it never was on a device, so nothing has to wait for one.
         self._seed = int(torch.randint(2**62, (1,), device="cpu").numpy()[0])
@@ -60,6 +58,33 @@ class Randomness:
 
 def _moved(generator: torch.Generator, state: Tensor) -> bool:
     return bool((generator.get_state().numpy() != state.numpy()).any())
+
+
+class Snapshot:
+    """What a forward pass moves beside its tape, in case that it is to be repeated: random streams
+    and running statistics."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._streams = [(stream, stream.get_state()) for stream in _generators(device)]
+        norms = (m for m in module.modules() if isinstance(m, _NormBase) and m.training)
+        buffers = (b for norm in norms for b in norm._buffers.values() if b is not None)
+        self._statistics = [(buffer, buffer.clone()) for buffer in buffers]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts it back."""
+        for stream, state in self._streams:
+            stream.set_state(state)
+        for buffer, value in self._statistics:
+            buffer.copy_(value)
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """The global streams that a pass on a device may draw from."""
+    found = [torch.default_generator]
+    if device.type == "cuda":
+        found.append(torch.cuda.default_generators[device.index or 0])
+    return found
 
 
 def kept_streams(device: torch.device) -> AbstractContextManager[None]:
