@@ -14,6 +14,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "dropout": (False, True),
     "slices": ("none", "samples", "tokens"),
     "compile": (False, True),
+    "states": ("32 bits", "16 bits", "16 bits, host"),
 }
 """bf16 weights are what functions have under ZeRO 1 to 3 in bf16."""
 
@@ -30,17 +31,20 @@ class Combination:
     dropout: bool
     slices: str
     compile: bool
+    states: str
 
     @property
     def name(self) -> str:
         """For people."""
-        parts = [self.memory, self.precision, self.attention, f"slices {self.slices}"]
+        parts = [self.memory, self.precision, self.attention, f"slices {self.slices}", self.states]
         parts += ["dropout"] * self.dropout + ["compiled"] * self.compile
         return ", ".join(parts)
 
     @property
     def allowed(self) -> bool:
-        """Flash attention takes bf16 only."""
+        """Flash attention takes bf16 only, and only reversal leaves remainders."""
+        if self.states.endswith("host") and self.memory in ("store", "checkpoint"):
+            return False
         return self.attention != "flash" or self.precision.startswith("bf16")
 
     def pairs(self) -> set[Pair]:

@@ -29,10 +29,10 @@ BUDGET = {"cpu": 1 << 19, "cuda": 1 << 25}
 """Bytes that hold some functions' activations and not all."""
 
 ON_CPU = [
-    Combination("reverse", "fp32", "math", True, "samples", False),
-    Combination("budget", "bf16 autocast", "flash", False, "none", False),
-    Combination("checkpoint", "bf16 weights", "math", True, "tokens", False),
-    Combination("store", "tf32", "math", False, "samples", False),
+    Combination("reverse", "fp32", "math", True, "samples", False, "16 bits, host"),
+    Combination("budget", "bf16 autocast", "flash", False, "none", False, "32 bits"),
+    Combination("checkpoint", "bf16 weights", "math", True, "tokens", False, "16 bits"),
+    Combination("store", "tf32", "math", False, "samples", False, "32 bits"),
 ]
 CASES = [
     *(pytest.param("cpu", one, id=f"cpu: {one.name}") for one in ON_CPU),
@@ -47,10 +47,11 @@ def test_every_two_values_that_go_together_meet() -> None:
     met = set().union(*(one.pairs() for one in chosen))
     possible = set().union(*(one.pairs() for one in every()))
     assert met == possible
-    # All there are but flash attention with the two precisions of 32 bits.
+    # All there are but flash attention with the two precisions of 32 bits, and remainders on the
+    # host with the two modes that leave none.
     sizes = [len(values) for values in FACTORS.values()]
     pairs = sum(a * b for i, a in enumerate(sizes) for b in sizes[i + 1 :])
-    assert len(possible) == pairs - 2
+    assert len(possible) == pairs - 4
 
 
 def make(one: Combination, memory: str, device: str) -> Any:
@@ -58,7 +59,9 @@ def make(one: Combination, memory: str, device: str) -> Any:
     noise = {"proj_drop_rate": 0.1, "drop_path_rate": 0.3} if one.dropout else {}
     if one.dropout and device == "cuda":  # on the CPU only the math kernel has it
         noise["attn_drop_rate"] = 0.1
-    options: dict[str, Any] = {"memory": memory}
+    options: dict[str, Any] = {"memory": memory, "state_bits": int(one.states[:2])}
+    if one.states.endswith("host") and memory != "store":
+        options["remainders"] = "host"
     if one.slices == "samples":
         options["chunk_size"] = SAMPLES[device]
     if one.slices == "tokens":
@@ -131,6 +134,9 @@ def test_states_come_back_in_every_bit(device: str, one: Combination) -> None:
         found = chain.reverse(recorded)
     certificate = chain.certificate()
     assert certificate is not None and certificate.verified and certificate.failures == 0
-    grid = 2.0**chain.setting.fraction_bits
+    grid: Any = 2.0**chain.setting.fraction_bits
+    scales = recorded.tape.arithmetic.scales
+    if scales is not None:
+        grid = scales.values(tokens.device, onto_grid=True).double()
     on_grid = (tokens.double() * grid).round() / grid
     assert torch.equal(found, on_grid.float().to(found.dtype))
