@@ -122,7 +122,7 @@ class Chain(nn.Module):
                 f"{self.name}: {rows} rows of the batch are one sample: memory budget and "
                 "chunk_size auto are measured row by row, allowed are the others"
             )
-        meter = Meter(segment.runner, x, sides, x.requires_grad)
+        meter = Meter(segment.runner, x, sides, x.requires_grad, self.state_held())
         return self.planner.layout(self.name, setting, segment.functions, meter)
 
     def part(self, begin: int = 0, end: int | None = None) -> Segment:

@@ -77,13 +77,20 @@ def _storage(value: Tensor) -> int:
 class Meter:
     """Measures functions on tokens of a micro-batch [B, ...] with the sides that they take.
 
-    One function stands for all of the same code and shapes. Nothing of a function changes: not
+    held: what states are held in. One function stands for all of the same code and shapes. Nothing of a function changes: not
     its gradients, its statistics or the random stream.
     """
 
-    def __init__(self, runner: FunctionRunner, x: Tensor, sides: Sides, x_needs_grad: bool) -> None:
+    def __init__(
+        self,
+        runner: FunctionRunner,
+        x: Tensor,
+        sides: Sides,
+        x_needs_grad: bool,
+        held: torch.dtype = torch.int32,
+    ) -> None:
         self.runner, self.x, self.sides = runner, x.detach(), sides
-        self.x_needs_grad = x_needs_grad
+        self.x_needs_grad, self.held = x_needs_grad, held
         self._known: dict[Any, Any] = {}
 
     def cost(self, function: nn.Module, layout: Layout) -> Cost:
@@ -105,7 +112,7 @@ class Meter:
         return int(self._known[key])
 
     def _cost(self, function: nn.Module, layout: Layout) -> Cost:
-        state = 2 * self.x.numel() * 4
+        state = 2 * self.x.numel() * self.held.itemsize
         times = []
         for _ in range(REPEATS):
             start = self._now()
