@@ -77,8 +77,8 @@ def _storage(value: Tensor) -> int:
 class Meter:
     """Measures functions on tokens of a micro-batch [B, ...] with the sides that they take.
 
-    held: what states are held in. One function stands for all of the same code and shapes. Nothing of a function changes: not
-    its gradients, its statistics or the random stream.
+    held: what states are held in. One function stands for all of the same code and shapes. Nothing
+    of a function changes: not its gradients, its statistics or the random stream.
     """
 
     def __init__(
