@@ -14,7 +14,7 @@ for part in "${@:-memory limits resolution depths time}"; do
             memory) bench --measure memory --depths 24 48 ;;
             limits)
                 bench --measure memory batch --depths 24 --cases conventional \
-                    "checkpoint per block" "exact sliced"
+                    "checkpoint per block" "exact sliced" "exact 16 bits sliced"
                 ;;
             resolution)
                 bench --measure resolution --cases conventional "checkpoint per block" \
