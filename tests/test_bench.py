@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from dr2dist.bench.cases import ON_GPU, PER_BLOCK, USUAL, Spec, build
+from dr2dist.bench.cases import FAR, ON_GPU, PER_BLOCK, USUAL, Spec, build
 from dr2dist.bench.measure import largest
 from dr2dist.cli import main
 
@@ -72,6 +72,12 @@ def test_every_case_trains_the_same_model(case: str, bf16: bool) -> None:
     output.square().mean().backward()
     assert output.shape == (2, 10)
     assert sum(p.grad is not None for p in net.parameters()) == 12 + 3 + 5
+
+
+def test_remainders_are_offloaded_where_the_case_says_so() -> None:
+    net = build(Spec(FAR, "vit_tiny_patch16_224", 32, 1, slices={"chunk_size": 1}))
+    (chain,) = net.chains
+    assert chain.setting.remainders == "host" and chain.setting.state_bits == 16
 
 
 def test_the_largest_amount_is_where_the_line_meets_the_limit() -> None:

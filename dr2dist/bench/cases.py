@@ -21,6 +21,7 @@ CONVENTIONAL, PER_BLOCK, BUDGET = "conventional", "checkpoint per block", "budge
 PER_TWO, PER_FOUR = "checkpoint per 2 blocks", "checkpoint per 4 blocks"
 GROUPS = {PER_TWO: 2, PER_FOUR: 4}
 EXACT_COMPILED = "exact compiled"
+FAR = "exact 16 bits sliced, remainders offloaded"
 WHOLE_BLOCK = "checkpoint per block, no early stop"
 """Torch's checkpointing ends a recompute at the last tensor that gradients need, before a block's
 last matrix product, whose output no reversal can do without. This runs all of it again."""
@@ -33,25 +34,24 @@ CONVERTED: dict[str, dict[str, Any]] = {
     "exact sliced": {"sliced": True},
     "exact 16 bits": {"state_bits": 16},
     "exact 16 bits sliced": {"state_bits": 16, "sliced": True},
+    FAR: {"state_bits": 16, "sliced": True, "remainders": "host"},
     BUDGET: {"memory": "budget"},
     EXACT_COMPILED: {"compile": True},
 }
 """Cases that `convert` makes, with its options; `sliced` stands for the slices asked for."""
-
-_FAR_OPTIONS = {"state_bits": 16, "sliced": True, "remainders": "host"}
 
 LIBRARIES = ("revlib", "momentumnet")
 """Packages from PyPI that reverse a run of functions, by other couplings than Dr2Net's."""
 
 CASES = (CONVENTIONAL, PER_BLOCK, WHOLE_BLOCK, *GROUPS, *CONVERTED, *LIBRARIES)
 
-USUAL = tuple(case for case in CASES if case not in (EXACT_COMPILED, *GROUPS))
-"""What is measured where nothing is asked for: compiling needs a C++ compiler on a CPU."""
+USUAL = tuple(case for case in CASES if case not in (EXACT_COMPILED, FAR, *GROUPS))
+"""What is measured where nothing is asked for: compiling needs a C++ compiler on a CPU, where
+nothing goes to another memory."""
 
 OFFLOADED = "checkpoint per block, offloaded"
 """What checkpoints keep goes to the host's memory, and comes back when it is needed."""
 COMPILED = "checkpoint per compiled block"
-FAR = "exact 16 bits sliced, remainders offloaded"
 ON_GPU = (OFFLOADED, COMPILED, FAR)
 """Further cases, for `benchmarks/gpu.sh`: on a CPU they save nothing, or need a C++ compiler."""
 
@@ -94,13 +94,13 @@ def build(spec: Spec) -> nn.Module:
 def _network(model: nn.Module, spec: Spec) -> nn.Module:
     if spec.case == CONVENTIONAL:
         return model
-    if spec.case in (PER_BLOCK, WHOLE_BLOCK, *ON_GPU):
+    if spec.case in (PER_BLOCK, WHOLE_BLOCK, OFFLOADED, COMPILED):
         return _checkpointed(model, spec.case)
     if spec.case in GROUPS:
         return _grouped(model, GROUPS[spec.case])
     if spec.case in LIBRARIES:
         return _Foreign(model, spec)
-    options = dict(_FAR_OPTIONS if spec.case == FAR else CONVERTED[spec.case])
+    options = dict(CONVERTED[spec.case])
     if options.pop("sliced", False):
         options |= spec.slices
     if spec.case == BUDGET:
