@@ -11,6 +11,7 @@ from torch import nn
 import dr2dist
 from tests.bounds import chain_bound, mean_bound
 from tests.models import build
+from tests.modes import assert_modes_agree
 from tests.pool import Pool
 
 STAGES = [0, 1, 2, 3]
@@ -66,23 +67,7 @@ def test_memory_modes_agree_in_every_bit_of_the_weights(
     # Slices of a rank's four samples and, in bf16, of tokens; the last one is shorter.
     in_tokens = {"chunk_size": 1, "chunk_tokens": 48 if kind == "swin" else 9}
     for bf16, slices in ((False, {"chunk_size": 3}), (True, in_tokens)):
-        found = [
-            two_ranks.run(
-                "tests.cases:curve",
-                kind=kind,
-                zero=zero,
-                steps=2,
-                bf16=bf16,
-                memory=memory,
-                memory_budget=150_000 if memory == "budget" else None,
-                **slices,
-            )[0]
-            for memory in ("reverse", "store", "checkpoint", "budget")
-        ]
-        for losses, weights, _ in found[1:]:
-            assert losses == found[0][0]
-            for name, value in weights.items():
-                assert torch.equal(value, found[0][1][name]), name
+        assert_modes_agree(two_ranks, kind, zero, bf16=bf16, **slices)
 
 
 @pytest.mark.parametrize("zero", STAGES)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.modes import assert_modes_agree
 from tests.pool import Pool
 
 STAGES = "tests.stage_cases:curve"
@@ -17,24 +18,7 @@ STAGES = "tests.stage_cases:curve"
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_memory_modes_agree_in_every_bit_in_bf16(kind: str, zero: int, two_ranks: Pool) -> None:
     slices = {"chunk_size": 1, "chunk_tokens": 48 if kind == "swin" else 9}
-    found = [
-        two_ranks.run(
-            "tests.cases:curve",
-            kind=kind,
-            zero=zero,
-            steps=2,
-            bf16=True,
-            state_bits=16,
-            memory=memory,
-            memory_budget=150_000 if memory == "budget" else None,
-            **slices,
-        )[0]
-        for memory in ("reverse", "store", "checkpoint", "budget")
-    ]
-    for losses, weights, _ in found[1:]:
-        assert losses == found[0][0]
-        for name, value in weights.items():
-            assert torch.equal(value, found[0][1][name]), name
+    assert_modes_agree(two_ranks, kind, zero, bf16=True, state_bits=16, **slices)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

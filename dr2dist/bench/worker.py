@@ -130,9 +130,8 @@ class _Passing(AutogradDriver):
 def _coupling_seconds(arithmetic: Any, tokens: Tensor, now: Any) -> float:
     """The median of five: one function's arithmetic, forth and back."""
     # States as a chain has them: none is near its limit.
-    previous = arithmetic.start(tokens.contiguous()).current
+    state = arithmetic.start(tokens).copy()
     f, seen, times = 0.01 * tokens.contiguous(), OutputChecksum(), []
-    state = State(arithmetic.start(tokens.contiguous()).current, previous)
     for _ in range(6):
         start = now()
         arithmetic.tokens(state.current, tokens.dtype)

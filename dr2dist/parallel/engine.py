@@ -27,6 +27,7 @@ from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.parallel.sharding import shard
 from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
 from dr2dist.reversible import FunctionRunner, PlainRunner
+from dr2dist.reversible.arithmetic.scales import WIDENINGS
 from dr2dist.reversible.transfer import to_device
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -36,9 +37,6 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 
 _LAYOUT = ("memory", "memory_budget", "chunk_size", "chunk_tokens", "chunk_budget")
-
-WIDENINGS = 32
-"""Attempts of one step, each with larger scales of 16-bit states, before it is given up."""
 
 NO_NORM = "the norm of the reduced gradient is not finite"
 

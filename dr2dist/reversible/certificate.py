@@ -85,8 +85,8 @@ def merge_flags(flags: Tensor, more: Tensor) -> Tensor:
         [
             torch.minimum(flags[:2], more[:2]),
             torch.maximum(flags[2:4], more[2:4]),
-            flags[4:5] + more[4:5],
-            torch.maximum(flags[5:], more[5:]),
+            flags[4 : Flags.SIZE] + more[4 : Flags.SIZE],
+            torch.maximum(flags[Flags.SIZE :], more[Flags.SIZE :]),
         ]
     )
 

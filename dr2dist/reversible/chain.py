@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dr2dist.reversible.arithmetic.scales import ChannelMaxima, ChannelScales
+from dr2dist.reversible.arithmetic.scales import WIDENINGS, ChannelMaxima, ChannelScales
 from dr2dist.reversible.arithmetic.setting import Setting
 from dr2dist.reversible.arithmetic.state import State
 from dr2dist.reversible.budget.costs import Meter
@@ -29,9 +29,6 @@ from dr2dist.reversible.failure import FailureWatch, OnFailure, check_on_failure
 from dr2dist.reversible.nodes import ChainPass
 from dr2dist.reversible.segment import Segment
 from dr2dist.reversible.tape import Sides, Tape
-
-WIDENINGS = 32
-"""Attempts of one pass, each with larger scales of 16-bit states, before it is given up."""
 
 
 class Recorded(NamedTuple):
@@ -187,6 +184,10 @@ class Chain(nn.Module):
         """Whether scales are the chain's own affair: an engine finds them for all ranks."""
         return self.setting.by_channel and self.maxima is None and not self.runner.nested
 
+    @property
+    def _lacks_scales(self) -> bool:
+        return self._sees_to_scales and self.scales is None
+
     @torch.compiler.disable
     @torch.no_grad()
     def _find_scales(self, x: Tensor, sides: Sides, layout: Layout) -> None:
@@ -202,9 +203,14 @@ class Chain(nn.Module):
             self.maxima = None
 
     def _recorded(
-        self, x: Tensor, sides: Sides, setting: Setting, layout: Layout, taps: Sequence[int] = (),
-        until: int | None = None,
-    ) -> tuple[State, Tape, dict[int, Tensor]]:  # fmt: skip
+        self,
+        segment: Segment,
+        x: Tensor,
+        sides: Sides,
+        setting: Setting,
+        layout: Layout,
+        taps: Sequence[int] = (),
+    ) -> tuple[State, Tape, dict[int, Tensor]]:
         """A forward pass: (last state, tape, tapped tokens).
 
         Where the chain sees to its scales the host waits for what the pass has found: if a state
@@ -212,10 +218,11 @@ class Chain(nn.Module):
         """
         before = Snapshot(self, x.device) if self._sees_to_scales else None
         for _ in range(WIDENINGS):
-            found = self.part(0, until).forward(x, sides, setting, layout, x.requires_grad, taps)
+            found = segment.forward(x, sides, setting, layout, x.requires_grad, taps)
             if before is None or not self._make_room(found[1].flags.tensor.tolist()):
                 break
             before.restore()
+            segment.scales = self.scales
         return found
 
     def _make_room(self, flags: list[int]) -> bool:
@@ -252,32 +259,26 @@ class Chain(nn.Module):
         taps = [range(len(segment.functions))[tap] for tap in taps]
         shared = Sides(sides, batched)
         layout = self._layout(segment, x, shared, rows)
-        if self._sees_to_scales and self.scales is None:
+        if self._lacks_scales:
             self._find_scales(x, shared, layout)
-            segment = self.part(0, until)
+            segment.scales = self.scales
         trains = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         if not trains or not self._anything_to_train(segment, shared, x):
             output, tapped = segment.infer(x, shared, self.setting, layout, taps)
         else:
             if torch.compiler.is_dynamo_compiling() and self.setting.memory != "store":
                 _refuse_compiling()
-            output, tapped = self._train(segment, shared, layout, taps, x, until)
+            output, tapped = self._train(segment, shared, layout, taps, x)
         return (output, list(tapped)) if taps else output
 
     @torch.compiler.disable
     def _train(
-        self,
-        segment: Segment,
-        sides: Sides,
-        layout: Layout,
-        taps: Sequence[int],
-        x: Tensor,
-        until: int | None,
+        self, segment: Segment, sides: Sides, layout: Layout, taps: Sequence[int], x: Tensor
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """The pass as nodes of autograd's graph: (output, taps)."""
         self._failures.poll(self.on_failure)
         with torch.no_grad():
-            state, tape, handed = self._recorded(x, sides, self.setting, layout, taps, until)
+            state, tape, handed = self._recorded(segment, x, sides, self.setting, layout, taps)
             output = tape.arithmetic.hand_out(state.current, tape.dtype)
         self.open(tape)
         last = state if tape.mode(len(segment.functions) - 1) == "reverse" else None
@@ -315,9 +316,9 @@ class Chain(nn.Module):
         setting = replace(self.setting, memory="reverse", memory_budget=None)
         shared = Sides(sides, batched)
         layout = self._layout(self.segment, x, shared)
-        if self._sees_to_scales and self.scales is None:
+        if self._lacks_scales:
             self._find_scales(x, shared, layout)
-        state, tape, _ = self._recorded(x, shared, setting, layout)
+        state, tape, _ = self._recorded(self.segment, x, shared, setting, layout)
         return Recorded(tape.arithmetic.hand_out(state.current, tape.dtype), state, tape)
 
     @torch.no_grad()

@@ -77,11 +77,12 @@ class Remainders:
         """Lets go of what has come back, where it is kept for another reversal."""
         if index in self._far:
             self._near.pop(index, None)
+            self._coming.pop(index, None)
 
     def free(self, index: int) -> None:
         """Lets go of all that a function has."""
-        self._near.pop(index, None)
-        self._far.pop(index, None)
+        for held in (self._near, self._far, self._coming):
+            held.pop(index, None)
 
     @property
     def nbytes(self) -> int:

@@ -256,7 +256,8 @@ class Trainer:
         speed, memory = self.speed.read(), peak_memory()
         held = {"remainder_bytes": self.engine.remainder_bytes, **memory}
         stages = self.engine.by_stage(held)
-        near = {"channels_near_limit": sum(verdict.near.values())} if self._by_channel else {}
+        by_channel = self.engine.chains[0].setting.by_channel
+        near = {"channels_near_limit": sum(verdict.near.values())} if by_channel else {}
         parts = averages({f"loss_{name}": float(part) for name, part in self._parts.items()})
         if self.records is not None:
             self.records.log(
@@ -277,10 +278,6 @@ class Trainer:
                 **held,
                 **stages,
             )
-
-    @property
-    def _by_channel(self) -> bool:
-        return self.engine.chains[0].setting.by_channel
 
     def _validate(self, batches: Iterable[Batch]) -> bool:
         """True if none was better."""

@@ -37,10 +37,10 @@ from dr2dist.reversible.arithmetic.state import State
 INT32 = torch.iinfo(torch.int32)
 CPU_TILE = BLOCK
 """About how many elements elementwise work takes at a time on a CPU, to stay in a cache."""
-PEAK = 1 << 40
-"""Peaks of channels are told up to here."""
 GPU_TILE = 1 << 22
 """The same on a GPU, where kernels (`fused.py`) stand for this arithmetic, except in tests."""
+PEAK = 1 << 40
+"""Peaks of channels are told up to here."""
 
 
 class ExactArithmetic:
@@ -242,7 +242,7 @@ def _tile_peaks(total: Tensor, start: int, shape: torch.Size, scales: ChannelSca
     """The largest magnitudes of a tile by channel, int64; 0 for channels it has nothing of."""
     count, inner = len(scales.exponents), inner_size(shape, scales.dim)
     if inner == 1:
-        return total.view(-1, count).abs().amax(0).long()
+        return channel_peaks(total.view(-1, count), -1).long()
     of_rows = total.view(-1, inner).abs().amax(1).long()
     channel = torch.arange(len(of_rows), device=total.device).add_(start // inner) % count
     peaks = torch.zeros(count, dtype=torch.int64, device=total.device)

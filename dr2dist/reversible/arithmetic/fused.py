@@ -67,6 +67,7 @@ class FusedArithmetic(ExactArithmetic):
         count = f.numel()
         remainders = f.new_empty(packed_bytes(bits, count), dtype=torch.uint8)
         sums, extremes = kernels.notes(f)
+        peaks = seen.peaks if self.narrow and seen else None
         kernels.launch(
             kernels.advance,
             f,
@@ -77,7 +78,7 @@ class FusedArithmetic(ExactArithmetic):
             remainders,
             sums,
             extremes,
-            sums if seen is None or seen.peaks is None else seen.peaks,
+            sums if peaks is None else peaks,
             self._values(f, onto_grid=True),
             _place(seen),
             count,
@@ -85,7 +86,7 @@ class FusedArithmetic(ExactArithmetic):
             self.beta,
             **self._channels(f),
             narrow=self.narrow,
-            noted=self.narrow and seen is not None and seen.peaks is not None,
+            noted=peaks is not None,
             bits=bits,
             share=kernels.BYTES,
         )

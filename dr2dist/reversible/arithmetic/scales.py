@@ -20,6 +20,9 @@ NEAR = 1 << 14
 """Steps from which on a channel is near its limit, and is given room at the next boundary: scales
 that were found begin at most here."""
 
+WIDENINGS = 32
+"""Attempts of a pass or a step, each with larger scales, before it is given up."""
+
 FINEST = -18
 """The smallest exponent: channels of zeros have a range too, and no grid need be finer."""
 
@@ -69,10 +72,6 @@ class ChannelScales:
         more = (max(0, int(peak).bit_length() - NEAR.bit_length() + 1) for peak in peaks)
         grown = tuple(old + new for old, new in zip(self.exponents, more, strict=True))
         return ChannelScales(grown, self.dim)
-
-    def joined(self, other: ChannelScales) -> ChannelScales:
-        """The larger scale of each channel."""
-        return ChannelScales(tuple(map(max, self.exponents, other.exponents)), self.dim)
 
     def values(self, device: torch.device, onto_grid: bool) -> Tensor:
         """The scales' reciprocals, which bring tokens onto the grid, or themselves: fp32

@@ -113,9 +113,7 @@ def advance(  # type: ignore[no-untyped-def]
     bits, the peaks of channels near their limit."""
     octet, at = _places(share)
     inside = at < count
-    source = tl.load(before + at, mask=inside, other=0).to(tl.float64)
-    x = tl.load(now + at, mask=inside, other=0).to(tl.float64)
-    branch = tl.load(f + at, mask=inside, other=0)
+    source, x, branch = _loaded(before, now, f, at, inside)
     image = _image(source, beta)
     scale = _of_channel(scales, at, channels, inner)
     total = _function(branch, x, alpha, scale) + image
@@ -150,9 +148,7 @@ def retreat(  # type: ignore[no-untyped-def]
     """A step back, over the state after it, and the sums of f's bits."""
     octet, at = _places(share)
     inside = at < count
-    total = tl.load(after + at, mask=inside, other=0).to(tl.float64)
-    x = tl.load(now + at, mask=inside, other=0).to(tl.float64)
-    branch = tl.load(f + at, mask=inside, other=0)
+    total, x, branch = _loaded(after, now, f, at, inside)
     scale = _of_channel(scales, at, channels, inner)
     before = _preimage(total - _function(branch, x, alpha, scale), beta)
     found = before.to(tl.int32) + _load_bits(octet, remainders, count, bits)
@@ -179,9 +175,7 @@ def deviation(  # type: ignore[no-untyped-def]
     """How many elements a chain's first step would give another value, and f's sums."""
     _, at = _places(share)
     inside = at < count
-    found = tl.load(after + at, mask=inside, other=0).to(tl.float64)
-    x = tl.load(now + at, mask=inside, other=0).to(tl.float64)
-    branch = tl.load(f + at, mask=inside, other=0)
+    found, x, branch = _loaded(after, now, f, at, inside)
     scale = _of_channel(scales, at, channels, inner)
     total = _function(branch, x, alpha, scale) + _image(x, beta)
     tl.store(counts + tl.program_id(0), tl.sum((total != found).to(tl.int64)))
@@ -201,6 +195,14 @@ def _places(share: tl.constexpr):  # type: ignore[no-untyped-def]
     """A program's bytes of a plane, [octets], and their elements, [octets, 8]."""
     octet = tl.program_id(0).to(tl.int64) * share + tl.arange(0, share)
     return octet, octet[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def _loaded(state, now, f, at, inside):  # type: ignore[no-untyped-def]
+    """Elements of two states in fp64, and of f in its own dtype; zeros outside."""
+    one = tl.load(state + at, mask=inside, other=0).to(tl.float64)
+    other = tl.load(now + at, mask=inside, other=0).to(tl.float64)
+    return one, other, tl.load(f + at, mask=inside, other=0)
 
 
 @triton.jit

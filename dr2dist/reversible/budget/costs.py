@@ -140,13 +140,7 @@ class Meter:
         self, function: nn.Module, work: SlicedCall, differentiate: bool = False
     ) -> list[Call]:
         """The function's calls, each dropped after its gradient or all returned."""
-        with kept_streams(self.x.device):
-            return self._run_drawing(function, work, differentiate)
-
-    def _run_drawing(
-        self, function: nn.Module, work: SlicedCall, differentiate: bool
-    ) -> list[Call]:
-        kernels, randomness = Kernels.current(self.x.device), Randomness(self.x.device)
+        kernels = Kernels.current(self.x.device)
         calls: list[Call] = []
 
         def stream(key: tuple[int, ...]) -> Any:
@@ -155,7 +149,9 @@ class Meter:
         def tokens(part: Any) -> Tensor:
             return joined(part.views(self.x)).clone()  # as states are decoded
 
-        with kept_statistics(function), self.runner.open(function) as live:
+        kept = kept_streams(self.x.device)
+        with kept, kept_statistics(function), self.runner.open(function) as live:
+            randomness = Randomness(self.x.device)
             for _, call in work.calls(live, tokens, stream, self.x_needs_grad, calls):
                 if differentiate:
                     gradients(call, [torch.zeros_like(call.output)], keep_graph=False)

@@ -66,8 +66,7 @@ class Snapshot:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._streams = [(stream, stream.get_state()) for stream in _generators(device)]
-        norms = (m for m in module.modules() if isinstance(m, _NormBase) and m.training)
-        buffers = (b for norm in norms for b in norm._buffers.values() if b is not None)
+        buffers = (b for norm in _norms(module) for b in norm._buffers.values() if b is not None)
         self._statistics = [(buffer, buffer.clone()) for buffer in buffers]
 
     @torch.no_grad()
@@ -87,6 +86,11 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     return found
 
 
+def _norms(module: nn.Module) -> list[_NormBase]:
+    """Those whose running statistics a pass moves."""
+    return [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
+
+
 def kept_streams(device: torch.device) -> AbstractContextManager[None]:
     """What is drawn inside leaves the global streams as they were."""
     devices = [] if device.type == "cpu" else [device]
@@ -97,7 +101,7 @@ def kept_streams(device: torch.device) -> AbstractContextManager[None]:
 @contextmanager
 def kept_statistics(function: nn.Module) -> Iterator[None]:
     """Lends copies of running statistics to a recompute: the first run has updated them already."""
-    norms = [m for m in function.modules() if isinstance(m, _NormBase) and m.training]
+    norms = _norms(function)
     kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
         lent = {k: None if v is None else v.clone() for k, v in norm._buffers.items()}
