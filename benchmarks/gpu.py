@@ -12,7 +12,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,33 +109,34 @@ def rows(sizes: Sequence[Size], cases: Sequence[str], minutes: float) -> Iterato
     end = time.monotonic() + 60 * minutes - SPARE
     for size in sizes:
         for case in cases:
-            print(f"{size.model}: {case}", file=sys.stderr)
             yield measure(size, case, end)
 
 
-def table(found: Sequence[Row], device: str) -> str:
-    """All rows, with times as multiples of the same model's checkpointing."""
-    lines = [
+def table(found: Iterable[Row], device: str) -> Iterator[str]:
+    """Each row as it is found, with times as multiples of the same model's checkpointing."""
+    yield (
         f"weights and tokens in bf16, alpha 0.9, beta 0.1; medians of {ROUNDS} steps (forward, "
         f"backward) after {WARM}; growth of the step's peak without weights and gradients. "
-        f"{device}, torch {torch.__version__}.",
-        "",
+        f"{device}, torch {torch.__version__}.\n"
+    )
+    yield (
         "| model | way | batch | ms a step | images/s | checkpoint per block = 1 | growth, MiB | "
-        "peak, GiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    base = {row.size: row.seconds for row in found if row.case == PER_BLOCK and not row.failed}
+        "peak, GiB |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    base: dict[Size, float] = {}
     for row in found:
         start = f"| {row.size.model} | {row.case} | {row.size.batch} |"
         if row.failed:
-            lines.append(f"{start} {row.failed} | | | | |")
+            yield f"{start} {row.failed} | | | | |"
             continue
+        if row.case == PER_BLOCK:
+            base[row.size] = row.seconds
         ratio = f"{row.seconds / base[row.size]:.2f}" if row.size in base else ""
-        lines.append(
+        yield (
             f"{start} {1e3 * row.seconds:.1f} | {row.size.batch / row.seconds:.0f} | {ratio} | "
             f"{row.growth / MIB:.0f} | {row.peak / GIB:.2f} |"
         )
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -152,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     sizes = list(SMOKE.values()) if given.smoke else [SIZES[model] for model in given.models]
     try:
-        print(table(list(rows(sizes, given.cases, given.minutes)), name))
+        for line in table(rows(sizes, given.cases, given.minutes), name):
+            print(line, flush=True)
     except UserError as error:
         print(f"gpu.sh: {error}", file=sys.stderr)
         sys.exit(2)
