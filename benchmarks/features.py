@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import dr2dist
 from dr2dist.assembly import assemble
@@ -24,15 +25,20 @@ from dr2dist.training.plan import make_plan
 PAIRS = ((1.0, 0.0), (0.95, 0.05), (0.9, 0.1), (0.5, 0.5), (1.0, 0.1), (0.3, 0.7))
 
 
-def main() -> None:
-    """Prints one line for each pair of coefficients."""
+def pretrained() -> tuple[Any, Tensor]:
+    """(the quickstart's model, 32 of its held-out photographs)."""
     root = Path(__file__).resolve().parent.parent
     config = load_config(str(root / "configs/elpv_vit_small.yaml"), [])
     plan = make_plan(config, 1)
     task = plan.task
     data = ShardDataset(root / str(config.data.val), Fields(task.fields), task.transform())
     images = torch.stack([data[0, index].values["image"] for index in range(32)])
-    model: Any = assemble(plan.blueprint).model.eval()
+    return assemble(plan.blueprint).model.eval(), images
+
+
+def main() -> None:
+    """Prints one line for each pair of coefficients."""
+    model, images = pretrained()
     with torch.inference_mode():
         wanted = model.forward_features(images)
         for alpha, beta in PAIRS:
