@@ -41,15 +41,20 @@ FORMULAS: dict[str, Callable[[int], float]] = {
 slice's working set and the tensors between are not in it."""
 
 
+def worker(case: str, depth: int) -> Worker:
+    """A case's network and images."""
+    return Worker(
+        Spec(case, MODEL, PIXELS, depth, 1 - BETA, BETA, {"chunk_size": SLICE}, bf16=True)
+    )
+
+
 def slope(case: str, depth: int, batches: tuple[int, int]) -> float:
-    """Bytes a sample and element."""
-    spec = Spec(case, MODEL, PIXELS, depth, 1 - BETA, BETA, {"chunk_size": SLICE}, bf16=True)
-    worker = Worker(spec)
-    one, other = (worker.growth(batch)["growth"] for batch in batches)
-    elements = worker.facts()["elements"]
-    del worker
+    """Bytes a sample."""
+    net = worker(case, depth)
+    one, other = (net.growth(batch)["growth"] for batch in batches)
+    del net
     gc.collect()
-    return float((other - one) / (batches[1] - batches[0]) / elements)
+    return float((other - one) / (batches[1] - batches[0]))
 
 
 def table(cases: Sequence[str], depths: Sequence[int], batches: tuple[int, int]) -> Iterator[str]:
@@ -61,8 +66,11 @@ def table(cases: Sequence[str], depths: Sequence[int], batches: tuple[int, int])
     )
     yield "| bytes an element, measured (formula) | " + " | ".join(map(str, depths)) + " |"
     yield "|---" * (len(depths) + 1) + "|"
+    elements = worker(CONVENTIONAL, 1).facts()["elements"]
     for case in cases:
-        found = [f"{slope(case, n, batches):.1f} ({FORMULAS[case](n):.0f})" for n in depths]
+        found = [
+            f"{slope(case, n, batches) / elements:.1f} ({FORMULAS[case](n):.0f})" for n in depths
+        ]
         yield f"| {case} | " + " | ".join(found) + " |"
 
 
