@@ -10,7 +10,7 @@ from typing import Any
 FACTORS: dict[str, tuple[Any, ...]] = {
     "memory": ("reverse", "store", "checkpoint", "budget"),
     "precision": ("fp32", "tf32", "bf16 autocast", "bf16 weights"),
-    "attention": ("math", "efficient", "flash"),
+    "attention": ("default", "math", "efficient", "flash"),
     "dropout": (False, True),
     "slices": ("none", "samples", "tokens"),
     "compile": (False, True),

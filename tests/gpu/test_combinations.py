@@ -42,7 +42,7 @@ CASES = [
 
 def test_every_two_values_that_go_together_meet() -> None:
     chosen = covering()
-    assert len(chosen) <= 30
+    assert len(chosen) <= 36
     assert all(one.allowed for one in chosen)
     met = set().union(*(one.pairs() for one in chosen))
     possible = set().union(*(one.pairs() for one in every()))
@@ -86,7 +86,8 @@ def settings(one: Combination, device: str) -> ExitStack:
     """The precision and the kernels of a combination."""
     torch.set_float32_matmul_precision("high" if one.precision == "tf32" else "highest")
     stack = ExitStack()
-    stack.enter_context(sdpa_kernel([BACKENDS[one.attention]]))
+    if one.attention != "default":
+        stack.enter_context(sdpa_kernel([BACKENDS[one.attention]]))
     autocast = one.precision == "bf16 autocast"
     stack.enter_context(torch.autocast(device, torch.bfloat16, enabled=autocast))
     return stack

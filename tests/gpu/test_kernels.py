@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -70,6 +72,23 @@ def test_a_step_on_a_side_stream_is_the_same() -> None:
     with torch.cuda.stream(stream):
         found = step(torch.device("cuda", 0), wait=True)
     assert_equal(wanted, found)
+
+
+FIRST_STEP = """
+import timm, torch, dr2dist
+model = timm.create_model("vit_small_patch16_224", num_classes=3, depth=2)
+net = dr2dist.convert(model, on_failure="record").cuda().bfloat16().train()
+net(torch.randn(8, 3, 224, 224, device="cuda").bfloat16()).square().mean().backward()
+print(net.certificate().messages)
+"""
+
+
+@pytest.mark.gpu
+def test_attention_is_the_same_in_both_runs_of_a_processs_first_step() -> None:
+    """Torch changes its order of kernels when attention first runs, on some GPUs."""
+    line = [sys.executable, "-c", FIRST_STEP]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout.strip() == "()", done.stdout + done.stderr
 
 
 @pytest.mark.gpu

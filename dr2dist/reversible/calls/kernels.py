@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ class Kernels:
     def current(cls, device: torch.device) -> Kernels:
         """What is in force for the device."""
         kind = device.type
+        if kind == "cuda":
+            _settle(device)
         return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), _read())
 
     def autocasting(self) -> torch.autocast:
@@ -93,6 +96,18 @@ class Kernels:
             yield
         finally:
             _set(self.switches, present)
+
+
+@functools.cache
+def _settle(device: torch.device) -> None:
+    """Has torch decide now whether attention prefers cuDNN on this machine's GPUs.
+
+    It does so once in a process, when attention first looks for its kernels, which is later than
+    what is in force is noted (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp,
+    priority_order).
+    """
+    q = torch.empty(1, 1, 1, 8, dtype=torch.bfloat16, device=device)
+    torch._fused_sdp_choice(q, q, q)
 
 
 def _set(present: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
