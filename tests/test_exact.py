@@ -18,6 +18,8 @@ from tests.functions import Mlp, make_chain, tokens
 
 BETAS = [2.0**-16, 3 * 2.0**-16, 0.001, 0.03, 0.1, 0.125, 0.2, 0.37, 0.5, 0.63, 0.7, 0.99, 1.0]
 
+CPU = torch.device("cpu")
+
 
 def states(count: int, seed: int) -> torch.Tensor:
     """int32 over the whole allowed range, with its ends and the smallest values."""
@@ -34,7 +36,7 @@ def test_a_step_is_undone_bit_for_bit_with_the_least_bits(beta: float) -> None:
     before, now = states(200_000, 1), states(200_000, 2)
     f = torch.zeros(now.shape)
     out = State(torch.empty_like(now), now)
-    remainders = arithmetic.advance(State(now, before), f, out, True, OutputChecksum())
+    remainders = arithmetic.advance(State(now, before), f, out, True, OutputChecksum.on(CPU))
     assert remainders is not None
     exact = Fraction(round_coefficient(beta))
     bits = (math.ceil(1 / exact) - 1).bit_length()
@@ -48,7 +50,10 @@ def test_a_step_is_undone_bit_for_bit_with_the_least_bits(beta: float) -> None:
     if beta > 0.01:  # 200,000 random values meet every remainder
         assert rest == math.ceil(1 / exact) - 1
     state = arithmetic.retreat(
-        State(out.current.clone(), now.clone()), f, remainders, OutputChecksum()
+        State(out.current.clone(), now.clone()),
+        f,
+        remainders,
+        OutputChecksum.on(CPU),
     )
     assert torch.equal(state.current, now)
     assert torch.equal(state.previous, before)
@@ -60,10 +65,12 @@ def test_a_step_over_several_tiles_is_undone(count: int) -> None:
     before, now = states(count, 1) // 4, states(count, 2) // 4
     f = torch.randn(now.shape)
     out = State(torch.empty_like(now), now)
-    remainders = arithmetic.advance(State(now, before), f, out, True, OutputChecksum())
+    remainders = arithmetic.advance(State(now, before), f, out, True, OutputChecksum.on(CPU))
     assert remainders is not None
     assert remainders.nbytes == 4 * math.ceil(len(now) / 8)
-    state = arithmetic.retreat(State(out.current, now.clone()), f, remainders, OutputChecksum())
+    state = arithmetic.retreat(
+        State(out.current, now.clone()), f, remainders, OutputChecksum.on(CPU)
+    )
     assert torch.equal(state.previous, before)
 
 
@@ -74,9 +81,11 @@ def test_a_step_is_undone_for_any_multiple_of_the_coefficients_step() -> None:
     for step in torch.randint(1, 2**16 + 1, (200,), generator=generator).tolist():
         arithmetic = ExactArithmetic(Setting(0.0, step * 2.0**-16), torch.float32)
         out = State(torch.empty_like(now), now)
-        remainders = arithmetic.advance(State(now, before), f, out, True, OutputChecksum())
+        remainders = arithmetic.advance(State(now, before), f, out, True, OutputChecksum.on(CPU))
         assert remainders is not None
-        state = arithmetic.retreat(State(out.current, now.clone()), f, remainders, OutputChecksum())
+        state = arithmetic.retreat(
+            State(out.current, now.clone()), f, remainders, OutputChecksum.on(CPU)
+        )
         assert torch.equal(state.previous, before), step
 
 

@@ -131,7 +131,7 @@ def _coupling_seconds(arithmetic: Any, tokens: Tensor, now: Any) -> float:
     """The median of five: one function's arithmetic, forth and back."""
     # States as a chain has them: none is near its limit.
     state = arithmetic.start(tokens).copy()
-    f, seen, times = 0.01 * tokens.contiguous(), OutputChecksum(), []
+    f, seen, times = 0.01 * tokens.contiguous(), OutputChecksum.on(tokens.device), []
     for _ in range(6):
         start = now()
         arithmetic.tokens(state.current, tokens.dtype)

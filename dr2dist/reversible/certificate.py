@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.setting import Setting
 from dr2dist.reversible.arithmetic.state import State
 from dr2dist.reversible.transfer import to_device
@@ -43,11 +42,15 @@ class Flags:
         """The tokens that enter a chain: they must be finite."""
         self._first(1, -1, ~torch.stack(torch.aminmax(h)).isfinite().all())
 
-    def note_function(self, index: int, seen: OutputChecksum) -> None:
-        """The first run of a function: its output must be finite, its state in range."""
-        self._first(1, index, ~seen.finite)
-        if seen.outside is not None:
-            self._first(0, index, seen.outside)
+    def note_functions(self, begin: int, largest: Tensor, limit: int | None) -> None:
+        """The first runs of functions from `begin` on: outputs must be finite, states in range.
+
+        largest: fp64 [functions], as OutputChecksum has it. limit: of states, None without one.
+        """
+        numbers = torch.arange(begin, begin + len(largest), device=largest.device)
+        self._first(1, numbers, ~largest.isfinite())
+        if limit is not None:
+            self._first(0, numbers, ~(largest < limit))
 
     def note_state(self, index: int, outside: Tensor, peaks: Tensor | None) -> None:
         """The fixed-point state that a pass begins with: which samples are out of range, and the
@@ -63,7 +66,7 @@ class Flags:
 
     def note_recompute(self, index: int, differs: Tensor) -> None:
         """A recompute's sum against the first run's. The last function is the one to name."""
-        found = torch.where(differs, index, -1)
+        found = differs * (index + 1) - 1
         torch.maximum(self.tensor[2], found, out=self.tensor[2])
 
     def note_start(self, differs: Tensor) -> None:
@@ -74,8 +77,8 @@ class Flags:
         """Counts a pass whose reversal reached the chain's start."""
         self.tensor[4] += 1
 
-    def _first(self, place: int, index: int, wrong: Tensor) -> None:
-        found = torch.where(wrong, index, NEVER)
+    def _first(self, place: int, index: int | Tensor, wrong: Tensor) -> None:
+        found = torch.where(wrong, index, NEVER).amin()
         torch.minimum(self.tensor[place], found, out=self.tensor[place])
 
 

@@ -58,6 +58,7 @@ class Reversal:
         self.state, self.grad, self.taps, self.keep = state, grad, dict(taps or {}), keep
         self.arithmetic = tape.arithmetic
         self.sides: dict[SideKey, Tensor] = {}
+        self.noted = torch.zeros_like(tape.noted)
         self.accumulator = GradAccumulator(functions[tape.first :], runner.nested)
         self.left = len(functions)
         tape.used = tape.used or not keep
@@ -86,7 +87,7 @@ class Reversal:
         return Backward(self.state, self.grad, self.sides)
 
     def _step(self, index: int) -> None:
-        mode, seen = self.tape.mode(index), OutputChecksum()
+        mode, seen = self.tape.mode(index), OutputChecksum(self.noted[index])
         for wanted in (index, index - 1):  # its own are there by now, but for the first time
             self.tape.remainders.ahead(wanted)
         after = _after(self.grad)
@@ -101,7 +102,7 @@ class Reversal:
             self.accumulator.finish(live.parameters)
         if mode == "checkpoint" or (mode == "reverse" and not self._floating):
             self.tape.flags.note_recompute(
-                self.tape.begin + index, seen.bits != self.tape.sums[index]
+                self.tape.begin + index, seen.bits != self.tape.noted[index, 0]
             )
         self.grad = after
         if mode == "reverse":

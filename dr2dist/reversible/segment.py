@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dr2dist.reversible.arithmetic.checksum import OutputChecksum
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum, notes
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.floating import FloatArithmetic
 from dr2dist.reversible.arithmetic.scales import ChannelMaxima, ChannelScales
@@ -192,15 +192,14 @@ class Segment:
             tape.flags.note_state(self.begin, outside, peaks)
         handed = {}
         for index in range(len(self.functions)):
-            seen = tape.checksum()
+            seen = tape.checksum(index)
             if index < tape.first:
                 state = self._plain_step(index, state, sides, layout, arithmetic, tape.dtype, seen)
             else:
                 state = self._step(index, state, tape, seen)
-                tape.sums[index] = seen.bits
-            tape.flags.note_function(self.begin + index, seen)
             if index in taps:
                 handed[index] = arithmetic.hand_out(state.current, tape.dtype)
+        tape.note_functions()
         tape.randomness.close()
         tape.remainders.settle()
         return state, tape, handed
@@ -263,7 +262,7 @@ class Segment:
             begin=self.begin,
             first=first,
             owned=[] if self.runner.nested else self.owned(first),
-            sums=torch.zeros(len(self.functions), dtype=torch.int64, device=device),
+            noted=notes(len(self.functions), device),
             flags=Flags(device, 0 if self.scales is None else len(self.scales.exponents)),
             remainders=Remainders(device, setting.remainders == "host"),
             x_needs_grad=x_needs_grad,

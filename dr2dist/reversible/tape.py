@@ -79,7 +79,7 @@ class Tape:
     outside. dtype: what F is called with. begin: functions of the chain before the segment.
     first: index of the first function that is reversed. owned: by function from there on, its
     trained parameters that none before it uses; none under a nested runner.
-    sums: int64 [functions], the bits of F's outputs.
+    noted: int64 [functions, 2], what the first runs showed (checksum.notes).
 
     By function, as far as its memory mode needs them: parts, its slices; remainders; inputs, its
     state; kept, its graphs; states, what reversal goes on from below functions that keep theirs;
@@ -97,7 +97,7 @@ class Tape:
     begin: int
     first: int
     owned: list[list[nn.Parameter]]
-    sums: Tensor
+    noted: Tensor
     flags: Flags
     remainders: Remainders
     x_needs_grad: bool
@@ -155,11 +155,15 @@ class Tape:
         """Whether gradients flow to the tokens of function `index`."""
         return self.x_needs_grad or index > self.first
 
-    def checksum(self) -> OutputChecksum:
+    def checksum(self, index: int) -> OutputChecksum:
         """For the first run of a function."""
-        if isinstance(self.arithmetic, FloatArithmetic):
-            return OutputChecksum()
-        return OutputChecksum(self.arithmetic.limit, self.flags.peaks)
+        return OutputChecksum(self.noted[index], self.flags.peaks)
+
+    def note_functions(self) -> None:
+        """Ends the first runs: flags where one was not finite, or left the range."""
+        if len(self.noted):
+            largest = self.noted.view(torch.float64)[:, 1]
+            self.flags.note_functions(self.begin, largest, self.arithmetic.limit)
 
     @property
     def remainder_bytes(self) -> int:

@@ -33,7 +33,11 @@ def test_remainders_of_every_width_bring_a_state_back(bits: int, device: torch.d
     assert setting.remainder_bits == bits
     found = []
     for kind in (ExactArithmetic, FusedArithmetic):
-        arithmetic, first, again = kind(setting, torch.float32), OutputChecksum(), OutputChecksum()
+        arithmetic, first, again = (
+            kind(setting, torch.float32),
+            OutputChecksum.on(device),
+            OutputChecksum.on(device),
+        )
         out = State(torch.empty_like(now), now)
         rest = arithmetic.advance(State(now, before), f, out, True, first)
         assert rest is not None

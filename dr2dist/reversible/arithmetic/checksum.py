@@ -15,8 +15,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dr2dist.reversible.arithmetic.setting import LIMITS
-
 BLOCK = 1 << 18
 """Elements whose weights are drawn one by one; those of the next block are the same ones times
 a number of the block's."""
@@ -76,25 +74,28 @@ def checksum(value: Tensor) -> Tensor:
 class OutputChecksum:
     """What the slices of one function showed, gathered while they are in the cache anyway.
 
-    limit: that states must stay below. peaks: int64 [channels], raised to the largest |X| that
+    noted: int64 [2], a row of `notes`. peaks: int64 [channels], raised to the largest |X| that
     states of 16 bits had, of channels that were near their limit. place: how many elements of the
     function's output it has seen so far.
     """
 
-    def __init__(self, limit: int = LIMITS[32], peaks: Tensor | None = None) -> None:
-        self.place, self.limit, self.peaks = 0, limit, peaks
-        self._sums: list[Tensor] = []
-        self._outputs: list[Tensor] = []
-        self._states: list[Tensor] = []
+    def __init__(self, noted: Tensor, peaks: Tensor | None = None) -> None:
+        self.noted, self.peaks, self.place = noted, peaks, 0
+
+    @classmethod
+    def on(cls, device: torch.device, peaks: Tensor | None = None) -> OutputChecksum:
+        """Of a single function."""
+        return cls(notes(1, device)[0], peaks)
 
     def output(self, f: Tensor) -> None:
-        """F's raw output, or a part of it: its bits' sum, and its extremes."""
+        """F's raw output, or a part of it: its bits' sum, and its largest magnitude."""
         self.again(f)
-        self._outputs.extend(torch.aminmax(f))
+        self._magnitude(*torch.aminmax(f))
 
     def again(self, f: Tensor, scratch: Tensor | None = None) -> None:
         """The same from a recompute: the sum alone. scratch: as `weighted_sums` takes it."""
-        self._sums.extend(weighted_sums(f, self.place, scratch))
+        for part in weighted_sums(f, self.place, scratch):
+            self.bits.add_(part)
         self.advance(f.numel())
 
     def state(self, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +105,7 @@ class OutputChecksum:
         NaN and infinity of the one are in the other.
         """
         low, high = torch.aminmax(state)
-        self._states += [low, high]
+        self._magnitude(low, high)
         return low, high
 
     def note_peaks(self, peaks: Tensor) -> None:
@@ -116,27 +117,25 @@ class OutputChecksum:
         """So many more elements of the output were seen."""
         self.place += count
 
-    def summed(self, bits: Tensor, count: int, extremes: Tensor | None = None) -> None:
-        """What kernels have gathered of `count` elements, weighted from `place` on: int64 sums
-        of F's bits, and a state's fp64 [low, high]."""
-        self._sums.append(bits.sum())
-        self.advance(count)
-        if extremes is not None:
-            self._states.extend(torch.aminmax(extremes))
-
     @property
     def bits(self) -> Tensor:
         """The weighted sum of the bits of all outputs, int64 scalar."""
-        return torch.stack(self._sums).sum()
+        return self.noted[0]
 
     @property
-    def finite(self) -> Tensor:
-        """Whether all outputs were: bool scalar."""
-        return torch.stack([*self._outputs, *self._states]).isfinite().all()
+    def largest(self) -> Tensor:
+        """Of the magnitudes of states or outputs, fp64 scalar; not finite where one was not."""
+        return self.noted.view(torch.float64)[1]
 
-    @property
-    def outside(self) -> Tensor | None:
-        """Whether a state left the range: bool scalar; None if no state was seen."""
-        if not self._states:
-            return None
-        return (torch.stack(self._states).abs() >= self.limit).any()
+    def _magnitude(self, low: Tensor, high: Tensor) -> None:
+        largest = self.largest
+        torch.maximum(largest, torch.maximum(-low, high).double(), out=largest)
+
+
+def notes(functions: int, device: torch.device) -> Tensor:
+    """Room for what functions show: int64 [functions, 2], zeros.
+
+    A sum of bits, and the bits of the largest magnitude in fp64: these order as integers do, so
+    that kernels may raise them, as they add to sums, by atomic operations in any order.
+    """
+    return torch.zeros(functions, 2, dtype=torch.int64, device=device)

@@ -66,7 +66,7 @@ class ExactArithmetic:
         self.dtype = dtype
         self.narrow = scales is not None and not wide
         self.held = torch.int16 if self.narrow else torch.int32
-        self.limit = LIMITS[16 if self.narrow else 32]
+        self.limit: int = LIMITS[16 if self.narrow else 32]
         self.half = torch.tensor(0.5, dtype=torch.float64)
         self.offset = torch.tensor(-(self.inverse / 2 + 2.0**-18), dtype=torch.float64)
 

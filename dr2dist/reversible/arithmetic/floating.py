@@ -17,6 +17,9 @@ from dr2dist.reversible.arithmetic.state import State
 class FloatArithmetic:
     """The same interface as ExactArithmetic, with no remainders; states have the given dtype."""
 
+    limit: int | None = None
+    """Of states: there is none."""
+
     def __init__(self, setting: Setting, dtype: torch.dtype) -> None:
         self.alpha, self.beta = setting.alpha, setting.beta
         self.dtype = dtype

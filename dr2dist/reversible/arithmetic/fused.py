@@ -66,8 +66,8 @@ class FusedArithmetic(ExactArithmetic):
         bits = self.bits if keep else 0
         count = f.numel()
         remainders = f.new_empty(packed_bytes(bits, count), dtype=torch.uint8)
-        sums, extremes = kernels.notes(f)
-        peaks = seen.peaks if self.narrow and seen else None
+        seen = seen or OutputChecksum.on(f.device)
+        peaks = seen.peaks if self.narrow else None
         kernels.launch(
             kernels.advance,
             f,
@@ -76,27 +76,24 @@ class FusedArithmetic(ExactArithmetic):
             f,
             out.current,
             remainders,
-            sums,
-            extremes,
-            sums if peaks is None else peaks,
+            seen.noted,
+            seen.noted if peaks is None else peaks,
             self._values(f, onto_grid=True),
-            _place(seen),
+            seen.place,
             count,
             self.alpha,
             self.beta,
             **self._channels(f),
             narrow=self.narrow,
-            noted=peaks is not None,
+            peaked=peaks is not None,
             bits=bits,
             share=kernels.BYTES,
         )
-        if seen:
-            seen.summed(sums, count, extremes)
+        seen.advance(count)
         return remainders if keep else None
 
     def retreat(self, state: State, f: Tensor, remainders: Tensor, seen: OutputChecksum) -> State:
         """See ExactArithmetic."""
-        sums, _ = kernels.notes(f)
         kernels.launch(
             kernels.retreat,
             f,
@@ -104,9 +101,9 @@ class FusedArithmetic(ExactArithmetic):
             state.previous,
             f,
             remainders,
-            sums,
+            seen.noted,
             self._values(f, onto_grid=True),
-            _place(seen),
+            seen.place,
             f.numel(),
             self.alpha,
             self.beta,
@@ -114,31 +111,30 @@ class FusedArithmetic(ExactArithmetic):
             bits=self.bits,
             share=kernels.BYTES,
         )
-        seen.summed(sums, f.numel())
+        seen.advance(f.numel())
         return State(state.previous, state.current)
 
     def deviation(self, state: State, f: Tensor, seen: OutputChecksum) -> Tensor:
         """See ExactArithmetic."""
-        sums, _ = kernels.notes(f)
-        counts = torch.empty_like(sums)
+        count = torch.zeros((), dtype=torch.int64, device=f.device)
         kernels.launch(
             kernels.deviation,
             f,
             state.current,
             state.previous,
             f,
-            counts,
-            sums,
+            count,
+            seen.noted,
             self._values(f, onto_grid=True),
-            _place(seen),
+            seen.place,
             f.numel(),
             self.alpha,
             self.beta,
             **self._channels(f),
             share=kernels.BYTES,
         )
-        seen.summed(sums, f.numel())
-        return counts.sum()
+        seen.advance(f.numel())
+        return count
 
     def sums(self, state: State) -> Tensor:
         """See ExactArithmetic; elements weigh by their place in each tensor."""
@@ -162,7 +158,3 @@ class FusedArithmetic(ExactArithmetic):
 @functools.cache
 def _one(value: float, device: torch.device) -> Tensor:
     return torch.full((1,), value, dtype=torch.float32, device=device)
-
-
-def _place(seen: OutputChecksum | None) -> int:
-    return 0 if seen is None else seen.place

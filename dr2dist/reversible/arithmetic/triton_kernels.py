@@ -25,9 +25,9 @@ def weighted_bits(value: Tensor, place: int) -> Tensor:
     odd weights see every change of one element, and weights that differ by place see two that
     would cancel.
     """
-    sums, _ = notes(value)
-    launch(sum_bits, value, value, sums, place, value.numel(), share=BYTES)
-    return sums.sum()
+    total = torch.zeros((), dtype=torch.int64, device=value.device)
+    launch(sum_bits, value, value, total, place, value.numel(), share=BYTES)
+    return total
 
 
 def launch(kernel: Any, like: Tensor, *arguments: Any, **constants: Any) -> None:
@@ -41,13 +41,6 @@ def launch(kernel: Any, like: Tensor, *arguments: Any, **constants: Any) -> None
 
 def _grid(tensor: Tensor) -> tuple[int]:
     return (triton.cdiv(tensor.numel(), ELEMENTS),)
-
-
-def notes(f: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for each program's sum of bits, int64 [programs], and extremes, fp64 [2, programs]."""
-    programs = _grid(f)[0]
-    sums = torch.empty(programs, dtype=torch.int64, device=f.device)
-    return sums, torch.empty(2, programs, dtype=torch.float64, device=f.device)
 
 
 @triton.jit
@@ -94,8 +87,7 @@ def advance(  # type: ignore[no-untyped-def]
     f,
     out,
     remainders,
-    sums,
-    extremes,
+    noted,
     peaks,
     scales,
     place,
@@ -105,26 +97,24 @@ def advance(  # type: ignore[no-untyped-def]
     channels: tl.constexpr,
     inner: tl.constexpr,
     narrow: tl.constexpr,
-    noted: tl.constexpr,
+    peaked: tl.constexpr,
     bits: tl.constexpr,
     share: tl.constexpr,
 ):
-    """A step forth, its remainders in `bits` planes, and what it notes of f and of the state: in 16
-    bits, the peaks of channels near their limit."""
+    """A step forth, its remainders in `bits` planes, and what it notes of f and of the state
+    (checksum.notes): in 16 bits, the peaks of channels near their limit."""
     octet, at = _places(share)
     inside = at < count
     source, x, branch = _loaded(before, now, f, at, inside)
     image = _image(source, beta)
     scale = _of_channel(scales, at, channels, inner)
     total = _function(branch, x, alpha, scale) + image
-    if noted:
+    if peaked:
         _note_peaks(total, peaks, at, inside, channels, inner)
     total = tl.where(total == total, total, float("inf"))
     _store_bits(source - _preimage(image, beta), octet, remainders, count, bits)
-    program = tl.program_id(0)
-    tl.store(sums + program, _weighted(branch, at, place))
-    tl.store(extremes + program, tl.min(total))
-    tl.store(extremes + tl.num_programs(0) + program, tl.max(total))
+    tl.atomic_add(noted, _weighted(branch, at, place))
+    tl.atomic_max(noted + 1, tl.max(tl.abs(total)).to(tl.int64, bitcast=True))
     tl.store(out + at, _held(total, narrow).to(out.dtype.element_ty), mask=inside)
 
 
@@ -134,7 +124,7 @@ def retreat(  # type: ignore[no-untyped-def]
     now,
     f,
     remainders,
-    sums,
+    noted,
     scales,
     place,
     count,
@@ -145,14 +135,14 @@ def retreat(  # type: ignore[no-untyped-def]
     bits: tl.constexpr,
     share: tl.constexpr,
 ):
-    """A step back, over the state after it, and the sums of f's bits."""
+    """A step back, over the state after it, and the sum of f's bits."""
     octet, at = _places(share)
     inside = at < count
     total, x, branch = _loaded(after, now, f, at, inside)
     scale = _of_channel(scales, at, channels, inner)
     before = _preimage(total - _function(branch, x, alpha, scale), beta)
     found = before.to(tl.int32) + _load_bits(octet, remainders, count, bits)
-    tl.store(sums + tl.program_id(0), _weighted(branch, at, place))
+    tl.atomic_add(noted, _weighted(branch, at, place))
     tl.store(after + at, found.to(after.dtype.element_ty), mask=inside)
 
 
@@ -161,8 +151,8 @@ def deviation(  # type: ignore[no-untyped-def]
     after,
     now,
     f,
-    counts,
-    sums,
+    deviations,
+    noted,
     scales,
     place,
     count,
@@ -172,22 +162,22 @@ def deviation(  # type: ignore[no-untyped-def]
     inner: tl.constexpr,
     share: tl.constexpr,
 ):
-    """How many elements a chain's first step would give another value, and f's sums."""
+    """How many elements a chain's first step would give another value, and the sum of f's bits."""
     _, at = _places(share)
     inside = at < count
     found, x, branch = _loaded(after, now, f, at, inside)
     scale = _of_channel(scales, at, channels, inner)
     total = _function(branch, x, alpha, scale) + _image(x, beta)
-    tl.store(counts + tl.program_id(0), tl.sum((total != found).to(tl.int64)))
-    tl.store(sums + tl.program_id(0), _weighted(branch, at, place))
+    tl.atomic_add(deviations, tl.sum((total != found).to(tl.int64)))
+    tl.atomic_add(noted, _weighted(branch, at, place))
 
 
 @triton.jit(do_not_specialize=["place"])
-def sum_bits(value, sums, place, count, share: tl.constexpr):  # type: ignore[no-untyped-def]
+def sum_bits(value, total, place, count, share: tl.constexpr):  # type: ignore[no-untyped-def]
     """See weighted_bits."""
     _, at = _places(share)
     element = tl.load(value + at, mask=at < count, other=0)
-    tl.store(sums + tl.program_id(0), _weighted(element, at, place))
+    tl.atomic_add(total, _weighted(element, at, place))
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dr2dist.reversible.calls.kernels import Kernels
+from dr2dist.reversible.trees import modules_of
 
 
 def stable_seed(*key: int) -> int:
@@ -88,7 +89,7 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 def _norms(module: nn.Module) -> list[_NormBase]:
     """Those whose running statistics a pass moves."""
-    return [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
+    return [m for m in modules_of(module) if isinstance(m, _NormBase) and m.training]
 
 
 def kept_streams(device: torch.device) -> AbstractContextManager[None]:

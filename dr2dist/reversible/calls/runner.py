@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 
 from dr2dist.reversible.calls.compiled import CompiledFunctions
-from dr2dist.reversible.trees import tree_leaves, tree_map
+from dr2dist.reversible.trees import modules_of, tree_leaves, tree_map
 
 SideKey = tuple[str, int]
 """A tensor in the sides: a side's name, and the place among the leaves of its pytree."""
@@ -104,7 +104,7 @@ class PlainRunner:
         leaves = {parameter: parameter.detach().requires_grad_() for parameter in parameters}
         places = [
             (module._parameters, name, parameter)
-            for module in function.modules()
+            for module in modules_of(function)
             for name, parameter in module._parameters.items()
             if parameter in leaves
         ]
@@ -132,7 +132,13 @@ def _without_cache() -> Iterator[None]:
 
 def trainable(function: nn.Module) -> list[nn.Parameter]:
     """The function's parameters that require gradients, each once."""
-    return [parameter for parameter in function.parameters() if parameter.requires_grad]
+    found = {
+        parameter: None
+        for module in modules_of(function)
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.requires_grad
+    }
+    return list(found)
 
 
 def run(

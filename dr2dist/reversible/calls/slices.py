@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dr2dist.reversible.arithmetic.setting import Setting
 from dr2dist.reversible.arithmetic.state import State
+from dr2dist.reversible.trees import modules_of
 
 Ranges = tuple[slice, ...]
 """What one slice takes of dim 1, in order: usually one range, two where windows wrap around."""
@@ -132,5 +133,5 @@ def mixes_samples(module: nn.Module) -> bool:
     """Whether its output for one sample depends on others: it is run on whole batches."""
     return any(
         isinstance(part, _BatchNorm) and (part.training or part.running_mean is None)
-        for part in module.modules()
+        for part in modules_of(module)
     )
