@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import backends
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 
 class _Switch(NamedTuple):
@@ -106,8 +108,9 @@ def _settle(device: torch.device) -> None:
     what is in force is noted (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp,
     priority_order).
     """
-    q = torch.empty(1, 1, 1, 8, dtype=torch.bfloat16, device=device)
-    torch._fused_sdp_choice(q, q, q)
+    q = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16, device=device)
+    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):  # which takes anything
+        scaled_dot_product_attention(q, q, q)
 
 
 def _set(present: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
