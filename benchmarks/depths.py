@@ -5,7 +5,7 @@
 A ViT-S whose weights and tokens are bf16, at the default's alpha 0.9 and beta 0.1. Each figure is
 the slope of a step's peak from one batch to the other, stem and head included, over the elements of
 a sample's tokens. On a GPU, where memory is the allocator's own count, all are measured in one
-process, in two minutes. --smoke: one block and two, on the CPU too.
+process, in minutes. --smoke: one block and two, on the CPU too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from dr2dist.bench.cases import CONVENTIONAL, FAR, OFFLOADED, PER_BLOCK, PER_FOUR, PER_TWO, Spec
 from dr2dist.bench.worker import Worker
 
-MODEL, PIXELS, BETA, SLICE = "vit_small_patch16_224", 224, 0.1, 2
+MODEL, PIXELS, BETA, SLICE = "vit_small_patch16_224", 224, 0.1, 16
 BITS = math.ceil(math.log2(1 / BETA))
 BLOCK = 32
 """Bytes an element that a ViT block saves in bf16: two for each of its norms' inputs and outputs

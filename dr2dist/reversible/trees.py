@@ -35,5 +35,5 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
         one = left.pop()
         if one not in found:
             found[one] = None
-            left.extend(reversed(list(one.children())))
+            left.extend(each for each in reversed(one._modules.values()) if each is not None)
     return list(found)

@@ -100,16 +100,11 @@ class PlainRunner:
     ) -> Iterator[LiveFunction]:
         """See FunctionRunner. Leaves of their own stand for the parameters meanwhile: the hooks of
         a parameter must see its gradient once, when it is whole."""
-        parameters = trainable(function) if trained else []
+        places = _places(function) if trained else []
+        parameters = list(dict.fromkeys(parameter for *_, parameter in places))
         leaves = {parameter: parameter.detach().requires_grad_() for parameter in parameters}
-        places = [
-            (module._parameters, name, parameter)
-            for module in modules_of(function)
-            for name, parameter in module._parameters.items()
-            if parameter in leaves
-        ]
         for held, name, parameter in places:
-            held[name] = leaves[parameter]  # type: ignore[assignment]
+            held[name] = leaves[parameter]
         compiled = self.compile and trained
         call = partial(self._compiled.call, function) if compiled else function
         try:
@@ -132,13 +127,17 @@ def _without_cache() -> Iterator[None]:
 
 def trainable(function: nn.Module) -> list[nn.Parameter]:
     """The function's parameters that require gradients, each once."""
-    found = {
-        parameter: None
+    return list(dict.fromkeys(parameter for *_, parameter in _places(function)))
+
+
+def _places(function: nn.Module) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
+    """Where a function's modules hold those parameters: (what holds it, its name, itself)."""
+    return [
+        (module._parameters, name, parameter)
         for module in modules_of(function)
-        for parameter in module._parameters.values()
+        for name, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
-    }
-    return list(found)
+    ]
 
 
 def run(
