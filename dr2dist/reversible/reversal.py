@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.floating import FloatArithmetic
+from dr2dist.reversible.arithmetic.gradient import couple
 from dr2dist.reversible.arithmetic.state import Gradient, State
 from dr2dist.reversible.calls.replay import kept_statistics
 from dr2dist.reversible.calls.runner import (
@@ -228,20 +229,12 @@ class _Step:
         if self.after is None or self.reversal.grad is None:
             return
         before, setting = self.reversal.grad, self.tape.setting
+        beta = 0.0 if before.y is None else setting.beta
         views, targets = part.views(before.x), part.views(self.after.x)
         (of_x, *others), of_leaves = gradients(call, [joined(views)], self.keep)
         pieces = [None] * len(views) if of_x is None else part.split(of_x)
         for target, dx, piece in zip(targets, views, pieces, strict=True):
-            # In bf16 the sum is rounded once, as if its parts had come from one kernel.
-            total = target.to(torch.promote_types(target.dtype, torch.float32))
-            if before.y is None:
-                total.copy_(dx).mul_(setting.alpha)
-            else:
-                total.mul_(setting.beta).add_(dx, alpha=setting.alpha)
-            if piece is not None:
-                total.add_(piece)
-            if total is not target:
-                target.copy_(total)
+            couple(target, dx, piece, setting.alpha, beta)
         self._add(part, [None, *others], of_leaves)
 
     def _spread(self, work: SlicedCall, calls: Iterable[tuple[Slice, Call]]) -> None:

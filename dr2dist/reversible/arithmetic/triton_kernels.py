@@ -30,6 +30,26 @@ def weighted_bits(value: Tensor, place: int) -> Tensor:
     return total
 
 
+def couple_gradients(
+    target: Tensor, dx: Tensor, of_x: Tensor | None, alpha: float, beta: float
+) -> None:
+    """See gradient.couple."""
+    launch(
+        gradient,
+        target,
+        target,
+        dx,
+        dx if of_x is None else of_x.contiguous(),
+        target.numel(),
+        alpha,
+        beta,
+        wide=tl.float64 if target.dtype == torch.float64 else tl.float32,
+        through=of_x is not None,
+        kept=beta != 0,
+        block=ELEMENTS,
+    )
+
+
 def launch(kernel: Any, like: Tensor, *arguments: Any, **constants: Any) -> None:
     """Runs a kernel, a program for each ELEMENTS of `like`, on that tensor's device.
 
@@ -78,6 +98,30 @@ def tokens(  # type: ignore[no-untyped-def]
     step = _of_channel(steps, at, channels, inner).to(wide)
     value = tl.load(state + at, mask=at < count).to(wide) * step
     tl.store(x + at, value.to(x.dtype.element_ty), mask=at < count)
+
+
+@triton.jit
+def gradient(  # type: ignore[no-untyped-def]
+    target,
+    dx,
+    of_x,
+    count,
+    alpha,
+    beta,
+    wide: tl.constexpr,
+    through: tl.constexpr,
+    kept: tl.constexpr,
+    block: tl.constexpr,
+):
+    """See gradient.couple. through, kept: whether of_x, and the target, count."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < count
+    total = tl.load(dx + at, mask=inside).to(wide) * tl.cast(alpha, wide)
+    if kept:
+        total += tl.load(target + at, mask=inside).to(wide) * tl.cast(beta, wide)
+    if through:
+        total += tl.load(of_x + at, mask=inside).to(wide)
+    tl.store(target + at, total.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["place"])
