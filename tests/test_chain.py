@@ -236,7 +236,7 @@ def test_no_storage_but_remainders_and_a_sum_stays_for_a_function(
         assert storages.alive == 0, "a dropped pass frees everything at once"
     sizes = [len(part) * 9 * WIDTH for part in x.split(chunk_size or len(x))]
     remainders = sum(chain.setting.remainder_bits * -(-size // 8) for size in sizes)
-    assert held[24] - held[12] == 12 * (remainders + 16)
+    assert held[24] - held[12] == 12 * (remainders + 8)
 
 
 def test_two_chains_in_a_row_are_one_after_the_other() -> None:

@@ -50,7 +50,8 @@ from triton.compiler import ASTSource, compile
 import triton.language as tl
 from dr2dist.reversible.arithmetic import triton_kernels as kernels
 
-data = {"now": "*i32", "f": "*bf16", "remainders": "*u8", "noted": "*i64", "count": "i32",
+data = {"now": "*i32", "f": "*bf16", "remainders": "*u8", "sums": "*i64", "largest": "*i64",
+    "count": "i32",
     "place": "i64", "alpha": "fp32", "beta": "fp32", "scales": "*fp32", "before": "*i32",
     "after": "*i32", "out": "*i32", "deviations": "*i64", "total": "*i64", "value": "*bf16",
     "state": "*i32", "x": "*bf16", "h": "*bf16", "steps": "*fp32", "peaks": "*i64",

@@ -59,7 +59,6 @@ class Reversal:
         self.state, self.grad, self.taps, self.keep = state, grad, dict(taps or {}), keep
         self.arithmetic = tape.arithmetic
         self.sides: dict[SideKey, Tensor] = {}
-        self.noted = torch.zeros_like(tape.noted)
         self.accumulator = GradAccumulator(functions[tape.first :], runner.nested)
         self.left = len(functions)
         tape.used = tape.used or not keep
@@ -88,7 +87,8 @@ class Reversal:
         return Backward(self.state, self.grad, self.sides)
 
     def _step(self, index: int) -> None:
-        mode, seen = self.tape.mode(index), OutputChecksum(self.noted[index])
+        mode = self.tape.mode(index)
+        seen = OutputChecksum(torch.zeros_like(self.tape.sums[index]))
         for wanted in (index, index - 1):  # its own are there by now, but for the first time
             self.tape.remainders.ahead(wanted)
         after = _after(self.grad)
@@ -103,7 +103,7 @@ class Reversal:
             self.accumulator.finish(live.parameters)
         if mode == "checkpoint" or (mode == "reverse" and not self._floating):
             self.tape.flags.note_recompute(
-                self.tape.begin + index, seen.bits != self.tape.noted[index, 0]
+                self.tape.begin + index, seen.bits != self.tape.sums[index]
             )
         self.grad = after
         if mode == "reverse":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dr2dist.reversible.arithmetic.checksum import OutputChecksum, notes
+from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.floating import FloatArithmetic
 from dr2dist.reversible.arithmetic.scales import ChannelMaxima, ChannelScales
@@ -262,7 +262,8 @@ class Segment:
             begin=self.begin,
             first=first,
             owned=[] if self.runner.nested else self.owned(first),
-            noted=notes(len(self.functions), device),
+            sums=torch.zeros(len(self.functions), dtype=torch.int64, device=device),
+            largest=torch.zeros(len(self.functions), dtype=torch.float64, device=device),
             flags=Flags(device, 0 if self.scales is None else len(self.scales.exponents)),
             remainders=Remainders(device, setting.remainders == "host"),
             x_needs_grad=x_needs_grad,

@@ -79,7 +79,8 @@ class Tape:
     outside. dtype: what F is called with. begin: functions of the chain before the segment.
     first: index of the first function that is reversed. owned: by function from there on, its
     trained parameters that none before it uses; none under a nested runner.
-    noted: int64 [functions, 2], what the first runs showed (checksum.notes).
+    sums: int64 [functions], the bits of F's outputs. largest: fp64 [functions], their magnitudes,
+    until these are noted in the flags.
 
     By function, as far as its memory mode needs them: parts, its slices; remainders; inputs, its
     state; kept, its graphs; states, what reversal goes on from below functions that keep theirs;
@@ -97,7 +98,8 @@ class Tape:
     begin: int
     first: int
     owned: list[list[nn.Parameter]]
-    noted: Tensor
+    sums: Tensor
+    largest: Tensor
     flags: Flags
     remainders: Remainders
     x_needs_grad: bool
@@ -157,13 +159,13 @@ class Tape:
 
     def checksum(self, index: int) -> OutputChecksum:
         """For the first run of a function."""
-        return OutputChecksum(self.noted[index], self.flags.peaks)
+        return OutputChecksum(self.sums[index], self.largest[index], self.flags.peaks)
 
     def note_functions(self) -> None:
         """Ends the first runs: flags where one was not finite, or left the range."""
-        if len(self.noted):
-            largest = self.noted.view(torch.float64)[:, 1]
-            self.flags.note_functions(self.begin, largest, self.arithmetic.limit)
+        if len(self.largest):
+            self.flags.note_functions(self.begin, self.largest, self.arithmetic.limit)
+            self.largest = self.largest[:0].clone()
 
     @property
     def remainder_bytes(self) -> int:

@@ -74,18 +74,25 @@ def checksum(value: Tensor) -> Tensor:
 class OutputChecksum:
     """What the slices of one function showed, gathered while they are in the cache anyway.
 
-    noted: int64 [2], a row of `notes`. peaks: int64 [channels], raised to the largest |X| that
-    states of 16 bits had, of channels that were near their limit. place: how many elements of the
-    function's output it has seen so far.
+    bits: int64 scalar, 0 at first, that the weighted sum of all outputs' bits is added to. largest:
+    fp64 scalar, raised to the largest magnitude of states, or of outputs; not finite where one was
+    not; None in a second run, which shows no other. peaks: int64 [channels], raised to the largest
+    |X| that states of 16 bits had, of channels that were near their limit. place: how many elements
+    of the function's output it has seen so far.
+
+    On a GPU kernels add and raise by atomic operations: in any order they come to the same.
     """
 
-    def __init__(self, noted: Tensor, peaks: Tensor | None = None) -> None:
-        self.noted, self.peaks, self.place = noted, peaks, 0
+    def __init__(
+        self, bits: Tensor, largest: Tensor | None = None, peaks: Tensor | None = None
+    ) -> None:
+        self.bits, self.largest, self.peaks, self.place = bits, largest, peaks, 0
 
     @classmethod
     def on(cls, device: torch.device, peaks: Tensor | None = None) -> OutputChecksum:
         """Of a single function."""
-        return cls(notes(1, device)[0], peaks)
+        largest = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(torch.zeros((), dtype=torch.int64, device=device), largest, peaks)
 
     def output(self, f: Tensor) -> None:
         """F's raw output, or a part of it: its bits' sum, and its largest magnitude."""
@@ -117,25 +124,7 @@ class OutputChecksum:
         """So many more elements of the output were seen."""
         self.place += count
 
-    @property
-    def bits(self) -> Tensor:
-        """The weighted sum of the bits of all outputs, int64 scalar."""
-        return self.noted[0]
-
-    @property
-    def largest(self) -> Tensor:
-        """Of the magnitudes of states or outputs, fp64 scalar; not finite where one was not."""
-        return self.noted.view(torch.float64)[1]
-
     def _magnitude(self, low: Tensor, high: Tensor) -> None:
-        largest = self.largest
-        torch.maximum(largest, torch.maximum(-low, high).double(), out=largest)
-
-
-def notes(functions: int, device: torch.device) -> Tensor:
-    """Room for what functions show: int64 [functions, 2], zeros.
-
-    A sum of bits, and the bits of the largest magnitude in fp64: these order as integers do, so
-    that kernels may raise them, as they add to sums, by atomic operations in any order.
-    """
-    return torch.zeros(functions, 2, dtype=torch.int64, device=device)
+        assert self.largest is not None
+        largest = torch.maximum(-low, high).double()
+        torch.maximum(self.largest, largest, out=self.largest)

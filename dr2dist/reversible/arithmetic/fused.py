@@ -67,6 +67,7 @@ class FusedArithmetic(ExactArithmetic):
         count = f.numel()
         remainders = f.new_empty(packed_bytes(bits, count), dtype=torch.uint8)
         seen = seen or OutputChecksum.on(f.device)
+        assert seen.largest is not None
         peaks = seen.peaks if self.narrow else None
         kernels.launch(
             kernels.advance,
@@ -76,8 +77,9 @@ class FusedArithmetic(ExactArithmetic):
             f,
             out.current,
             remainders,
-            seen.noted,
-            seen.noted if peaks is None else peaks,
+            seen.bits,
+            seen.largest.view(torch.int64),
+            seen.bits if peaks is None else peaks,
             self._values(f, onto_grid=True),
             seen.place,
             count,
@@ -101,7 +103,7 @@ class FusedArithmetic(ExactArithmetic):
             state.previous,
             f,
             remainders,
-            seen.noted,
+            seen.bits,
             self._values(f, onto_grid=True),
             seen.place,
             f.numel(),
@@ -124,7 +126,7 @@ class FusedArithmetic(ExactArithmetic):
             state.previous,
             f,
             count,
-            seen.noted,
+            seen.bits,
             self._values(f, onto_grid=True),
             seen.place,
             f.numel(),

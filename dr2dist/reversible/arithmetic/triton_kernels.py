@@ -131,7 +131,8 @@ def advance(  # type: ignore[no-untyped-def]
     f,
     out,
     remainders,
-    noted,
+    sums,
+    largest,
     peaks,
     scales,
     place,
@@ -145,8 +146,8 @@ def advance(  # type: ignore[no-untyped-def]
     bits: tl.constexpr,
     share: tl.constexpr,
 ):
-    """A step forth, its remainders in `bits` planes, and what it notes of f and of the state
-    (checksum.notes): in 16 bits, the peaks of channels near their limit."""
+    """A step forth, its remainders in `bits` planes, and what it notes of f and of the state: in 16
+    bits, the peaks of channels near their limit. largest: of fp64, as int64, which order alike."""
     octet, at = _places(share)
     inside = at < count
     source, x, branch = _loaded(before, now, f, at, inside)
@@ -157,8 +158,8 @@ def advance(  # type: ignore[no-untyped-def]
         _note_peaks(total, peaks, at, inside, channels, inner)
     total = tl.where(total == total, total, float("inf"))
     _store_bits(source - _preimage(image, beta), octet, remainders, count, bits)
-    tl.atomic_add(noted, _weighted(branch, at, place))
-    tl.atomic_max(noted + 1, tl.max(tl.abs(total)).to(tl.int64, bitcast=True))
+    tl.atomic_add(sums, _weighted(branch, at, place))
+    tl.atomic_max(largest, tl.max(tl.abs(total)).to(tl.int64, bitcast=True))
     tl.store(out + at, _held(total, narrow).to(out.dtype.element_ty), mask=inside)
 
 
@@ -168,7 +169,7 @@ def retreat(  # type: ignore[no-untyped-def]
     now,
     f,
     remainders,
-    noted,
+    sums,
     scales,
     place,
     count,
@@ -186,7 +187,7 @@ def retreat(  # type: ignore[no-untyped-def]
     scale = _of_channel(scales, at, channels, inner)
     before = _preimage(total - _function(branch, x, alpha, scale), beta)
     found = before.to(tl.int32) + _load_bits(octet, remainders, count, bits)
-    tl.atomic_add(noted, _weighted(branch, at, place))
+    tl.atomic_add(sums, _weighted(branch, at, place))
     tl.store(after + at, found.to(after.dtype.element_ty), mask=inside)
 
 
@@ -196,7 +197,7 @@ def deviation(  # type: ignore[no-untyped-def]
     now,
     f,
     deviations,
-    noted,
+    sums,
     scales,
     place,
     count,
@@ -213,7 +214,7 @@ def deviation(  # type: ignore[no-untyped-def]
     scale = _of_channel(scales, at, channels, inner)
     total = _function(branch, x, alpha, scale) + _image(x, beta)
     tl.atomic_add(deviations, tl.sum((total != found).to(tl.int64)))
-    tl.atomic_add(noted, _weighted(branch, at, place))
+    tl.atomic_add(sums, _weighted(branch, at, place))
 
 
 @triton.jit(do_not_specialize=["place"])
