@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,9 +19,10 @@ import torch
 
 from dr2dist.bench.cases import CONVENTIONAL, FAR, OFFLOADED, PER_BLOCK, PER_FOUR, PER_TWO, Spec
 from dr2dist.bench.worker import Worker
+from dr2dist.reversible import Setting
 
 MODEL, PIXELS, BETA, SLICE = "vit_small_patch16_224", 224, 0.1, 16
-BITS = math.ceil(math.log2(1 / BETA))
+BITS = Setting(1 - BETA, BETA).remainder_bits
 BLOCK = 32
 """Bytes an element that a ViT block saves in bf16: two for each of its norms' inputs and outputs
 and for attention's output, 6 for queries, keys and values, 8 for either side of its GELU."""

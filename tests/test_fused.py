@@ -140,11 +140,7 @@ def test_a_chains_start_is_compared_in_one_pass(
     now, count = states(5003, 2, device), 5003
     f = (torch.randn(count, generator=torch.Generator().manual_seed(3)) * 50).to(device, dtype)
     kernels = FusedArithmetic(setting, torch.float32)
-    first, again, seen = (
-        OutputChecksum.on(f.device),
-        OutputChecksum.on(f.device),
-        OutputChecksum.on(f.device),
-    )
+    first, again, seen = (OutputChecksum.on(device) for _ in range(3))
     out = State(torch.empty_like(now), now)
     kernels.advance(State(now, now), f, out, False, first)
     reached = State(out.current, now)

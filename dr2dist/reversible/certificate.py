@@ -47,6 +47,8 @@ class Flags:
 
         largest: fp64 [functions], as OutputChecksum has it. limit: of states, None without one.
         """
+        if not len(largest):
+            return
         numbers = torch.arange(begin, begin + len(largest), device=largest.device)
         self._first(1, numbers, ~largest.isfinite())
         if limit is not None:

@@ -191,15 +191,16 @@ class Segment:
             outside, peaks = arithmetic.outside(state.current), arithmetic.peaks(state.current)
             tape.flags.note_state(self.begin, outside, peaks)
         handed = {}
+        largest = torch.zeros_like(tape.sums, dtype=torch.float64)
         for index in range(len(self.functions)):
-            seen = tape.checksum(index)
+            seen = OutputChecksum(tape.sums[index], largest[index], tape.flags.peaks)
             if index < tape.first:
                 state = self._plain_step(index, state, sides, layout, arithmetic, tape.dtype, seen)
             else:
                 state = self._step(index, state, tape, seen)
             if index in taps:
                 handed[index] = arithmetic.hand_out(state.current, tape.dtype)
-        tape.note_functions()
+        tape.flags.note_functions(self.begin, largest, arithmetic.limit)
         tape.randomness.close()
         tape.remainders.settle()
         return state, tape, handed
@@ -263,7 +264,6 @@ class Segment:
             first=first,
             owned=[] if self.runner.nested else self.owned(first),
             sums=torch.zeros(len(self.functions), dtype=torch.int64, device=device),
-            largest=torch.zeros(len(self.functions), dtype=torch.float64, device=device),
             flags=Flags(device, 0 if self.scales is None else len(self.scales.exponents)),
             remainders=Remainders(device, setting.remainders == "host"),
             x_needs_grad=x_needs_grad,

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.floating import FloatArithmetic
 from dr2dist.reversible.arithmetic.scales import ChannelScales
@@ -79,8 +78,7 @@ class Tape:
     outside. dtype: what F is called with. begin: functions of the chain before the segment.
     first: index of the first function that is reversed. owned: by function from there on, its
     trained parameters that none before it uses; none under a nested runner.
-    sums: int64 [functions], the bits of F's outputs. largest: fp64 [functions], their magnitudes,
-    until these are noted in the flags.
+    sums: int64 [functions], the bits of F's outputs.
 
     By function, as far as its memory mode needs them: parts, its slices; remainders; inputs, its
     state; kept, its graphs; states, what reversal goes on from below functions that keep theirs;
@@ -99,7 +97,6 @@ class Tape:
     first: int
     owned: list[list[nn.Parameter]]
     sums: Tensor
-    largest: Tensor
     flags: Flags
     remainders: Remainders
     x_needs_grad: bool
@@ -156,16 +153,6 @@ class Tape:
     def needs_grad(self, index: int) -> bool:
         """Whether gradients flow to the tokens of function `index`."""
         return self.x_needs_grad or index > self.first
-
-    def checksum(self, index: int) -> OutputChecksum:
-        """For the first run of a function."""
-        return OutputChecksum(self.sums[index], self.largest[index], self.flags.peaks)
-
-    def note_functions(self) -> None:
-        """Ends the first runs: flags where one was not finite, or left the range."""
-        if len(self.largest):
-            self.flags.note_functions(self.begin, self.largest, self.arithmetic.limit)
-            self.largest = self.largest[:0].clone()
 
     @property
     def remainder_bytes(self) -> int:

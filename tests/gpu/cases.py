@@ -60,14 +60,15 @@ def _strict_until_the_verdict() -> Iterator[Any]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def engine_waits(zero: int, bf16: bool) -> None:
-    """Raises where the host waits in a step, after one in which kernels are compiled."""
+def engine_waits(zero: int, bf16: bool) -> int:
+    """Applied steps; raises where the host waits in one, after a first that compiles kernels."""
     engine = cases.make_engine("vit", zero, bf16=bf16, accumulate=ACCUMULATE)
     rates = [1e-3] * engine.num_groups
     engine.step(_work(engine, 0), ACCUMULATE, rates)
     for step in range(1, 3):
         with _strict_until_the_verdict() as begin:
             engine.step(_work(engine, step, begin), ACCUMULATE, rates)
+    return engine.applied
 
 
 def losses(zero: int, stages: int, bf16: bool, steps: int) -> list[float]:

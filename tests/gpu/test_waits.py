@@ -68,14 +68,14 @@ def test_a_step_of_a_plain_loop(place: str, kind: str, memory: str, slices: dict
 @pytest.mark.parametrize("zero", [0, 1, 2])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_step_of_an_engine_until_its_verdict(one_rank: Pool, zero: int, bf16: bool) -> None:
-    one_rank.run("tests.gpu.cases:engine_waits", zero=zero, bf16=bf16)
+    assert one_rank.run("tests.gpu.cases:engine_waits", zero=zero, bf16=bf16) == [3]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_step_of_zero_3_until_its_verdict(two_gpus: None, two_ranks: Pool, bf16: bool) -> None:
     # A rank that is alone gathers from nobody, and DeepSpeed waits (NoGatherCoalescedHandle).
-    two_ranks.run("tests.gpu.cases:engine_waits", zero=3, bf16=bf16)
+    assert two_ranks.run("tests.gpu.cases:engine_waits", zero=3, bf16=bf16) == [3, 3]
 
 
 def test_an_engine_steps_where_the_test_runs(one_rank: Pool, device: torch.device) -> None:
