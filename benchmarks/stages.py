@@ -68,13 +68,21 @@ class BlockPass:
     state_taken = None
 
     def __init__(self, given: Tensor, output: Tensor) -> None:
-        self.shared: dict[str, Tensor] = {}
-        self.input, self.given, self.edge = given, output, get_gradient_edge(output)
+        self.carried: dict[Any, Tensor] = {}
+        self.grads: dict[Any, Tensor] = {}
+        self.input, self.edge = given, get_gradient_edge(output)
+        self.given: Tensor | None = output
 
     def message(self) -> Tensor:
         """What crosses the cut."""
+        return self.output.detach()
+
+    @property
+    def output(self) -> Tensor:
+        """Not held here from then on."""
         output, self.given = self.given, None
-        return output.detach()
+        assert output is not None
+        return output
 
     def end_with(self, loss: Tensor) -> None:
         """See Pass."""
@@ -95,9 +103,9 @@ class BlockStage:
         self.net, self.first, self.last, self.way = net, first, last, way
         self.blocks = [net.blocks[index] for index in blocks]
 
-    def forward(self, value: Tensor, shared: Any = None) -> BlockPass:
+    def forward(self, value: Any, shared: Any = None) -> BlockPass:
         """See Stage."""
-        given = value if self.first else value.detach().requires_grad_()
+        given = value["image"] if self.first else value.detach().requires_grad_()
         with torch.enable_grad(), set_checkpoint_early_stop(self.way != WHOLE_BLOCK):
             x = self.net.family.stem(self.net, given).tokens if self.first else given
             for block in self.blocks:
@@ -110,10 +118,10 @@ class BlockStage:
 
 
 def network(depth: int) -> Any:
-    """The model converted, coefficients (0.5, 0.5)."""
+    """The model converted, at the default's coefficients."""
     torch.manual_seed(0)
     model = timm.create_model(MODEL, num_classes=10, img_size=SIZE, depth=depth)
-    return dr2dist.convert(model, 0.5, 0.5).train()
+    return dr2dist.convert(model).train()
 
 
 def stages_of(way: str, count: int) -> tuple[Any, list[Layer], list[range]]:
@@ -169,7 +177,7 @@ def memory(way: str, flight: int, folder: Path) -> dict[str, int]:
     fly(flight, forth, back)
     growth = peak(torch.device("cpu")) - before
     assert not exact or net.certificate().failures == 0
-    return {"growth": growth, "token_bytes": BATCH * int(np.prod(layers[1].shape)) * 4}
+    return {"growth": growth, "elements": BATCH * int(np.prod(layers[1].shape))}
 
 
 def fly(flight: int, forth: Callable[[int], Any], back: Callable[[Any, int], None]) -> None:
@@ -278,7 +286,7 @@ def page(results: dict[str, Any]) -> str:
         ]
         for flight in map(str, FLIGHTS):
             cells = (
-                f"{x[flight]['growth'] / x[flight]['token_bytes']:.1f}" for x in known.values()
+                f"{x[flight]['growth'] / x[flight]['elements']:.1f}" for x in known.values()
             )
             lines.append(f"| {flight} | {' | '.join(cells)} |")
         lines.append("")
