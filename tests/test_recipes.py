@@ -138,7 +138,7 @@ def test_layer_decay_groups_and_averages_equal_a_plain_loop_on_every_stage(
 def test_averages_go_on_to_the_same_bits_and_on_another_layout(
     tmp_path: Path, shards: Path, two_ranks: Pool, three_ranks: Pool
 ) -> None:
-    more = ["train.checkpoint_every=2", "task.mixup=0.4", "task.cutmix=1.0", "data.erase=0.5"]
+    more = ["checkpoint.steps=2", "task.mixup=0.4", "task.cutmix=1.0", "data.erase=0.5"]
     more += ["data.rand_augment={}", "data.num_workers=0", "train.patience=9"]
     paths = {name: write_config(tmp_path, shards, name) for name in ("quiet", "broken")}
     run(two_ranks, paths["quiet"], "parallel.zero=3", *more)
@@ -159,7 +159,7 @@ def test_averages_go_on_to_the_same_bits_and_on_another_layout(
         overrides = [f"parallel.zero={zero}", f"train.micro_batch={batch}"]
         case = "run_config" if step is None else "run_until"
         steps = {} if step is None else {"step": step}
-        overrides += ["train.checkpoint_every=2"]
+        overrides += ["checkpoint.steps=2"]
         pool.run(f"tests.cases:{case}", path=str(path), overrides=overrides, **steps)
     path = write_config(tmp_path, shards, "stayed")
     run(two_ranks, path, "parallel.zero=1")

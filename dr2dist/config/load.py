@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
 import json
+import re
 import sys
 import types
 import typing
@@ -17,13 +19,18 @@ import yaml
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
+from dr2dist.config.names import MEANT, MOVED
 from dr2dist.config.schema import Config
 from dr2dist.config.task import DEFAULT_TASK, Data, TaskOptions, sections_of, task_names
 from dr2dist.errors import UserError, nearest, one_line
 
+LONGEST = 80
+"""Characters of a value that a message shows."""
+NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice."""
+    """A safe loader that refuses a key given twice, and takes 1e-3 for a number, as YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -34,6 +41,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"key '{key}' is given twice in the section at line {line}")
         result: dict[Any, Any] = super().construct_mapping(node, deep)
         return result
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -101,6 +111,16 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.effective(), sort_keys=False)
 
 
+def moved_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that an earlier version has written, as this one would have."""
+    found = copy.deepcopy(values)
+    for old, new in MOVED.items():
+        section, name = old.split(".")
+        if isinstance(found.get(section), dict) and name in found[section]:
+            _put(found, new, found[section].pop(name))
+    return found
+
+
 def describe_config() -> str:
     """All settings with their meaning, one a line; of each task its own."""
     lines = _describe(Config, "", leave_out=("task", "data"))
@@ -126,12 +146,20 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, found, text = override.partition("=")
     if not found or not all(key.split(".")):
         raise UserError(f"override '{override}': allowed is section.key=value")
+    value = _parse(text, f"override '{override}'")
+    try:
+        _put(values, key, value)
+    except UserError as error:
+        raise UserError(f"override '{override}': {error}") from None
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"override '{override}': {section} is not a section")
-    values[last] = _parse(text, f"override '{override}'")
+            raise UserError(f"{section} is not a section")
+    values[last] = value
 
 
 def _line(kind: type[Config], error: Any) -> str:
@@ -143,9 +171,14 @@ def _line(kind: type[Config], error: Any) -> str:
     section = _section(kind, place[:-1])
     message = error["msg"].removeprefix("Value error, ")
     match error["type"]:
+        case "extra_forbidden" if key in MOVED:
+            return f"{key}: is {MOVED[key]} now"
         case "extra_forbidden" if section is not None:
-            hint = nearest(place[-1], section.model_fields) or ";"
+            meant = f"; did you mean '{MEANT[place[-1]]}'?" if place[-1] in MEANT else ""
+            hint = meant or nearest(place[-1], section.model_fields) or ";"
             return f"{key}: unknown key{hint} allowed: {', '.join(section.model_fields)}"
+        case "missing" if place[-1].isdecimal():
+            key, message = ".".join(shown[:-1]), f"allowed is a list: {_about(kind, place)}"
         case "missing":
             return f"{key}: is missing"
         case "value_error":
@@ -155,7 +188,32 @@ def _line(kind: type[Config], error: Any) -> str:
         case "union_tag_invalid":
             tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"]
             return f"{key}.kind: found {tag!r}; {_choose(tag, tags)}"
-    return f"{key}: found {error['input']!r}; {message}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            message = "allowed is a section, with a key of its own on each line"
+        case "tuple_type":
+            message = f"allowed is a list: {_about(kind, place)}"
+    return f"{key}: found {shown_value(error['input'])}; {message}"
+
+
+def _about(kind: type[Config], place: list[str]) -> str:
+    """What the schema says of a setting, or of the one that a place is in."""
+    for end in range(len(place), 0, -1):
+        section = _section(kind, place[: end - 1])
+        if section is not None and place[end - 1] in section.model_fields:
+            return section.model_fields[place[end - 1]].description or "of its own values"
+    return "of its own values"
+
+
+def shown_value(value: Any) -> str:
+    """A value as YAML has it, on one line and not too long."""
+    if isinstance(value, str):
+        return repr(value)
+    try:
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    except yaml.YAMLError:
+        text = type(value).__name__
+    line = one_line(text.removesuffix("\n...\n"))
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def _choose(found: Any, expected: str) -> str:
@@ -212,7 +270,9 @@ def _allowed(field: FieldInfo) -> str:
     notes = []
     if typing.get_origin(field.annotation) is typing.Literal:
         notes.append(" | ".join(map(str, typing.get_args(field.annotation))))
-    if not field.is_required():
+    if field.is_required():
+        notes.append("required")
+    else:
         value = list(field.default) if isinstance(field.default, tuple) else field.default
         notes.append(f"default {value if isinstance(value, str) else json.dumps(value)}")
     return f" ({'; '.join(notes)})" if notes else ""

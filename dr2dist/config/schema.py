@@ -21,7 +21,8 @@ Size = Annotated[tuple[Positive, Positive], BeforeValidator(_square)]
 """Height and width in pixels; one number is both."""
 
 
-Option = Annotated[bool | int | float | str, Field(union_mode="smart")]
+Scalar = Annotated[bool | int | float | str | None, Field(union_mode="smart")]
+Option = Annotated[Scalar | tuple[Scalar, ...], Field(union_mode="smart")]
 OWN_SETTINGS = {
     "num_classes": "task.num_classes",
     "img_size": "model.image_size",
@@ -135,16 +136,35 @@ class Train(Section):
     patience: Positive | None = Field(
         None, description="validations without a better one after which the run ends; null: never"
     )
-    checkpoint_every: Positive = Field(500, description="optimiser steps between checkpoints")
+    on_bad_batch: Literal["stop", "skip"] = Field(
+        "stop", description="what a step does whose loss, gradient or states are not finite"
+    )
+    bad_batches: Positive = Field(10, description="how many in a row are skipped at most")
+    step_limit: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which a step hangs; null: 10 times the median, at least 300",
+    )
+    grace: float = Field(
+        60.0, gt=0, description="seconds that a run has to end its step when it is told to stop"
+    )
     profile: tuple[int, int] | None = Field(
         None, description="[first, last]: torch's profiler after first up to last applied steps"
     )
-    keep: Positive = Field(2, description="checkpoints kept, beside the best one")
+
+    def idle(self) -> dict[str, str]:
+        """See Section."""
+        return {"bad_batches": "on_bad_batch stop"} if self.on_bad_batch == "stop" else {}
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give one of steps and epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps is {self.steps} and epochs is {self.epochs}, allowed is one of them: the "
+                "other is undone by train.epochs=null or train.steps=null"
+            )
         return self
 
     @model_validator(mode="after")
@@ -152,6 +172,16 @@ class Train(Section):
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
             raise ValueError(f"profile is {list(self.profile)}, allowed is 0 <= first < last")
         return self
+
+
+class Checkpoints(Section):
+    """When a run's state is written, beside each best validation and the end."""
+
+    steps: Positive | None = Field(None, description="optimiser steps between them; null: any")
+    minutes: float | None = Field(
+        15.0, gt=0, description="minutes between them, by rank 0's clock; null: any"
+    )
+    keep: Positive = Field(2, description="how many are kept, beside the best one")
 
 
 class Parallel(Section):
@@ -197,6 +227,7 @@ class Config(Section):
     data: Data
     optim: Optim
     train: Train
+    checkpoint: Checkpoints = Checkpoints()
     parallel: Parallel = Parallel()
     output: str = Field(description="folder of the run")
 

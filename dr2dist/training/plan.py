@@ -82,11 +82,19 @@ class Plan:
                 f"samples       {self.train.num_samples} for training, {held_out} for validation",
                 f"steps         {self.steps} of {self.global_batch} samples on "
                 f"{self.grid.stages * self.grid.replicas} rank(s), {self.steps_per_epoch} an epoch",
+                *self._describe_best(),
                 *self._describe_states(),
                 f"ZeRO          {self.deepspeed['zero_optimization']['stage']}",
                 *self._describe_stages(),
             ]
         )
+
+    def _describe_best(self) -> list[str]:
+        if self.val is None:
+            return []
+        metric, wanted = self.task.best
+        which = "largest" if wanted == "max" else "least"
+        return [f"best          the {which} {metric} of a validation, ties by its loss"]
 
     def _describe_stages(self) -> list[str]:
         if self.grid.stages == 1:
