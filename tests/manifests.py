@@ -12,7 +12,7 @@ def change(checkpoint: Path, how: Callable[[dict[str, Any]], Any]) -> None:
     """Changes what a checkpoint says of itself, in format 1, which has no checksum of it."""
     path = checkpoint / "checkpoint.json"
     state = json.loads(path.read_text())
-    del state["checksum"]
+    state.pop("checksum", None)
     state["format"] = 1
     how(state)
     path.write_text(json.dumps(state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -122,6 +123,11 @@ def _wait_for_lines(path: Path, count: int) -> None:
     wait_for(there, f"{path} with {count} lines")
 
 
+def _sum(state: dict[str, Any]) -> str:
+    """As the manifest's format has it: SHA-256 of its JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 PLAIN = CONFIG.replace("drop_path: 0.1,\n  dropout: 0.1", "").replace("steps: 8", "steps: 12")
 
 
@@ -159,7 +165,10 @@ def test_what_cannot_be_gone_on_with_is_refused(
     assert "holds a run with optim.lr: 0.0001, now it is 0.01" in refusal("optim.lr=0.01")
     assert "was written with 6" in refusal("train.micro_batch=4")
     newest = checkpoints(tmp_path / "run")[-1]
-    change(newest, lambda state: state.update(format=3))
+    change(newest, lambda state: state.update(format=0))
+    with pytest.raises(UserError, match="its checksum differs"):
+        Checkpoint(newest)
+    change(newest, lambda state: state.update(format=3, checksum=_sum({**state, "format": 3})))
     with pytest.raises(UserError, match="format 3, allowed is 1 or 2"):
         Checkpoint(newest)
     other = tmp_path / "other"

@@ -69,8 +69,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 def _digit(file: Path) -> None:
     text = file.read_text()
-    assert '"alpha": 0.9' in text
-    file.write_text(text.replace('"alpha": 0.9', '"alpha": 0.8'))
+    assert '"step": 3,' in text
+    file.write_text(text.replace('"step": 3,', '"step": 2,'))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

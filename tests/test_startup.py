@@ -50,7 +50,16 @@ def _imported(*arguments: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--help", "--version", "train --help", "bench --help", "train", "train a.yaml --ranks 0", "x"],
+    [
+        "--help",
+        "--version",
+        "train --help",
+        "bench --help",
+        "train",
+        "train a.yaml --ranks 0",
+        "x",
+        "train none.yaml",
+    ],
 )
 def test_help_and_errors_of_parsing_import_nothing_heavy(arguments: str) -> None:
     assert not _imported(*arguments.split()) & set(HEAVY)

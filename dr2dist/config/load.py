@@ -7,7 +7,6 @@ import functools
 import importlib
 import inspect
 import json
-import re
 import sys
 import types
 import typing
@@ -22,28 +21,11 @@ from pydantic.fields import FieldInfo
 from dr2dist.config.names import MEANT, MOVED
 from dr2dist.config.schema import Config
 from dr2dist.config.task import DEFAULT_TASK, Data, TaskOptions, sections_of, task_names
+from dr2dist.config.text import put, read_settings
 from dr2dist.errors import UserError, nearest, one_line
 
 LONGEST = 80
 """Characters of a value that a message shows."""
-NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, and takes 1e-3 for a number, as YAML 1.2."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in own]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise yaml.YAMLError(f"key '{key}' is given twice in the section at line {line}")
-        result: dict[Any, Any] = super().construct_mapping(node, deep)
-        return result
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -52,21 +34,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Modules that the file names as plugins are imported. Returns a frozen Config with the sections
     of its task. Raises UserError with file, key, what was found and what is allowed.
     """
-    source = Path(path)
-    try:
-        text = source.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a text file in UTF-8") from None
-    values = _parse(text, str(path))
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds no settings")
-    for override in overrides:
-        _apply(values, override)
+    values = read_settings(path, overrides)
     try:
         named = values.get("plugins")
-        import_plugins(named if isinstance(named, list) else (), source.parent)
+        import_plugins(named if isinstance(named, list) else (), Path(path).parent)
         kind = _config_type(*sections_of(_task_name(values)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -117,7 +88,7 @@ def moved_settings(values: dict[str, Any]) -> dict[str, Any]:
     for old, new in MOVED.items():
         section, name = old.split(".")
         if isinstance(found.get(section), dict) and name in found[section]:
-            _put(found, new, found[section].pop(name))
+            put(found, new, found[section].pop(name))
     return found
 
 
@@ -133,33 +104,6 @@ def describe_config() -> str:
         lines.append(f"{section} {{of {', '.join(tasks)}}}: {about}")
         lines += _describe(own, f"{section}.")
     return "\n".join(lines)
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506  (a subclass of SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {one_line(error)}") from None
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, found, text = override.partition("=")
-    if not found or not all(key.split(".")):
-        raise UserError(f"override '{override}': allowed is section.key=value")
-    value = _parse(text, f"override '{override}'")
-    try:
-        _put(values, key, value)
-    except UserError as error:
-        raise UserError(f"override '{override}': {error}") from None
-
-
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(f"{section} is not a section")
-    values[last] = value
 
 
 def _line(kind: type[Config], error: Any) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from dr2dist.arguments import positive
+from dr2dist.config.text import read_settings
 from dr2dist.errors import UserError
 from dr2dist.launching.launcher import LocalLauncher, free_port, ranks_here
 from dr2dist.launching.supervise import Signals, supervise
@@ -45,6 +46,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _run(given: argparse.Namespace, signals: Signals) -> int:
+    read_settings(given.config, given.overrides)  # before what takes seconds to import
     from dr2dist.config import load_config
     from dr2dist.training.folder import find_start, finished
     from dr2dist.training.plan import make_plan

@@ -24,7 +24,7 @@ def _validations(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, found in (("last", last), ("best", best)):
         if found is not None and (name == "last" or found["step"] != last["step"]):
             values = [f"{key} {_number(value)}" for key, value in found.items() if key not in _LEFT]
-            yield f"{name} (step {found['step']})", ", ".join(values)
+            yield name, f"step {found['step']}: {', '.join(values)}"
 
 
 _LEFT = ("step", "samples", "skipped")
