@@ -41,7 +41,7 @@ LIMIT = 60.0
 """Seconds until nothing may be left running."""
 STEPS, VALIDATE, SAVE = 12, 6, 5
 CONFIG = """
-model: {{name: vit_tiny_patch16_224, weights: null, image_size: 32, options: {{depth: 4}}}}
+model: {{name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {{depth: 4}}}}
 task: {{num_classes: 2}}
 data: {{train: {shards}/train, val: {shards}/val, num_workers: 1}}
 optim: {{lr: 1.0e-3}}

@@ -22,7 +22,7 @@ def one_line(error: object) -> str:
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A hint for a misspelt `name`: `; did you mean 'x'?`, or nothing when no name is close."""
     known = list(allowed)
-    close = difflib.get_close_matches(name, known, n=1)
-    if not close:  # the beginning of a longer name
-        close = sorted((each for each in known if name and each.startswith(name)), key=len)[:1]
+    # The beginning of a longer name, or one that is nearly the same.
+    close = sorted((each for each in known if name and each.startswith(name)), key=len)[:1]
+    close = close or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{close[0]}'?" if close else ""

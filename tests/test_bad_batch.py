@@ -16,7 +16,7 @@ from tests.images import make_small_shards
 from tests.pool import Pool
 
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 2}}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 2}}
 task: {num_classes: 2}
 data: {train: SHARDS/train, num_workers: 0}
 optim: {lr: 1.0e-3}

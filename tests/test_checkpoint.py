@@ -22,8 +22,8 @@ from tests.pool import Pool, wait_for
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 4}, drop_path: 0.1,
-  dropout: 0.1}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 4},
+  drop_path: 0.1, dropout: 0.1}
 coefficients: {kind: conserve, beta: [0.1, 0.5], every: 2}
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, val: SHARDS/val, num_workers: 0}
@@ -128,7 +128,7 @@ def _sum(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-PLAIN = CONFIG.replace("drop_path: 0.1,\n  dropout: 0.1", "").replace("steps: 8", "steps: 12")
+PLAIN = CONFIG.replace(",\n  drop_path: 0.1, dropout: 0.1", "").replace("steps: 8", "steps: 12")
 
 
 def test_another_layout_goes_on_along_the_same_curve(

@@ -23,7 +23,7 @@ from tests.pool import Pool
 PLUGIN = "tests.outside.clouds"
 CONFIG = f"""
 plugins: [{PLUGIN}]
-model: {{name: little_clouds, options: {{depth: 2}}}}
+model: {{name: little_clouds, weights: random, options: {{depth: 2}}}}
 coefficients: {{kind: constant, alpha: 0.5, beta: 0.5}}
 task: {{name: clouds}}
 data: {{train: SHARDS/train, val: SHARDS/val}}

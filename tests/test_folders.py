@@ -24,7 +24,7 @@ from tests.manifests import change
 from tests.pool import Pool
 
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 2}}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 2}}
 coefficients: {kind: constant, alpha: 0.9, beta: 0.1}
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, num_workers: 0}

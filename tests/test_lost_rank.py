@@ -20,7 +20,7 @@ LIMIT = 60
 """Seconds until all other ranks have ended."""
 
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 6}}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 6}}
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, num_workers: 0}
 optim: {name: sgd, lr: 1.0e-2}

@@ -27,7 +27,7 @@ SMALLER = {
     "vit_small_patch14_dinov2": ["model.options={depth: 4}"],
 }
 TINY = """
-model: {name: vit_tiny_patch16_224, image_size: 32}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32}
 reversible: {chunk_size: 3}
 coefficients: {kind: conserve, beta: [0.1, 0.5], every: 2}
 task: {name: classification, num_classes: 2}
@@ -104,7 +104,7 @@ def test_every_shipped_config_starts(
     stages = yaml.safe_load(config.read_text())["parallel"].get("stages", 2)
     pool: Pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[stages])
     overrides = [
-        "model.weights=null",
+        "model.weights=random",
         f"data.train={shards}/train",
         f"data.val={shards}/val",
         f"output={tmp_path}/run",

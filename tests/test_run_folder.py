@@ -22,7 +22,7 @@ from tests.pool import Pool, wait_for
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 2}}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 2}}
 task: {num_classes: 2}
 data: {train: SHARDS/train, num_workers: 0}
 optim: {name: sgd, lr: 1.0e-2}
@@ -195,7 +195,7 @@ def test_a_file_system_without_locks_is_said(
 
 
 HANG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 1}}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 1}}
 task: {num_classes: 2}
 data: {train: SHARDS/train, num_workers: 0}
 optim: {lr: 1.0e-3}

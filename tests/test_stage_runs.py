@@ -17,7 +17,7 @@ from tests.pool import Pool
 from tests.test_checkpoint import metrics, weights
 
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 4}}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 4}}
 coefficients: {kind: conserve, beta: [0.1, 0.5], every: 2}
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, val: SHARDS/val, num_workers: 0}

@@ -15,7 +15,7 @@ from tests.images import make_small_shards
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "timm", "torchvision", "deepspeed", "torchmetrics", "matplotlib", "webdataset")
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 1}}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 1}}
 task: {num_classes: 2}
 data: {train: SHARDS/train, num_workers: 0}
 optim: {lr: 1e-3}

@@ -21,7 +21,7 @@ from tests.manifests import change
 from tests.pool import Pool
 
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 1}}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 1}}
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, val: SHARDS/val}
 optim: {lr: 1.0e-3}

@@ -89,6 +89,9 @@ def moved_settings(values: dict[str, Any]) -> dict[str, Any]:
         section, name = old.split(".")
         if isinstance(found.get(section), dict) and name in found[section]:
             put(found, new, found[section].pop(name))
+    model = found.get("model")
+    if isinstance(model, dict) and model.get("weights") is None:
+        model["weights"] = "random"
     return found
 
 
@@ -124,7 +127,7 @@ def _line(kind: type[Config], error: Any) -> str:
         case "missing" if place[-1].isdecimal():
             key, message = ".".join(shown[:-1]), f"allowed is a list: {_about(kind, place)}"
         case "missing":
-            return f"{key}: is missing"
+            return f"{key}: is missing: {_about(kind, place)}"
         case "value_error":
             return f"{key}: {message}" if key else message
         case "literal_error":

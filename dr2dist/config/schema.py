@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ByteSize, Field, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from dr2dist.config.coefficients import CoefficientPath, Conserve, Constant, Guarded, with_kind
 from dr2dist.config.optim import Optim
@@ -38,9 +38,8 @@ class Model(Section):
     """The backbone."""
 
     name: str = Field(description="timm's name of the model")
-    weights: str | None = Field(
-        None,
-        description="null: random; hub: timm's; otherwise a .safetensors, .pth, .pt or .bin file",
+    weights: str = Field(
+        description="random, hub (timm's own), or a .safetensors, .pth, .pt or .bin file"
     )
     in_channels: Positive = Field(
         3, description="channels of an image; weights of others are adapted as timm does"
@@ -56,6 +55,18 @@ class Model(Section):
     options: dict[str, Option] = Field(
         {}, description="timm's arguments of the model, such as {depth: 40, embed_dim: 192}"
     )
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _said(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError(f"found null, allowed is {cls.model_fields['weights'].description}")
+        return value
+
+    @property
+    def given_weights(self) -> str | None:
+        """As `build_model` takes them: None for random ones."""
+        return None if self.weights == "random" else self.weights
 
     @model_validator(mode="after")
     def _one_place_for_each(self) -> Self:

@@ -59,6 +59,8 @@ def _run(given: argparse.Namespace, signals: Signals) -> int:
     if finished(config) is not None:
         print(f"output        {config.output} is finished: nothing is left to do")
         return 0
+    if not start.checkpoints:
+        plan.check_weights(fetch=not given.dry_run)
     print(f"starts from   {start.describe(config.model.weights)}")
     what = ["--config", given.config, *given.overrides]
     if given.hostfile is not None:

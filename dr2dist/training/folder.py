@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,14 +50,14 @@ class Start(NamedTuple):
     checkpoints: tuple[Path, ...] = ()
     cut: bool = False
 
-    def describe(self, weights: str | None) -> str:
+    def describe(self, weights: str) -> str:
         """Where the run begins, in a few words."""
         sound = next((path for path in self.checkpoints if _fault(path) is None), None)
         if sound is not None:
             lost = len(self.checkpoints[: self.checkpoints.index(sound)])
             return f"{sound}" + (f" ({lost} newer one(s) are damaged)" if lost else "")
         again = "; the run before was cut before its first checkpoint" if self.cut else ""
-        return f"{weights or 'random weights'}{again}"
+        return f"{'random weights' if weights == 'random' else weights}{again}"
 
 
 def find_start(config: Config, global_batch: int) -> Start:
@@ -66,7 +67,9 @@ def find_start(config: Config, global_batch: int) -> Start:
     going on.
     """
     folder = Path(config.output)
-    if not _occupied(folder):
+    occupied = _occupied(folder)
+    _check_can_be_made(folder)
+    if not occupied:
         return Start()
     check_free(folder)
     before = _read_config(folder)
@@ -82,6 +85,16 @@ def find_start(config: Config, global_batch: int) -> Start:
     if sound is not None:
         _same_batch(sound, global_batch)
     return Start(found, cut=not found)
+
+
+def _check_can_be_made(folder: Path) -> None:
+    """Raises UserError if it cannot. Leaves nothing behind."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"output: {folder} cannot be made: {parent}: {error.strerror}") from None
 
 
 def _read_config(folder: Path) -> Any:

@@ -67,6 +67,17 @@ class Plan:
         """Samples of an optimiser step, over all ranks."""
         return int(self.deepspeed["train_batch_size"])
 
+    def check_weights(self, fetch: bool) -> None:
+        """Raises UserError if a file's weights are another model's; it is mapped, not read.
+
+        fetch: timm's own are fetched now, before all ranks would at once.
+        """
+        if self.blueprint.weights == "hub":
+            if fetch:
+                assemble(self.blueprint)
+        elif self.blueprint.weights is not None:
+            assemble(self.blueprint, "in parts")
+
     def describe(self) -> str:
         """A few lines for people."""
         chains = ", ".join(f"{name}: {count} functions" for name, count in self.lengths.items())
@@ -195,7 +206,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * per_epoch))
     schedule = config.coefficients.schedule(steps)
     blueprint = Blueprint.of(config, train.classes)
-    _check_weights(config.model.weights)
+    _check_weights(config.model.given_weights)
     model, task, _ = assemble(blueprint, "meta")
     _check_data(config, task, train, val)
     optim = config.optim
