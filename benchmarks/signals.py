@@ -10,6 +10,7 @@ line lives on, and that the run's end is in every bit that of one which nobody d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
@@ -34,7 +35,8 @@ from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import image_folder
 
 SIGNALS = ("TERM", "INT", "HUP", "USR1", "KILL")
-RECEIVERS = ("command", "group", "rank 0", "rank 1")
+RECEIVERS = ("command", "group", "rank 0", "rank 1", "everyone")
+"""everyone: the command, its ranks and their data workers, as service managers send it."""
 MOMENTS = ("start-up", "step", "validation", "checkpoint")
 LAYOUTS = {"ZeRO-2": "{zero: 2}", "2 stages": "{zero: 0, stages: 2}"}
 LIMIT = 60.0
@@ -199,6 +201,11 @@ def _hit(case: Case, command: subprocess.Popen[bytes], ranks: Sequence[psutil.Pr
         command.send_signal(number)
     elif case.receiver == "group":
         os.killpg(command.pid, number)
+    elif case.receiver == "everyone":
+        command.send_signal(number)
+        for process in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
     else:
         ranks[int(case.receiver[-1])].send_signal(number)
 

@@ -16,6 +16,7 @@ from dr2dist.bench.command import add_arguments
 from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write
+from dr2dist.shipped import add_configs_arguments
 from dr2dist.training.command import add_train_arguments
 from dr2dist.version import __version__
 
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dr2dist {__version__}")
     commands = _Commands(parser, "COMMAND")
     _add_train(commands)
+    _add_configs(commands)
     _add_shards(commands)
     _add_export(commands)
     _add_evaluate(commands)
@@ -76,6 +78,15 @@ def _add_train(commands: _Commands) -> None:
         "dr2dist train configs/elpv_vit_small.yaml --ranks 2 train.epochs=1",
     )
     add_train_arguments(train)
+
+
+def _add_configs(commands: _Commands) -> None:
+    configs = commands.add(
+        "configs",
+        "List the configurations that come with dr2dist, or copy one.",
+        "dr2dist configs finetune --output my.yaml",
+    )
+    add_configs_arguments(configs)
 
 
 def _add_shards(commands: _Commands) -> None:
@@ -163,6 +174,7 @@ def _add_export(commands: _Commands) -> None:
         "--output", type=Path, required=True, help="FILE.safetensors, FILE.onnx or FILE.pt2"
     )
     export.add_argument("--which", choices=("best", "last"), default="best")
+    export.add_argument("--overwrite", action="store_true", help="a file that is there already")
     _add_plugin(export)
     export.set_defaults(command=_export)
 
@@ -173,12 +185,12 @@ def _export(given: argparse.Namespace) -> int:
 
     _import(given.plugin)
     if given.output.suffix == ".safetensors":
-        facts = export(given.run, given.output, given.which)
+        facts = export(given.run, given.output, given.which, given.overwrite)
     elif given.output.suffix in ENDINGS:
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "weights.safetensors"
             facts = export(given.run, weights, given.which)
-            difference = export_portable(weights, given.output)
+            difference = export_portable(weights, given.output, given.overwrite)
         print(f"{given.output}: within {difference:.2g} of the module's outputs")
     else:
         allowed = ", ".join((".safetensors", *ENDINGS))

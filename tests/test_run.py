@@ -121,6 +121,21 @@ def test_every_shipped_config_starts(
         assert results[0]["worst_drift"] > 1e-2
 
 
+def test_configurations_are_listed_and_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call(capfd, "configs")
+    assert status == 0 and all(path.stem in out for path in SHIPPED)
+    assert call(capfd, "configs", "finetune", "--output", "mine.yaml")[0] == 0
+    assert (tmp_path / "mine.yaml").read_text() == (ROOT / "configs/finetune.yaml").read_text()
+    assert json.loads((tmp_path / "ds_configs" / "zero2.json").read_text())
+    status, _, err = call(capfd, "configs", "finetune", "--output", "mine.yaml")
+    assert status == 2 and "mine.yaml: exists already" in err
+    status, _, err = call(capfd, "configs", "fintune")
+    assert status == 2 and "did you mean 'finetune'" in err
+
+
 def call(capfd: Any, *arguments: str) -> tuple[int, str, str]:
     """The command line in this process: its exit status and what it printed."""
     from dr2dist.cli import main

@@ -21,11 +21,8 @@ from pydantic.fields import FieldInfo
 from dr2dist.config.names import MEANT, MOVED
 from dr2dist.config.schema import Config
 from dr2dist.config.task import DEFAULT_TASK, Data, TaskOptions, sections_of, task_names
-from dr2dist.config.text import put, read_settings
+from dr2dist.config.text import put, read_settings, shown_value
 from dr2dist.errors import UserError, nearest, one_line
-
-LONGEST = 80
-"""Characters of a value that a message shows."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -149,18 +146,6 @@ def _about(kind: type[Config], place: list[str]) -> str:
         if section is not None and place[end - 1] in section.model_fields:
             return section.model_fields[place[end - 1]].description or "of its own values"
     return "of its own values"
-
-
-def shown_value(value: Any) -> str:
-    """A value as YAML has it, on one line and not too long."""
-    if isinstance(value, str):
-        return repr(value)
-    try:
-        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    except yaml.YAMLError:
-        text = type(value).__name__
-    line = one_line(text.removesuffix("\n...\n"))
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def _choose(found: Any, expected: str) -> str:

@@ -240,7 +240,7 @@ class Config(Section):
     train: Train
     checkpoint: Checkpoints = Checkpoints()
     parallel: Parallel = Parallel()
-    output: str = Field(description="folder of the run")
+    output: str = Field(min_length=1, description="folder of the run")
 
     @model_validator(mode="after")
     def _conventional_or_reversible(self) -> Self:

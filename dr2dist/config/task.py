@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, create_model
 
 from dr2dist.config.section import Section
+from dr2dist.config.text import shown_value
 from dr2dist.errors import UserError, nearest
 
 
@@ -79,7 +80,9 @@ def sections_of(name: Any) -> tuple[type[TaskOptions], type[Data]]:
     known = _known()
     if not isinstance(name, str) or name not in known:
         hint = nearest(name, _tasks) if isinstance(name, str) else ""
-        raise UserError(f"task.name: found {name!r}; allowed is {', '.join(_tasks)}{hint}")
+        raise UserError(
+            f"task.name: found {shown_value(name)}; allowed is {', '.join(_tasks)}{hint}"
+        )
     return _tasks[name]
 
 

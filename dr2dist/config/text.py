@@ -11,6 +11,8 @@ import yaml
 
 from dr2dist.errors import UserError, one_line
 
+LONGEST = 80
+"""Characters of a value that a message shows."""
 NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 
@@ -76,3 +78,15 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise UserError(f"{section} is not a section")
     values[last] = value
+
+
+def shown_value(value: Any) -> str:
+    """A value as YAML has it, on one line and not too long."""
+    if isinstance(value, str):
+        return repr(value)
+    try:
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    except yaml.YAMLError:
+        text = type(value).__name__
+    line = one_line(text.removesuffix("\n...\n"))
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."

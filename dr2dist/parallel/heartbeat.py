@@ -56,6 +56,7 @@ class Heartbeat:
         self._board.set(f"host/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
         self._board.set(f"alive/{self.rank}", "0")
         self._heard: dict[int, tuple[str, float]] = {}
+        self._looked = time.monotonic()
         self._here: dict[int, int] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="heartbeat", daemon=True)
@@ -105,6 +106,8 @@ class Heartbeat:
             for rank, process in self._neighbours().items():
                 if not _lives(process):
                     return self._lost(rank, "its process has ended")
+            if self._was_stopped():
+                self._heard.clear()
             others = range(1, self.ranks) if self.rank == 0 else (0,)
             for rank in others:
                 if self._silent(rank):
@@ -112,6 +115,11 @@ class Heartbeat:
         except GoneError:
             return self._lost(0, "the store of the process group does not answer")
         return None
+
+    def _was_stopped(self) -> bool:
+        """Whether this process itself did not run for a while: then it knows nothing of others."""
+        before, self._looked = self._looked, time.monotonic()
+        return self._looked - before > 3 * PERIOD
 
     def _silent(self, rank: int) -> bool:
         """Whether a rank that was heard once is heard no more."""

@@ -40,6 +40,7 @@ class Watchdog:
         self._rank, self._limit, self._tell = rank, limit, tell
         self._times: deque[float] = deque(maxlen=REMEMBERED)
         self._now: tuple[str, float] | None = None
+        self._spare = 0.0
         self._main = threading.get_ident()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -72,16 +73,20 @@ class Watchdog:
     @contextmanager
     def _during(self, what: str, limit: float) -> Iterator[None]:
         text = f"{what} did not end within {limit:.0f} s"
-        self._now = text, time.monotonic() + limit
+        self._now = text, time.monotonic() - self._spare + limit
         try:
             yield
         finally:
             self._now = None
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._over.wait(PERIOD):
+            before, looked = looked, time.monotonic()
+            # A process that was suspended has not used that time.
+            self._spare += max(0.0, looked - before - 2 * PERIOD)
             now = self._now
-            if now is not None and time.monotonic() > now[1]:
+            if now is not None and looked - self._spare > now[1]:
                 self._end(now)
 
     def _end(self, now: tuple[str, float]) -> None:
