@@ -124,7 +124,8 @@ def _value(rng: random.Random, kind: Any, rules: list[Any]) -> Any:
     if kind is float:
         return round(rng.uniform(max(low, -1e-3), min(high, 1.0)), 4)
     if isinstance(kind, type) and issubclass(kind, int):
-        return rng.randint(max(math.ceil(low), 0), int(min(high, 6)))
+        least = max(low, 0.0)
+        return rng.randint(math.ceil(least), int(min(high, least + 6)))
     return None
 
 
@@ -206,7 +207,7 @@ def outcome(path: str, output: str) -> str:
         )
         plan = make_plan(config, dist.get_world_size())
         find_start(config, plan.global_batch)
-        plan.check_weights(fetch=False)
+        plan.try_out(config, fetch=False)
     except UserError as error:
         return str(error)
     dist.barrier()

@@ -23,8 +23,7 @@ DEFAULT = [
     Case("TERM", "command", "step", "ZeRO-2"),
     Case("INT", "rank 1", "validation", "2 stages"),
     Case("KILL", "command", "checkpoint", "ZeRO-2"),
-    Case("HUP", "group", "start-up", "2 stages"),
-    Case("TERM", "everyone", "step", "2 stages"),
+    Case("USR1", "everyone", "step", "2 stages"),
 ]
 
 

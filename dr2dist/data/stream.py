@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
 """A sample's fields by name."""
+Unreadable = Literal["fail", "next", "drop"]
 Transform = Callable[[Values], Values]
 Collate = Callable[[Sequence[Values]], tuple[dict[str, torch.Tensor], Any]]
 """Samples to inputs of the network, by name, and targets."""
@@ -60,7 +61,7 @@ class ShardDataset(Dataset[Read]):
         fields: Fields,
         transform: Transform,
         seed: int = 0,
-        unreadable: Literal["fail", "next", "drop"] = "fail",
+        unreadable: Unreadable = "fail",
     ) -> None:
         self.folder, self.index = read_index(pattern)
         self.fields, self.transform = fields, transform

@@ -59,8 +59,7 @@ def _run(given: argparse.Namespace, signals: Signals) -> int:
     if finished(config) is not None:
         print(f"output        {config.output} is finished: nothing is left to do")
         return 0
-    if not start.checkpoints:
-        plan.check_weights(fetch=not given.dry_run)
+    plan.try_out(config, fetch=not (given.dry_run or start.checkpoints))
     print(f"starts from   {start.describe(config.model.weights)}")
     what = ["--config", given.config, *given.overrides]
     if given.hostfile is not None:

@@ -19,6 +19,7 @@ from dr2dist.coefficients import Schedule
 from dr2dist.config import Config
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, read_index
+from dr2dist.data.stream import ShardDataset, Unreadable
 from dr2dist.errors import UserError
 from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
 from dr2dist.parallel.pipeline.grid import Grid
@@ -67,11 +68,16 @@ class Plan:
         """Samples of an optimiser step, over all ranks."""
         return int(self.deepspeed["train_batch_size"])
 
-    def check_weights(self, fetch: bool) -> None:
-        """Raises UserError if a file's weights are another model's; it is mapped, not read.
+    def try_out(self, config: Config, fetch: bool) -> None:
+        """Raises UserError if a file's weights are another model's (it is mapped, not read), or the
+        first samples cannot become inputs.
 
-        fetch: timm's own are fetched now, before all ranks would at once.
+        fetch: timm's own weights are fetched now, before all ranks would at once.
         """
+        fields = Fields(self.task.fields, config.data.fields)
+        skip: Unreadable = "next" if config.data.unreadable == "skip" else "fail"
+        for shards in filter(None, (config.data.train, config.data.val)):
+            ShardDataset(shards, fields, self.task.transform(config.data), 0, skip)[0, 0]
         if self.blueprint.weights == "hub":
             if fetch:
                 assemble(self.blueprint)
