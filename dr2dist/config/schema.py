@@ -145,7 +145,7 @@ class Train(Section):
         None, description="optimiser steps between validations; null: at every epoch's end"
     )
     patience: Positive | None = Field(
-        None, description="validations without a better one after which the run ends; null: never"
+        None, description="validations without a better metric until the run ends; null: never"
     )
     on_bad_batch: Literal["stop", "skip"] = Field(
         "stop", description="what a step does whose loss, gradient or states are not finite"

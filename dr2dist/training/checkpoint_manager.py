@@ -37,9 +37,9 @@ class Progress:
     """What a run has reached, beside its weights.
 
     loss: of the last step. best, last: validations, each with its step; stale: how many there
-    were since the best. worst_drift: of float arithmetic, over all steps. skipped: unreadable
-    training samples that were left out, on all ranks. bad_batches: steps' batches that were not
-    finite and were skipped. guard: of coefficients that are guarded.
+    were since the metric has improved. worst_drift: of float arithmetic, over all steps. skipped:
+    unreadable training samples that were left out, on all ranks. bad_batches: steps' batches that
+    were not
     """
 
     loss: float | None = None
@@ -65,7 +65,8 @@ class Progress:
 
         better = is_finite(found) and (best is None or rank(found) > rank(best))
         self.last, self.best = found, found if better else best
-        self.stale = 0 if better else self.stale + 1
+        improved = better and (best is None or rank(found)[0] > rank(best)[0])
+        self.stale = 0 if improved else self.stale + 1
         return better
 
 
