@@ -17,7 +17,13 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["dr2dist", "dr2dist.*"]),
+    packages=[
+        *find_packages(include=["dr2dist", "dr2dist.*"]),
+        "dr2dist.configs",
+        "dr2dist.configs.deepspeed",
+    ],
+    package_dir={"dr2dist.configs": "configs", "dr2dist.configs.deepspeed": "ds_configs"},
+    package_data={"dr2dist.configs": ["*.yaml"], "dr2dist.configs.deepspeed": ["*.json"]},
     python_requires=">=3.11",
     install_requires=[
         "braceexpand",

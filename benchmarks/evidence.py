@@ -195,7 +195,7 @@ def run_all(
 def one_run(overrides: list[str], folder: Path) -> dict[str, Any]:
     """A whole run as a process group of one rank; its checkpoints are deleted afterwards."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from dr2dist.cli import free_port
+    from dr2dist.launching.launcher import free_port
 
     rank = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     os.environ.update({key: str(value) for key, value in rank.items()})

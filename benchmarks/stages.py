@@ -40,7 +40,7 @@ from tqdm import tqdm
 import dr2dist
 from dr2dist.bench.process import RETURN_AT_ONCE
 from dr2dist.bench.worker import peak, start_peak
-from dr2dist.cli import free_port
+from dr2dist.launching.launcher import free_port
 from dr2dist.parallel.deepspeed_json import deepspeed_config
 from dr2dist.parallel.engine import StepBatches
 from dr2dist.parallel.pipeline.engine import StagedEngine

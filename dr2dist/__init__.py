@@ -1,17 +1,41 @@
 """dr2dist: reversible finetuning of vision backbones, exact and distributed."""
 
-from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Transition
-from dr2dist.backbones.branch import Branch
-from dr2dist.backbones.check import CheckReport, check
-from dr2dist.backbones.convert import convert, register_backbone, supported_backbones
-from dr2dist.data.batch import Batch
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from dr2dist.errors import UserError
-from dr2dist.inference.exported import load
-from dr2dist.inference.saved import save
-from dr2dist.reversible import Chain
-from dr2dist.tasks.registry import register_task, supported_tasks
-from dr2dist.tasks.task import Head, Loss, Task
 from dr2dist.version import __version__
+
+if TYPE_CHECKING:
+    from dr2dist.backbones.backbone import Backbone, ChainOf, FeatureInfo, Stem, Transition
+    from dr2dist.backbones.branch import Branch
+    from dr2dist.backbones.check import CheckReport, check
+    from dr2dist.backbones.convert import convert, register_backbone, supported_backbones
+    from dr2dist.data.batch import Batch
+    from dr2dist.inference.exported import load
+    from dr2dist.inference.saved import save
+    from dr2dist.reversible import Chain
+    from dr2dist.tasks.registry import register_task, supported_tasks
+    from dr2dist.tasks.task import Head, Loss, Task
+
+_HOMES = {
+    "dr2dist.backbones.backbone": "Backbone ChainOf FeatureInfo Stem Transition",
+    "dr2dist.backbones.branch": "Branch",
+    "dr2dist.backbones.check": "CheckReport check",
+    "dr2dist.backbones.convert": "convert register_backbone supported_backbones",
+    "dr2dist.data.batch": "Batch",
+    "dr2dist.inference.exported": "load",
+    "dr2dist.inference.saved": "save",
+    "dr2dist.reversible": "Chain",
+    "dr2dist.tasks.registry": "register_task supported_tasks",
+    "dr2dist.tasks.task": "Head Loss Task",
+}
+"""Where the public names live: imported when they are first asked for, since torch and timm take
+seconds that the command line's help and refusals need not wait."""
+
+_MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "Backbone",
@@ -37,3 +61,15 @@ __all__ = [
     "supported_backbones",
     "supported_tasks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'dr2dist' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

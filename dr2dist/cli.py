@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shlex
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dr2dist.arguments import positive
 from dr2dist.bench.command import add_arguments
-from dr2dist.config import import_plugins
-from dr2dist.data.sources import SOURCES
 from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write
+from dr2dist.shipped import add_configs_arguments
+from dr2dist.training.command import add_train_arguments
 from dr2dist.version import __version__
 
 
@@ -40,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"dr2dist: {error}\n")
         status = 2
     except KeyboardInterrupt:
+        sys.stderr.write("dr2dist: stopped\n")
         status = 130
     raise SystemExit(status)
 
@@ -49,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dr2dist {__version__}")
     commands = _Commands(parser, "COMMAND")
     _add_train(commands)
+    _add_configs(commands)
     _add_shards(commands)
     _add_export(commands)
     _add_evaluate(commands)
@@ -74,94 +74,24 @@ class _Commands:
 def _add_train(commands: _Commands) -> None:
     train = commands.add(
         "train",
-        "Check a configuration and run it under the deepspeed launcher.",
+        "Check a configuration and run it.",
         "dr2dist train configs/elpv_vit_small.yaml --ranks 2 train.epochs=1",
     )
-    train.add_argument("config", help="a YAML file; 'dr2dist train --settings' lists its keys")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="values to put instead")
-    train.add_argument("--ranks", type=_positive, default=1, help="processes on this node")
-    train.add_argument("--hostfile", type=Path, help="nodes and their slots, for the launcher")
-    train.add_argument("--dry-run", action="store_true", help="check and show, start nothing")
-    train.add_argument("--settings", action=_Settings, nargs=0, help="list all settings and exit")
-    train.set_defaults(command=_train)
+    add_train_arguments(train)
 
 
-class _Settings(argparse.Action):
-    """Prints what every key of a configuration means."""
-
-    def __call__(self, *_: object, **__: object) -> None:
-        from dr2dist.config import describe_config
-
-        print(describe_config())
-        raise SystemExit(0)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
-
-
-def _train(given: argparse.Namespace) -> int:
-    from dr2dist.config import load_config
-    from dr2dist.training.folder import find_start, finished
-    from dr2dist.training.plan import make_plan
-
-    config = load_config(given.config, given.overrides)
-    ranks = given.ranks if given.hostfile is None else _slots(given.hostfile)
-    plan = make_plan(config, ranks)
-    print(plan.describe())
-    start = find_start(config, plan.global_batch)
-    if finished(config) is not None:
-        print(f"output        {config.output} is finished: nothing is left to do")
-        return 0
-    print(f"starts from   {start or config.model.weights or 'random weights'}")
-    line = _launch_line(given)
-    print(f"launch        {shlex.join(line)}", flush=True)
-    if given.dry_run:
-        return 0
-    executable = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return subprocess.run([*executable, *line[1:]], check=False).returncode
-
-
-def _launch_line(given: argparse.Namespace) -> list[str]:
-    line = ["deepspeed"]
-    if given.hostfile is not None:
-        line += ["--hostfile", str(given.hostfile)]
-    else:
-        line += ["--num_accelerators", str(given.ranks), "--master_port", str(free_port())]
-    line += ["--module", "dr2dist.training.main", "--config", given.config]
-    return line + list(given.overrides)
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _slots(hostfile: Path) -> int:
-    """All slots of a hostfile. The launcher itself would take a missing file for one node."""
-    if not hostfile.is_file():
-        raise UserError(f"{hostfile}: the hostfile does not exist")
-    total = 0
-    for line in hostfile.read_text().splitlines():
-        text = line.partition("#")[0].strip()
-        name, _, slots = text.partition(" ")
-        if not text:
-            continue
-        key, _, count = slots.strip().partition("=")
-        if not name or key != "slots" or not count.isdecimal():
-            raise UserError(f"{hostfile}: found '{text}', allowed is 'HOST slots=N'")
-        total += int(count)
-    if not total:
-        raise UserError(f"{hostfile}: names no host")
-    return total
+def _add_configs(commands: _Commands) -> None:
+    configs = commands.add(
+        "configs",
+        "List the configurations that come with dr2dist, or copy one.",
+        "dr2dist configs finetune --output my.yaml",
+    )
+    add_configs_arguments(configs)
 
 
 def _add_shards(commands: _Commands) -> None:
+    from dr2dist.data.sources import SOURCES
+
     shards = commands.add(
         "shards", "Make or verify shards.", "dr2dist shards verify demo/elpv/train"
     )
@@ -175,10 +105,10 @@ def _add_shards(commands: _Commands) -> None:
     make.add_argument("--from", dest="kind", required=True, choices=tuple(SOURCES))
     make.add_argument("--source", type=Path, required=True, help="folder, or CSV file")
     make.add_argument("--output", type=Path, required=True, help="folder to make")
-    make.add_argument("--samples-per-shard", type=_positive, default=256)
+    make.add_argument("--samples-per-shard", type=positive, default=256)
     make.add_argument("--val-fraction", type=float, default=0.0, help="held out as OUTPUT/val")
     make.add_argument("--seed", type=int, default=0, help="of the mixing and the split")
-    make.add_argument("--workers", type=_positive, help="files at a time; default: all cores")
+    make.add_argument("--workers", type=positive, help="files at a time; default: all cores")
     make.set_defaults(command=_shards_make)
     verify = actions.add(
         "verify",
@@ -191,6 +121,7 @@ def _add_shards(commands: _Commands) -> None:
 
 def _shards_make(given: argparse.Namespace) -> int:
     from dr2dist.data.shards import make_shards
+    from dr2dist.data.sources import SOURCES
 
     records, classes = SOURCES[given.kind](given.source)
     make_shards(
@@ -225,6 +156,12 @@ def _add_plugin(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _import(plugins: Sequence[str]) -> None:
+    from dr2dist.config import import_plugins
+
+    import_plugins(plugins)
+
+
 def _add_export(commands: _Commands) -> None:
     export = commands.add(
         "export",
@@ -237,6 +174,7 @@ def _add_export(commands: _Commands) -> None:
         "--output", type=Path, required=True, help="FILE.safetensors, FILE.onnx or FILE.pt2"
     )
     export.add_argument("--which", choices=("best", "last"), default="best")
+    export.add_argument("--overwrite", action="store_true", help="a file that is there already")
     _add_plugin(export)
     export.set_defaults(command=_export)
 
@@ -245,14 +183,14 @@ def _export(given: argparse.Namespace) -> int:
     from dr2dist.inference.exported import export
     from dr2dist.inference.portable import ENDINGS, export_portable
 
-    import_plugins(given.plugin)
+    _import(given.plugin)
     if given.output.suffix == ".safetensors":
-        facts = export(given.run, given.output, given.which)
+        facts = export(given.run, given.output, given.which, given.overwrite)
     elif given.output.suffix in ENDINGS:
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "weights.safetensors"
             facts = export(given.run, weights, given.which)
-            difference = export_portable(weights, given.output)
+            difference = export_portable(weights, given.output, given.overwrite)
         print(f"{given.output}: within {difference:.2g} of the module's outputs")
     else:
         allowed = ", ".join((".safetensors", *ENDINGS))
@@ -273,7 +211,7 @@ def _add_evaluate(commands: _Commands) -> None:
     evaluate.add_argument("model", type=Path, help="a file of 'dr2dist export'")
     evaluate.add_argument("shards", help="a folder, or a brace pattern")
     evaluate.add_argument("--output", type=Path, help="report as JSON; a PNG is put beside it")
-    evaluate.add_argument("--batch", type=_positive, default=32)
+    evaluate.add_argument("--batch", type=positive, default=32)
     evaluate.add_argument("--workers", type=int, default=0, help="loader processes")
     evaluate.add_argument(
         "--skip-unreadable", action="store_true", help="leave such samples out, and count them"
@@ -285,7 +223,7 @@ def _add_evaluate(commands: _Commands) -> None:
 def _evaluate(given: argparse.Namespace) -> int:
     from dr2dist.inference.evaluate import draw, evaluate
 
-    import_plugins(given.plugin)
+    _import(given.plugin)
     report = evaluate(
         given.model,
         given.shards,
@@ -323,7 +261,7 @@ def _add_predict(commands: _Commands) -> None:
     predict.add_argument("model", type=Path, help="a file of 'dr2dist export'")
     predict.add_argument("files", nargs="+", help="files of samples, and folders of them")
     predict.add_argument("--output", type=Path, required=True, help="FILE.csv or FILE.json")
-    predict.add_argument("--batch", type=_positive, default=32)
+    predict.add_argument("--batch", type=positive, default=32)
     predict.add_argument(
         "--skip-unreadable", action="store_true", help="give such a sample a row with its error"
     )
@@ -335,7 +273,7 @@ def _predict(given: argparse.Namespace) -> int:
     from dr2dist.inference.predict import check_output, predict, write_rows
 
     check_output(given.output)
-    import_plugins(given.plugin)
+    _import(given.plugin)
     rows = predict(
         given.model, given.files, batch=given.batch, skip_unreadable=given.skip_unreadable
     )

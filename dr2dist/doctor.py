@@ -9,11 +9,7 @@ import shutil
 import socket
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
-from dr2dist.backbones.build import build_model
-from dr2dist.backbones.convert import convert
-from dr2dist.errors import UserError
+from dr2dist.arguments import positive
 from dr2dist.version import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "torchmetrics")
@@ -23,8 +19,8 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     """What `dr2dist doctor` takes."""
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="timm's name of a model")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--image-size", type=int, help="pixels; default: the model's own")
-    parser.add_argument("--batch", type=int, default=2, help="images of the trial")
+    parser.add_argument("--image-size", type=positive, help="pixels; default: the model's own")
+    parser.add_argument("--batch", type=positive, default=2, help="images of the trial")
     parser.set_defaults(command=run)
 
 
@@ -32,9 +28,6 @@ def run(given: argparse.Namespace) -> int:
     """`dr2dist doctor`: 0 if the trial is sound."""
     for line in describe_machine():
         print(line)
-    for name in ("image_size", "batch"):
-        if (getattr(given, name) or 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(given, name)} is not 1 or more")
     lines, sound = try_recompute(
         given.model, bf16=given.precision == "bf16", image_size=given.image_size, batch=given.batch
     )
@@ -45,6 +38,8 @@ def run(given: argparse.Namespace) -> int:
 
 def describe_machine() -> list[str]:
     """Versions, devices, launcher and network, a line each."""
+    import torch
+
     lines = [f"dr2dist       {__version__}", f"python        {platform.python_version()}"]
     lines += [f"{name:13} {_version(name)}" for name in PACKAGES]
     lines.append(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads")
@@ -64,6 +59,8 @@ def _version(name: str) -> str:
 
 
 def _devices() -> list[str]:
+    import torch
+
     if not torch.cuda.is_available():
         return ["gpu           none: runs use the CPU and gloo"]
     lines = []
@@ -93,6 +90,11 @@ def try_recompute(
     name: str, *, bf16: bool, image_size: int | None, batch: int
 ) -> tuple[list[str], bool]:
     """One exact training pass of a model with random weights; (lines, whether it was proven)."""
+    import torch
+
+    from dr2dist.backbones.build import build_model
+    from dr2dist.backbones.convert import convert
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = None if image_size is None else (image_size, image_size)
     model = build_model(name, weights=None, image_size=size, num_classes=10, drop_path=0.1)

@@ -21,5 +21,8 @@ def one_line(error: object) -> str:
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A hint for a misspelt `name`: `; did you mean 'x'?`, or nothing when no name is close."""
-    close = difflib.get_close_matches(name, list(allowed), n=1)
+    known = list(allowed)
+    # The beginning of a longer name, or one that is nearly the same.
+    close = sorted((each for each in known if name and each.startswith(name)), key=len)[:1]
+    close = close or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{close[0]}'?" if close else ""

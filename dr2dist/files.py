@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dr2dist.errors import UserError
+
+
+def check_new(path: Path, overwrite: bool = False) -> None:
+    """Raises UserError for a file that is there and may not be overwritten."""
+    if path.exists() and (path.is_dir() or not overwrite):
+        more = "is a folder" if path.is_dir() else "exists already, --overwrite replaces it"
+        raise UserError(f"{path}: {more}; or name another file")
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:

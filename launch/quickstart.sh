@@ -15,7 +15,8 @@ fi
 
 run() { # config, name
     rm -rf "runs/quickstart/$2"
-    dr2dist train "$1" --ranks 2 train.epochs=null train.steps=50 output="runs/quickstart/$2"
+    deepspeed --quiet --num_accelerators 2 launch/train.py --config "$1" \
+        train.epochs=null train.steps=50 output="runs/quickstart/$2"
 }
 echo "== exact reversal at alpha 0.9, beta 0.1"
 run configs/elpv_vit_small.yaml exact

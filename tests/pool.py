@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
-from dr2dist.cli import free_port
+from dr2dist.launching.launcher import free_port
 
 _context = multiprocessing.get_context("forkserver")
 # Ranks are forked from a process that has imported everything and holds no thread: an import of

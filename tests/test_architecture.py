@@ -54,8 +54,8 @@ ALLOWED = [
     _allow("dr2dist/reversible/", "_C", "autograd's running pass and attention's kernels"),
 ]
 
-DOCUMENTED = {"_replace", "_asdict", "_fields", "_make", "_exit"}
-"""Public ones of Python's named tuples and os, whatever they look like."""
+DOCUMENTED = {"_replace", "_asdict", "_fields", "_make", "_exit", "_current_frames"}
+"""Public ones of Python's named tuples, os and sys, whatever they look like."""
 
 DEEPSPEED = {"initialize", "init_distributed", "zero"}
 """What dr2dist uses of DeepSpeed's documented interface outside of the adapter."""

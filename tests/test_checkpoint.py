@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -16,17 +17,19 @@ import torch
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.errors import UserError
 from tests.images import make_small_shards
+from tests.manifests import change
 from tests.pool import Pool, wait_for
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 4}, drop_path: 0.1,
-  dropout: 0.1}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 4},
+  drop_path: 0.1, dropout: 0.1}
 coefficients: {kind: conserve, beta: [0.1, 0.5], every: 2}
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, val: SHARDS/val, num_workers: 0}
 optim: {name: adamw, lr: 1.0e-4}
-train: {steps: 8, micro_batch: 6, log_every: 1, validate_every: 4, checkpoint_every: 3}
+train: {steps: 8, micro_batch: 6, log_every: 1, validate_every: 4}
+checkpoint: {steps: 3}
 output: OUTPUT
 """
 
@@ -91,7 +94,7 @@ def test_a_killed_run_goes_on_by_the_same_command(
 ) -> None:
     """SIGKILL to the whole tree of processes, at times that nobody chose."""
     quiet, broken = (write_config(tmp_path, shards, name) for name in ("quiet", "broken"))
-    more = [f"parallel.zero={zero}", "train.checkpoint_every=1", "data.num_workers=1"]
+    more = [f"parallel.zero={zero}", "checkpoint.steps=1", "data.num_workers=1"]
     two_ranks.run("tests.cases:run_config", path=str(quiet), overrides=more)
     for lines in kills:
         process = _command(broken, more)
@@ -120,7 +123,12 @@ def _wait_for_lines(path: Path, count: int) -> None:
     wait_for(there, f"{path} with {count} lines")
 
 
-PLAIN = CONFIG.replace("drop_path: 0.1,\n  dropout: 0.1", "").replace("steps: 8", "steps: 12")
+def _sum(state: dict[str, Any]) -> str:
+    """As the manifest's format has it: SHA-256 of its JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+PLAIN = CONFIG.replace(",\n  drop_path: 0.1, dropout: 0.1", "").replace("steps: 8", "steps: 12")
 
 
 def test_another_layout_goes_on_along_the_same_curve(
@@ -157,13 +165,11 @@ def test_what_cannot_be_gone_on_with_is_refused(
     assert "holds a run with optim.lr: 0.0001, now it is 0.01" in refusal("optim.lr=0.01")
     assert "was written with 6" in refusal("train.micro_batch=4")
     newest = checkpoints(tmp_path / "run")[-1]
-    file = newest / "rank-00000.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-3] ^= 1
-    file.write_bytes(data)
-    assert f"{file}: checksum differs; delete the folder {newest}" in refusal()
-    (newest / "checkpoint.json").write_text("{}")
-    with pytest.raises(UserError, match="format None, allowed is 1"):
+    change(newest, lambda state: state.update(format=0))
+    with pytest.raises(UserError, match="its checksum differs"):
+        Checkpoint(newest)
+    change(newest, lambda state: state.update(format=3, checksum=_sum({**state, "format": 3})))
+    with pytest.raises(UserError, match="format 3, allowed is 1 or 2"):
         Checkpoint(newest)
     other = tmp_path / "other"
     other.mkdir()

@@ -23,12 +23,13 @@ from tests.pool import Pool
 PLUGIN = "tests.outside.clouds"
 CONFIG = f"""
 plugins: [{PLUGIN}]
-model: {{name: little_clouds, options: {{depth: 2}}}}
+model: {{name: little_clouds, weights: random, options: {{depth: 2}}}}
 coefficients: {{kind: constant, alpha: 0.5, beta: 0.5}}
 task: {{name: clouds}}
 data: {{train: SHARDS/train, val: SHARDS/val}}
 optim: {{name: sgd, momentum: 0.9, lr: 0.05, clip: null, warmup: 0}}
-train: {{steps: 4, micro_batch: 4, log_every: 1, checkpoint_every: 2, keep: 9}}
+train: {{steps: 4, micro_batch: 4, log_every: 1}}
+checkpoint: {{steps: 2, keep: 9}}
 parallel: {{zero: 0}}
 output: OUTPUT
 """

@@ -96,7 +96,8 @@ def test_the_task_and_the_backbone_of_the_documents_work(
     path = tmp_path / "counting.yaml"
     path.write_text(
         f"plugins: [counting]\n"
-        "model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 1}}\n"
+        "model: {name: vit_tiny_patch16_224, image_size: 32,\n"
+        "  weights: random, options: {depth: 1}}\n"
         f"task: {{name: counting, largest: 9}}\n"
         f"data: {{train: {shards}, val: {shards}}}\noptim: {{lr: 1.0e-3}}\n"
         f"train: {{steps: 2, micro_batch: 4}}\noutput: {tmp_path / 'run'}\n"

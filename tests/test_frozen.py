@@ -64,7 +64,8 @@ model:
 task: {num_classes: 2}
 data: {train: FOLDER/shards/train, val: FOLDER/shards/val, num_workers: 0}
 optim: {lr: 1.0e-2, weight_decay: 0.1}
-train: {steps: 4, micro_batch: 2, accumulate: 2, checkpoint_every: 2, precision: bf16, ema: 0.5}
+train: {steps: 4, micro_batch: 2, accumulate: 2, precision: bf16, ema: 0.5}
+checkpoint: {steps: 2}
 output: FOLDER/run
 """
 

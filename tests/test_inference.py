@@ -29,7 +29,7 @@ from tests.models import build, images
 from tests.pool import Pool
 
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32}
 coefficients: COEFFICIENTS
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, val: SHARDS/val}
@@ -270,7 +270,7 @@ def test_the_readmes_way_from_a_folder_to_predictions_works(
     block = (root / "README.md").read_text().split("CSV of predictions")[1].split("```")[1]
     lines = [line.split() for line in block.strip().splitlines()]
     assert [line[1] for line in lines] == ["shards", "train", "export", "evaluate", "predict"]
-    lines[1] += ["model.name=vit_tiny_patch16_224", "model.weights=null", "model.image_size=32"]
+    lines[1] += ["model.name=vit_tiny_patch16_224", "model.weights=random", "model.image_size=32"]
     lines[1] += ["train.micro_batch=4"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

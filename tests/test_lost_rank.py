@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dr2dist.cli import free_port
+from dr2dist.launching.launcher import free_port
 from tests.images import make_small_shards
 from tests.lost_case import exchange
 from tests.pool import Pool, start_rank, wait_for
@@ -20,11 +20,12 @@ LIMIT = 60
 """Seconds until all other ranks have ended."""
 
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 6}}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 6}}
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, num_workers: 0}
 optim: {name: sgd, lr: 1.0e-2}
-train: {steps: 40, micro_batch: 2, accumulate: 4, log_every: 1, checkpoint_every: 5}
+train: {steps: 40, micro_batch: 2, accumulate: 4, log_every: 1}
+checkpoint: {steps: 5}
 parallel: {zero: 0, stages: 3}
 output: OUTPUT
 """

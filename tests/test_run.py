@@ -27,7 +27,7 @@ SMALLER = {
     "vit_small_patch14_dinov2": ["model.options={depth: 4}"],
 }
 TINY = """
-model: {name: vit_tiny_patch16_224, image_size: 32}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32}
 reversible: {chunk_size: 3}
 coefficients: {kind: conserve, beta: [0.1, 0.5], every: 2}
 task: {name: classification, num_classes: 2}
@@ -92,7 +92,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], sh
     num_samples = read_index(shards / "val")[1].num_samples
     assert all(line["val_samples"] == num_samples for line in held_out)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert len(events.Scalars("loss")) == 12
+    assert len(events.Scalars("train/loss")) == 12
     assert [image.step for image in events.Images("held_out")] == [5, 10, 12]
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 12
 
@@ -104,7 +104,7 @@ def test_every_shipped_config_starts(
     stages = yaml.safe_load(config.read_text())["parallel"].get("stages", 2)
     pool: Pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[stages])
     overrides = [
-        "model.weights=null",
+        "model.weights=random",
         f"data.train={shards}/train",
         f"data.val={shards}/val",
         f"output={tmp_path}/run",
@@ -121,6 +121,21 @@ def test_every_shipped_config_starts(
         assert results[0]["worst_drift"] > 1e-2
 
 
+def test_configurations_are_listed_and_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call(capfd, "configs")
+    assert status == 0 and all(path.stem in out for path in SHIPPED)
+    assert call(capfd, "configs", "finetune", "--output", "mine.yaml")[0] == 0
+    assert (tmp_path / "mine.yaml").read_text() == (ROOT / "configs/finetune.yaml").read_text()
+    assert json.loads((tmp_path / "ds_configs" / "zero2.json").read_text())
+    status, _, err = call(capfd, "configs", "finetune", "--output", "mine.yaml")
+    assert status == 2 and "mine.yaml: exists already" in err
+    status, _, err = call(capfd, "configs", "fintune")
+    assert status == 2 and "did you mean 'finetune'" in err
+
+
 def call(capfd: Any, *arguments: str) -> tuple[int, str, str]:
     """The command line in this process: its exit status and what it printed."""
     from dr2dist.cli import main
@@ -131,7 +146,7 @@ def call(capfd: Any, *arguments: str) -> tuple[int, str, str]:
     return int(ended.value.code or 0), found.out, found.err
 
 
-def test_train_runs_under_the_launcher_and_leaves_a_finished_run_alone(
+def test_train_starts_its_ranks_and_leaves_a_finished_run_alone(
     tmp_path: Path, shards: Path, capfd: Any
 ) -> None:
     path = write_config(tmp_path, shards)
@@ -146,7 +161,7 @@ def test_train_runs_under_the_launcher_and_leaves_a_finished_run_alone(
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "launch        deepspeed --num_accelerators 2" in done.stdout
+    assert "launch        2 rank(s) on this machine" in done.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2
     status, out, _ = call(capfd, *line, "train.steps=2")
     assert status == 0 and "is finished: nothing is left to do" in out
@@ -207,7 +222,7 @@ def test_a_dry_run_describes_the_run(tmp_path: Path, shards: Path, capfd: Any) -
     assert status == 0
     assert "7 of 8 samples on 2 rank(s)" in text
     assert "blocks: 24 functions" in text
-    assert "deepspeed --num_accelerators 2" in text
+    assert "2 rank(s) on this machine" in text
 
 
 def test_other_commands(tmp_path: Path, shards: Path, capfd: Any) -> None:

@@ -17,13 +17,13 @@ from tests.pool import Pool
 from tests.test_checkpoint import metrics, weights
 
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 4}}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 4}}
 coefficients: {kind: conserve, beta: [0.1, 0.5], every: 2}
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, val: SHARDS/val, num_workers: 0}
 optim: {name: sgd, lr: 1.0e-2, layer_decay: 0.9, clip: 1.0}
-train: {steps: 8, micro_batch: 4, accumulate: 3, ema: 0.9, log_every: 1, validate_every: 4,
-  checkpoint_every: 3}
+train: {steps: 8, micro_batch: 4, accumulate: 3, ema: 0.9, log_every: 1, validate_every: 4}
+checkpoint: {steps: 3}
 parallel: {zero: 0}
 output: OUTPUT
 """

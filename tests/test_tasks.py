@@ -39,6 +39,7 @@ CPU = torch.device("cpu")
 CONFIG = """
 model:
   name: vit_tiny_patch16_224
+  weights: random
   image_size: 32
   options: {depth: 2, embed_dim: 48, num_heads: 2}
 task: TASK

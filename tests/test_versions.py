@@ -17,14 +17,16 @@ from dr2dist.data.shards import verify_shards
 from dr2dist.inference.evaluate import evaluate
 from dr2dist.inference.exported import export
 from tests.images import make_small_shards
+from tests.manifests import change
 from tests.pool import Pool
 
 CONFIG = """
-model: {name: vit_tiny_patch16_224, image_size: 32, options: {depth: 1}}
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 1}}
 task: {name: classification, num_classes: 2}
 data: {train: SHARDS/train, val: SHARDS/val}
 optim: {lr: 1.0e-3}
-train: {steps: 4, micro_batch: 4, checkpoint_every: 2}
+train: {steps: 4, micro_batch: 4}
+checkpoint: {steps: 2}
 output: OUTPUT
 """
 
@@ -45,14 +47,18 @@ def as_before(run: Path) -> None:
     """A run's folder as version 0.1 wrote it."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     del config["plugins"], config["data"]["fields"], config["model"]["in_channels"]
+    config["train"] |= {"checkpoint_every": 2, "keep": config.pop("checkpoint")["keep"]}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     for folder in checkpoints(run):
-        state = json.loads((folder / "checkpoint.json").read_text())
-        said = state.pop("preprocessing")
-        for name in ("task", "plugins", "fields", "in_channels"):
-            del state[name]
-        state |= {"input_size": said["size"], "mean": said["mean"], "std": said["std"]}
-        (folder / "checkpoint.json").write_text(json.dumps({**state, "resize": "timm"}))
+        change(folder, _as_before)
+
+
+def _as_before(state: dict[str, Any]) -> None:
+    said = state.pop("preprocessing")
+    for name in ("task", "plugins", "fields", "in_channels"):
+        del state[name]
+    state |= {"input_size": said["size"], "mean": said["mean"], "std": said["std"]}
+    state["resize"] = "timm"
 
 
 def run(pool: Pool, path: Path, case: str = "run_config", **more: Any) -> Any:

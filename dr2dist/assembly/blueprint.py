@@ -52,7 +52,7 @@ class Blueprint:
             model=said.name,
             task=config.task,
             classes=tuple(classes),
-            weights=said.weights,
+            weights=said.given_weights,
             image_size=said.image_size,
             in_channels=said.in_channels,
             options=said.options,

@@ -69,10 +69,30 @@ def build_model(
         raise UserError(f"model: {name} cannot be built with {given}: {found}") from None
     if own is not None and weights == "hub":
         raise UserError(f"model.weights: hub is timm's, {name} is a model of a family of your own")
+    _check_size(model, image_size)
     finish(model)
     if weights not in (None, "hub"):
         model.load_state_dict(_read(model, Path(str(weights))), strict=False)
     return model
+
+
+def _check_size(model: Any, image_size: tuple[int, int] | None) -> None:
+    """timm's patches would leave out the rows and columns that fill none, without a word."""
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    if image_size is None or patch is None or getattr(embed, "dynamic_img_pad", False):
+        return
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    if image_size[0] % height or image_size[1] % width:
+        below = [
+            size // side * side for size, side in zip(image_size, (height, width), strict=True)
+        ]
+        raise UserError(
+            f"model.image_size: {list(image_size)} is no multiple of the model's patches of "
+            f"{height} x {width}: allowed is, as the next ones, "
+            f"{[max(side, low) for side, low in zip((height, width), below, strict=True)]} or "
+            f"{[low + side for side, low in zip((height, width), below, strict=True)]}"
+        )
 
 
 def _own_model(name: str, given: Mapping[str, Any]) -> nn.Module | None:
@@ -90,7 +110,20 @@ def _timm_model(name: str, pretrained: bool, given: Mapping[str, Any]) -> nn.Mod
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())
         raise UserError(f"model.name: '{name}' is not a model of timm{hint}")
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **given)
+    if pretrained:
+        return _of_hub(name, given)
+    model: nn.Module = timm.create_model(name, **given)
+    return model
+
+
+def _of_hub(name: str, given: Mapping[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True, **given)
+    except Exception as error:  # of whatever the hub's client is made with
+        found = one_line(f"{type(error).__name__} {error}")[:300]
+        raise UserError(
+            f"model.weights: hub: timm's weights of {name} cannot be fetched: {found}"
+        ) from None
     return model
 
 

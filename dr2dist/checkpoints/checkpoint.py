@@ -8,6 +8,8 @@ renamed, so a folder that has its name is whole.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,7 +30,13 @@ from dr2dist.errors import UserError, one_line
 from dr2dist.files import sha256
 from dr2dist.parallel.agreement import agree
 
-FORMAT = 1
+
+class DamagedError(UserError):
+    """A checkpoint that is not whole: a file of it is missing, cut, or not what was written."""
+
+
+FORMAT = 2
+"""1 had no checksum of the manifest itself."""
 MANIFEST = "checkpoint.json"
 EMA = "ema"
 """The kind of averaged weights."""
@@ -61,9 +69,20 @@ def write_checkpoint(
         if rank == 0:
             _check_seen([aside / name for name, _ in sums])
             values = {"format": FORMAT, **state, "shapes": shapes, "files": dict(sums)}
+            values["checksum"] = _sum_of(json.loads(json.dumps(values)))
             (aside / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
             _to_disk(aside / MANIFEST)
-            aside.rename(folder)
+            _put(aside, folder)
+
+
+def _put(aside: Path, folder: Path) -> None:
+    """In place of one of the same step, which a run that was stopped in between has written."""
+    before = folder.with_name(f"{folder.name}.before.tmp")
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)
+    aside.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 @contextmanager
@@ -93,11 +112,14 @@ def read_manifest(folder: Path) -> str:
     try:
         return (folder / MANIFEST).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / MANIFEST}: cannot be read: {_reason(error)}") from None
+        raise _unreadable(folder / MANIFEST, error) from None
 
 
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or one_line(error)
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """A file that is there and may not be read, or on a disk that fails, need not be damaged."""
+    elsewhere = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+    return (UserError if elsewhere else DamagedError)(f"{path}: cannot be read: {reason}")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -109,10 +131,21 @@ def _parsed(folder: Path, manifest: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(manifest)
     except ValueError as error:
-        raise UserError(f"{folder / MANIFEST}: cannot be read: {one_line(error)}") from None
-    if state.get("format") != FORMAT:
-        raise UserError(f"{folder / MANIFEST}: format {state.get('format')}, allowed is {FORMAT}")
+        raise _unreadable(folder / MANIFEST, error) from None
+    path = folder / MANIFEST
+    if not isinstance(state, dict) or not {"format", "step", "shapes", "files"} <= state.keys():
+        raise DamagedError(f"{path}: is damaged: it says nothing of a checkpoint")
+    checksum = state.pop("checksum", None)
+    if state["format"] != 1 and checksum != _sum_of(state):
+        raise DamagedError(f"{path}: its checksum differs")
+    if state["format"] not in (1, FORMAT):
+        raise UserError(f"{path}: format {state['format']}, allowed is 1 or {FORMAT}")
     return state
+
+
+def _sum_of(values: Mapping[str, Any]) -> str:
+    """Of a manifest, however it is laid out."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def is_finite(validation: Mapping[str, float] | None) -> bool:
@@ -143,8 +176,7 @@ class Checkpoint:
             try:
                 self._files[file] = safe_open(self.folder / file, "pt").__enter__()
             except (OSError, SafetensorError) as error:
-                reason = _reason(error)
-                raise UserError(f"{self.folder / file}: cannot be read: {reason}") from None
+                raise _unreadable(self.folder / file, error) from None
         return self._files[file]
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
@@ -153,13 +185,9 @@ class Checkpoint:
             try:
                 found = sha256(self.folder / file)
             except OSError as error:
-                reason = _reason(error)
-                raise UserError(f"{self.folder / file}: cannot be read: {reason}") from None
+                raise _unreadable(self.folder / file, error) from None
             if found != wanted:
-                raise UserError(
-                    f"{self.folder / file}: checksum differs; delete the folder "
-                    f"{self.folder} to go on from the checkpoint before it"
-                )
+                raise DamagedError(f"{self.folder / file}: checksum differs")
 
     def kinds(self, name: str) -> list[str]:
         """What is there of a parameter: master, exp_avg, ..."""
@@ -197,7 +225,21 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def written(run: Path) -> list[Path]:
+    """The checkpoints that a run has written, oldest first, whatever has become of them since."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted(path for path in found if path.suffix == "")
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = (run / "checkpoints").glob("step-*/" + MANIFEST)
-    return sorted(path.parent for path in found if not path.parent.name.endswith(".tmp"))
+    """Those that are complete, at first sight, oldest first."""
+    return [path for path in written(run) if (path / MANIFEST).exists()]
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged checkpoint, so that none takes it for one; where it is now."""
+    for count in itertools.count(1):
+        aside = folder.with_name(f"{folder.name}.damaged" + (f"-{count}" if count > 1 else ""))
+        if not aside.exists():
+            return folder.rename(aside)
+    raise AssertionError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -17,23 +18,11 @@ import yaml
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
+from dr2dist.config.names import MEANT, MOVED
 from dr2dist.config.schema import Config
 from dr2dist.config.task import DEFAULT_TASK, Data, TaskOptions, sections_of, task_names
+from dr2dist.config.text import put, read_settings, shown_value
 from dr2dist.errors import UserError, nearest, one_line
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in own]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise yaml.YAMLError(f"key '{key}' is given twice in the section at line {line}")
-        result: dict[Any, Any] = super().construct_mapping(node, deep)
-        return result
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -42,21 +31,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Modules that the file names as plugins are imported. Returns a frozen Config with the sections
     of its task. Raises UserError with file, key, what was found and what is allowed.
     """
-    source = Path(path)
-    try:
-        text = source.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a text file in UTF-8") from None
-    values = _parse(text, str(path))
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds no settings")
-    for override in overrides:
-        _apply(values, override)
+    values = read_settings(path, overrides)
     try:
         named = values.get("plugins")
-        import_plugins(named if isinstance(named, list) else (), source.parent)
+        import_plugins(named if isinstance(named, list) else (), Path(path).parent)
         kind = _config_type(*sections_of(_task_name(values)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -101,6 +79,19 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.effective(), sort_keys=False)
 
 
+def moved_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that an earlier version has written, as this one would have."""
+    found = copy.deepcopy(values)
+    for old, new in MOVED.items():
+        section, name = old.split(".")
+        if isinstance(found.get(section), dict) and name in found[section]:
+            put(found, new, found[section].pop(name))
+    model = found.get("model")
+    if isinstance(model, dict) and model.get("weights") is None:
+        model["weights"] = "random"
+    return found
+
+
 def describe_config() -> str:
     """All settings with their meaning, one a line; of each task its own."""
     lines = _describe(Config, "", leave_out=("task", "data"))
@@ -115,25 +106,6 @@ def describe_config() -> str:
     return "\n".join(lines)
 
 
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506  (a subclass of SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {one_line(error)}") from None
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, found, text = override.partition("=")
-    if not found or not all(key.split(".")):
-        raise UserError(f"override '{override}': allowed is section.key=value")
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(f"override '{override}': {section} is not a section")
-    values[last] = _parse(text, f"override '{override}'")
-
-
 def _line(kind: type[Config], error: Any) -> str:
     """One error of pydantic as `key: what was found, what is allowed`."""
     place = [str(part) for part in error["loc"]]
@@ -143,11 +115,16 @@ def _line(kind: type[Config], error: Any) -> str:
     section = _section(kind, place[:-1])
     message = error["msg"].removeprefix("Value error, ")
     match error["type"]:
+        case "extra_forbidden" if key in MOVED:
+            return f"{key}: is {MOVED[key]} now"
         case "extra_forbidden" if section is not None:
-            hint = nearest(place[-1], section.model_fields) or ";"
+            meant = f"; did you mean '{MEANT[place[-1]]}'?" if place[-1] in MEANT else ""
+            hint = meant or nearest(place[-1], section.model_fields) or ";"
             return f"{key}: unknown key{hint} allowed: {', '.join(section.model_fields)}"
+        case "missing" if place[-1].isdecimal():
+            key, message = ".".join(shown[:-1]), f"allowed is a list: {_about(kind, place)}"
         case "missing":
-            return f"{key}: is missing"
+            return f"{key}: is missing: {_about(kind, place)}"
         case "value_error":
             return f"{key}: {message}" if key else message
         case "literal_error":
@@ -155,7 +132,20 @@ def _line(kind: type[Config], error: Any) -> str:
         case "union_tag_invalid":
             tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"]
             return f"{key}.kind: found {tag!r}; {_choose(tag, tags)}"
-    return f"{key}: found {error['input']!r}; {message}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            message = "allowed is a section, with a key of its own on each line"
+        case "tuple_type":
+            message = f"allowed is a list: {_about(kind, place)}"
+    return f"{key}: found {shown_value(error['input'])}; {message}"
+
+
+def _about(kind: type[Config], place: list[str]) -> str:
+    """What the schema says of a setting, or of the one that a place is in."""
+    for end in range(len(place), 0, -1):
+        section = _section(kind, place[: end - 1])
+        if section is not None and place[end - 1] in section.model_fields:
+            return section.model_fields[place[end - 1]].description or "of its own values"
+    return "of its own values"
 
 
 def _choose(found: Any, expected: str) -> str:
@@ -212,7 +202,9 @@ def _allowed(field: FieldInfo) -> str:
     notes = []
     if typing.get_origin(field.annotation) is typing.Literal:
         notes.append(" | ".join(map(str, typing.get_args(field.annotation))))
-    if not field.is_required():
+    if field.is_required():
+        notes.append("required")
+    else:
         value = list(field.default) if isinstance(field.default, tuple) else field.default
         notes.append(f"default {value if isinstance(value, str) else json.dumps(value)}")
     return f" ({'; '.join(notes)})" if notes else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ByteSize, Field, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from dr2dist.config.coefficients import CoefficientPath, Conserve, Constant, Guarded, with_kind
 from dr2dist.config.optim import Optim
@@ -21,7 +21,8 @@ Size = Annotated[tuple[Positive, Positive], BeforeValidator(_square)]
 """Height and width in pixels; one number is both."""
 
 
-Option = Annotated[bool | int | float | str, Field(union_mode="smart")]
+Scalar = Annotated[bool | int | float | str | None, Field(union_mode="smart")]
+Option = Annotated[Scalar | tuple[Scalar, ...], Field(union_mode="smart")]
 OWN_SETTINGS = {
     "num_classes": "task.num_classes",
     "img_size": "model.image_size",
@@ -37,9 +38,8 @@ class Model(Section):
     """The backbone."""
 
     name: str = Field(description="timm's name of the model")
-    weights: str | None = Field(
-        None,
-        description="null: random; hub: timm's; otherwise a .safetensors, .pth, .pt or .bin file",
+    weights: str = Field(
+        description="random, hub (timm's own), or a .safetensors, .pth, .pt or .bin file"
     )
     in_channels: Positive = Field(
         3, description="channels of an image; weights of others are adapted as timm does"
@@ -55,6 +55,18 @@ class Model(Section):
     options: dict[str, Option] = Field(
         {}, description="timm's arguments of the model, such as {depth: 40, embed_dim: 192}"
     )
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _said(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError(f"found null, allowed is {cls.model_fields['weights'].description}")
+        return value
+
+    @property
+    def given_weights(self) -> str | None:
+        """As `build_model` takes them: None for random ones."""
+        return None if self.weights == "random" else self.weights
 
     @model_validator(mode="after")
     def _one_place_for_each(self) -> Self:
@@ -133,18 +145,37 @@ class Train(Section):
         None, description="optimiser steps between validations; null: at every epoch's end"
     )
     patience: Positive | None = Field(
-        None, description="validations without a better one after which the run ends; null: never"
+        None, description="validations without a better metric until the run ends; null: never"
     )
-    checkpoint_every: Positive = Field(500, description="optimiser steps between checkpoints")
+    on_bad_batch: Literal["stop", "skip"] = Field(
+        "stop", description="what a step does whose loss, gradient or states are not finite"
+    )
+    bad_batches: Positive = Field(10, description="how many in a row are skipped at most")
+    step_limit: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which a step hangs; null: 10 times the median, at least 300",
+    )
+    grace: float = Field(
+        60.0, gt=0, description="seconds that a run has to end its step when it is told to stop"
+    )
     profile: tuple[int, int] | None = Field(
         None, description="[first, last]: torch's profiler after first up to last applied steps"
     )
-    keep: Positive = Field(2, description="checkpoints kept, beside the best one")
+
+    def idle(self) -> dict[str, str]:
+        """See Section."""
+        return {"bad_batches": "on_bad_batch stop"} if self.on_bad_batch == "stop" else {}
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give one of steps and epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps is {self.steps} and epochs is {self.epochs}, allowed is one of them: the "
+                "other is undone by train.epochs=null or train.steps=null"
+            )
         return self
 
     @model_validator(mode="after")
@@ -152,6 +183,16 @@ class Train(Section):
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
             raise ValueError(f"profile is {list(self.profile)}, allowed is 0 <= first < last")
         return self
+
+
+class Checkpoints(Section):
+    """When a run's state is written, beside each best validation and the end."""
+
+    steps: Positive | None = Field(None, description="optimiser steps between them; null: any")
+    minutes: float | None = Field(
+        15.0, gt=0, description="minutes between them, by rank 0's clock; null: any"
+    )
+    keep: Positive = Field(2, description="how many are kept, beside the best one")
 
 
 class Parallel(Section):
@@ -197,8 +238,9 @@ class Config(Section):
     data: Data
     optim: Optim
     train: Train
+    checkpoint: Checkpoints = Checkpoints()
     parallel: Parallel = Parallel()
-    output: str = Field(description="folder of the run")
+    output: str = Field(min_length=1, description="folder of the run")
 
     @model_validator(mode="after")
     def _conventional_or_reversible(self) -> Self:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, create_model
 
 from dr2dist.config.section import Section
+from dr2dist.config.text import shown_value
 from dr2dist.errors import UserError, nearest
 
 
@@ -56,6 +58,8 @@ class _Sections(NamedTuple):
 
 
 DEFAULT_TASK = "classification"
+OWN = "dr2dist.tasks.registry"
+"""Registers dr2dist's own tasks. It stands above the configuration, which does not know them."""
 _tasks: dict[str, _Sections] = {}
 
 
@@ -73,12 +77,21 @@ def register_sections(name: str, options: type[TaskOptions], data: type[Data]) -
 
 def sections_of(name: Any) -> tuple[type[TaskOptions], type[Data]]:
     """The sections `task` and `data` of a task. Raises UserError for an unknown name."""
-    if not isinstance(name, str) or name not in _tasks:
+    known = _known()
+    if not isinstance(name, str) or name not in known:
         hint = nearest(name, _tasks) if isinstance(name, str) else ""
-        raise UserError(f"task.name: found {name!r}; allowed is {', '.join(_tasks)}{hint}")
+        raise UserError(
+            f"task.name: found {shown_value(name)}; allowed is {', '.join(_tasks)}{hint}"
+        )
     return _tasks[name]
 
 
 def task_names() -> tuple[str, ...]:
     """The tasks that are known."""
-    return tuple(_tasks)
+    return tuple(_known())
+
+
+def _known() -> dict[str, _Sections]:
+    """Those that were registered: dr2dist's own are plugins that need not be named."""
+    importlib.import_module(OWN)
+    return _tasks

@@ -5,11 +5,13 @@ from __future__ import annotations
 import bisect
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -21,11 +23,13 @@ from dr2dist.data.index import Sample, read_index
 from dr2dist.data.order import Item
 from dr2dist.data.randomness import seeded
 from dr2dist.errors import UserError
+from dr2dist.status import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
 """A sample's fields by name."""
+Unreadable = Literal["fail", "next", "drop"]
 Transform = Callable[[Values], Values]
 Collate = Callable[[Sequence[Values]], tuple[dict[str, torch.Tensor], Any]]
 """Samples to inputs of the network, by name, and targets."""
@@ -57,7 +61,7 @@ class ShardDataset(Dataset[Read]):
         fields: Fields,
         transform: Transform,
         seed: int = 0,
-        unreadable: Literal["fail", "next", "drop"] = "fail",
+        unreadable: Unreadable = "fail",
     ) -> None:
         self.folder, self.index = read_index(pattern)
         self.fields, self.transform = fields, transform
@@ -143,7 +147,23 @@ def loader(
         generator=torch.Generator(),
         pin_memory=gpu,
         multiprocessing_context=_clean_server() if gpu and num_workers else None,
+        worker_init_fn=_outlive_signals,
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """A signal to stop that reaches all processes is the rank's to answer: it ends its workers.
+
+    SIGTERM is also how a rank ends a worker that does not end by itself, so a second one does.
+    """
+    signal.set_wakeup_fd(-1)  # a fork has its rank's
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_next_time)
+
+
+def _end_next_time(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _clean_server() -> Any:

@@ -23,13 +23,16 @@ from dr2dist.checkpoints.checkpoint import (
     read_state,
 )
 from dr2dist.errors import UserError, one_line
-from dr2dist.files import atomic_write
+from dr2dist.files import atomic_write, check_new
 from dr2dist.reversible.trees import tree_map
 from dr2dist.tasks.task import Task
 
 
 def export(
-    run: str | Path, output: str | Path, which: Literal["best", "last"] = "best"
+    run: str | Path,
+    output: str | Path,
+    which: Literal["best", "last"] = "best",
+    overwrite: bool = False,
 ) -> ExportMetadata:
     """Writes the best or last checkpoint of a run's folder as one safetensors file.
 
@@ -37,11 +40,10 @@ def export(
 
     Averaged weights take the place of trained ones in a run that has them (train.ema). The best
     is the one with the best validation; without validation there is only the last.
-    Raises UserError if there is none, or the output exists.
+    Raises UserError if there is none, or the output exists and may not be overwritten.
     """
     output = Path(output)
-    if output.exists():
-        raise UserError(f"{output}: exists already; name another file")
+    check_new(output, overwrite)
     saved = Checkpoint(_chosen(Path(run), which))
     saved.verify()
     facts = ExportMetadata.model_validate(saved.state)

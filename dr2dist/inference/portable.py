@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dr2dist.assembly import ExportMetadata
 from dr2dist.backbones.slicing import replaced_modules
 from dr2dist.errors import UserError
-from dr2dist.files import atomic_write
+from dr2dist.files import atomic_write, check_new
 from dr2dist.inference.exported import load_with_task, random_inputs
 from dr2dist.reversible import Chain, PlainRunner
 from dr2dist.reversible.tape import Sides
@@ -92,18 +92,17 @@ def plain(net: Any) -> Any:
     return copied
 
 
-def export_portable(source: str | Path, output: str | Path) -> float:
+def export_portable(source: str | Path, output: str | Path, overwrite: bool = False) -> float:
     """Writes an exported file's network as .onnx or .pt2, for batches of any size.
 
     source: a file of `export` or `save`. Returns the largest difference from the module on random
     inputs, relative to the largest output; at most TOLERANCE, 1e-3. The metadata say what an
     exported file's do. A state that leaves its grid's range is NaN in dr2dist and not noticed here.
-    Raises UserError if the output exists or would compute something else, or if packages for ONNX
-    are missing.
+    Raises UserError if the output exists and may not be overwritten, would compute something else,
+    or if packages for ONNX are missing.
     """
     source, output = Path(source), Path(output)
-    if output.exists():
-        raise UserError(f"{output}: exists already; name another file")
+    check_new(output, overwrite)
     net, _, facts = load_with_task(source)
     program = _program(plain(net), random_inputs(net, 2))
     inputs = random_inputs(net, 3)

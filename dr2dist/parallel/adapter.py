@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,10 +30,6 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig as DeepSpeedTh
 from torch import Tensor, nn
 
 from dr2dist.parallel.fragment import Fragment
-
-FP16_LOSS_SCALE = 1024
-"""Fixed, since a scale that is found by overflowing would need steps that cannot be proven."""
-
 
 # The process
 
@@ -82,34 +78,6 @@ def refuse_compiled_collectives() -> None:
 
 
 # The configuration
-
-
-def complete_config(
-    given: Mapping[str, Any], zero: int, precision: str, offload_optimizer: bool
-) -> dict[str, Any]:
-    """A configuration with what keeps DeepSpeed from doing other than it was asked.
-
-    given: all else, as in its JSON. precision: fp32, bf16 or fp16.
-    """
-    section = {**given.get("zero_optimization", {}), "stage": zero}
-    # Otherwise ZeRO-3 replaces torch's linear function, in the whole process and for good, by one
-    # that rounds twice in bf16. What it saves are activations, which reversal does not keep.
-    section["memory_efficient_linear"] = False
-    config = {
-        # Otherwise every step would wait for the device, for a speed that is not written.
-        "timers": {"throughput": {"enabled": False}},
-        **given,
-        "zero_optimization": section,
-        # Without ZeRO DeepSpeed keeps bf16 weights without fp32 masters, so there the weights stay
-        # in fp32 and the engine casts while it computes.
-        "bf16": {"enabled": precision == "bf16" and zero > 0},
-        "fp16": {"enabled": precision == "fp16", "loss_scale": FP16_LOSS_SCALE},
-    }
-    if offload_optimizer:
-        # torch's own optimisers: DeepSpeed's for the CPU would have to be compiled first.
-        section["offload_optimizer"] = {"device": "cpu"}
-        config["zero_force_ds_cpu_optimizer"] = False
-    return config
 
 
 # Stages

@@ -10,17 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, ValidationError
+from pydantic import ValidationError
 
 from dr2dist.errors import UserError, nearest
-from dr2dist.parallel.adapter import (
-    CommsLoggerConfig,
-    DeepSpeedThroughputTimerConfig,
-    DeepSpeedZeroConfig,
-    complete_config,
-)
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+FP16_LOSS_SCALE = 1024
+"""Fixed, since a scale that is found by overflowing would need steps that cannot be proven."""
 
 _ALL = (0, 1, 2, 3)
 _REDUCING = (1, 2, 3)
@@ -77,35 +74,6 @@ are run by the tests, on those stages; what is not here is refused."""
 _SECTIONS = {
     key.rsplit(".", depth)[0] for key in ACCEPTED for depth in range(1, key.count(".") + 1)
 }
-
-
-class _Precision(BaseModel):
-    enabled: StrictBool = False
-
-
-class _Timers(BaseModel):
-    throughput: DeepSpeedThroughputTimerConfig = None
-
-
-class _File(BaseModel):
-    """The values that a file may hold; DeepSpeed's own models stand for its sections."""
-
-    train_batch_size: StrictInt = 0
-    train_micro_batch_size_per_gpu: StrictInt = 0
-    gradient_accumulation_steps: StrictInt = 0
-    gradient_clipping: StrictInt | StrictFloat = 0
-    zero_allow_untested_optimizer: StrictBool = True
-    zero_optimization: DeepSpeedZeroConfig = None
-    bf16: _Precision = _Precision()
-    fp16: _Precision = _Precision()
-    comms_logger: CommsLoggerConfig = None
-    timers: _Timers = _Timers()
-    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
-    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
-    steps_per_print: StrictInt | None = Field(None, ge=1)
-    dump_state: StrictBool = False
-    memory_breakdown: StrictBool = False
-    wall_clock_breakdown: StrictBool = False
 
 
 _SAID_HERE = {
@@ -257,7 +225,7 @@ def deepspeed_config(
     _check_even(extra, source)
     _check_precision(extra, precision, source)
     _check_stage(extra, zero, source)
-    return complete_config({**extra, **ours}, zero, precision, offload_optimizer)
+    return _complete({**extra, **ours}, zero, precision, offload_optimizer)
 
 
 def _check_keys(values: Any, place: str, zero: int, source: str) -> None:
@@ -279,8 +247,13 @@ def _check_keys(values: Any, place: str, zero: int, source: str) -> None:
 
 
 def _check_values(extra: Mapping[str, Any], source: str) -> None:
+    if not extra:
+        return
+    # Not above: DeepSpeed takes seconds to import, and without a file there is nothing to ask it.
+    from dr2dist.parallel.deepspeed_file import File
+
     try:
-        _File.model_validate(extra)
+        File.model_validate(extra)
     except ValidationError as error:
         first = error.errors()[0]
         # A union's members follow the key itself; they mean nothing to a reader.
@@ -314,3 +287,31 @@ def _check_stage(extra: Mapping[str, Any], zero: int, source: str) -> None:
             f"{source}: zero_optimization.stage is {section['stage']}, but parallel.zero says "
             f"{zero}: leave it out, or set parallel.deepspeed to another file"
         )
+
+
+def _complete(
+    given: Mapping[str, Any], zero: int, precision: str, offload_optimizer: bool
+) -> dict[str, Any]:
+    """A configuration with what keeps DeepSpeed from doing other than it was asked.
+
+    given: all else, as in its JSON. precision: fp32, bf16 or fp16.
+    """
+    section = {**given.get("zero_optimization", {}), "stage": zero}
+    # Otherwise ZeRO-3 replaces torch's linear function, in the whole process and for good, by one
+    # that rounds twice in bf16. What it saves are activations, which reversal does not keep.
+    section["memory_efficient_linear"] = False
+    config = {
+        # Otherwise every step would wait for the device, for a speed that is not written.
+        "timers": {"throughput": {"enabled": False}},
+        **given,
+        "zero_optimization": section,
+        # Without ZeRO DeepSpeed keeps bf16 weights without fp32 masters, so there the weights stay
+        # in fp32 and the engine casts while it computes.
+        "bf16": {"enabled": precision == "bf16" and zero > 0},
+        "fp16": {"enabled": precision == "fp16", "loss_scale": FP16_LOSS_SCALE},
+    }
+    if offload_optimizer:
+        # torch's own optimisers: DeepSpeed's for the CPU would have to be compiled first.
+        section["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
+    return config

@@ -25,7 +25,7 @@ from dr2dist.parallel.processes import slowest
 from dr2dist.parallel.scales import find_scales, make_room, without_scales
 from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.parallel.sharding import shard
-from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, decide
+from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, Wish, decide
 from dr2dist.reversible import FunctionRunner, PlainRunner
 from dr2dist.reversible.arithmetic.scales import WIDENINGS
 from dr2dist.reversible.transfer import to_device
@@ -48,13 +48,14 @@ class StepBatches(NamedTuple):
 
     begin: called before each pass over them. inputs: by name, [B, ...]. loss: of an output, so that
     its mean over micro-batches and replicas is the step's. counted_next: what this rank adds to
-    `Verdict.counted_next`.
+    `Verdict.counted_next`. wishes: asked for at the step's end.
     """
 
     begin: Callable[[], None]
     inputs: Callable[[int], Mapping[str, Tensor]]
     loss: Callable[[int, Any], Tensor]
     counted_next: float = 0.0
+    wishes: Callable[[], Wish] = lambda: Wish.NONE
 
 
 class UnprovenStepError(RuntimeError):
@@ -200,7 +201,7 @@ class ReversibleEngine:
 
     def _decide(self, total: Tensor, work: StepBatches) -> Verdict:
         """The verdict of all ranks. total: this rank's loss."""
-        report = Report(total, self._watch.take(), self.chains, work.counted_next)
+        report = Report(total, self._watch.take(), self.chains, work.counted_next, work.wishes())
         verdict = decide(report, self.coefficients, self.applied)
         self._peaks = report.peaks
         return verdict

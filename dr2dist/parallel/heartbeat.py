@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
-import signal
 import socket
 import sys
 import threading
@@ -20,16 +18,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dr2dist.parallel.processes import ranks_of_node
+from dr2dist.status import Status
+
 SILENCE = 20.0
 """Seconds without a sign of life after which a rank is lost."""
 PERIOD = 2.0
 """Seconds between two signs of life."""
 GRACE = 5.0
 """Seconds that a rank has to end by itself, as when all have found the same mistake."""
-STATUS = 4
-"""Exit status of ranks that end because another one was lost."""
-
-_STOP = 0
 _LOST, _LEFT = "lost", "left"
 
 
@@ -50,6 +47,7 @@ class Heartbeat:
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._name, self._agreed, self._silence = name, agreed, silence
+        self.name = name(self.rank)
 
     def __enter__(self) -> Heartbeat:
         if self.ranks == 1:
@@ -58,9 +56,9 @@ class Heartbeat:
         self._board.set(f"host/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
         self._board.set(f"alive/{self.rank}", "0")
         self._heard: dict[int, tuple[str, float]] = {}
-        self._ear, self._mouth = socket.socketpair()
-        self._mouth.setblocking(False)
-        self._signals = _Signals(self._mouth) if _in_main_thread() else None
+        self._looked = time.monotonic()
+        self._here: dict[int, int] = {}
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="heartbeat", daemon=True)
         self._thread.start()
         return self
@@ -78,40 +76,26 @@ class Heartbeat:
         elif error is not None and not isinstance(error, self._agreed):
             last = str(error).strip().rpartition("\n")[2] or type(error).__name__
             last = last.removeprefix(f"rank {self.rank}: ")
-            self._tell(f"{self._name(self.rank)} ended: {last}")
-        self._mouth.send(bytes([_STOP]))
+            self.tell(f"{self._name(self.rank)} ended: {last}")
+        self._over.set()
         self._thread.join()
         self._leave()
-        if self._signals is not None:
-            self._signals.close()
-        self._ear.close()
-        self._mouth.close()
 
     def _listen(self) -> None:
         """The thread: ends with the watch, or ends the process."""
         count, found = 0, None
         while found is None:
-            told = self._pause(PERIOD)
-            if told == _STOP:
+            if self._over.wait(PERIOD):
                 return
             count += 1
-            found = self._look(count) if told is None else self._why_told()
-        if self._pause(GRACE) == _STOP:
+            found = self._look(count)
+        if self._over.wait(GRACE):
             return
-        self._tell(found)
+        self.tell(found)
         sys.stderr.write(f"dr2dist: rank {self.rank}: {found}\n")
         sys.stderr.flush()
         self._leave()
-        os._exit(STATUS)
-
-    def _pause(self, seconds: float) -> int | None:
-        """Waits; _STOP or SIGTERM if one of them comes first."""
-        end = time.monotonic() + seconds
-        while select.select([self._ear], [], [], max(0.0, end - time.monotonic()))[0]:
-            told = self._ear.recv(1)[0]
-            if told in (_STOP, signal.SIGTERM):
-                return int(told)
-        return None
+        os._exit(Status.LOST)
 
     def _look(self, count: int) -> str | None:
         """Tells that this rank lives; what is known of one that does not."""
@@ -119,6 +103,11 @@ class Heartbeat:
             self._board.set(f"alive/{self.rank}", str(count))
             if told := self._board.get(_LOST):
                 return told
+            for rank, process in self._neighbours().items():
+                if not _lives(process):
+                    return self._lost(rank, "its process has ended")
+            if self._was_stopped():
+                self._heard.clear()
             others = range(1, self.ranks) if self.rank == 0 else (0,)
             for rank in others:
                 if self._silent(rank):
@@ -126,6 +115,11 @@ class Heartbeat:
         except GoneError:
             return self._lost(0, "the store of the process group does not answer")
         return None
+
+    def _was_stopped(self) -> bool:
+        """Whether this process itself did not run for a while: then it knows nothing of others."""
+        before, self._looked = self._looked, time.monotonic()
+        return self._looked - before > 3 * PERIOD
 
     def _silent(self, rank: int) -> bool:
         """Whether a rank that was heard once is heard no more."""
@@ -137,19 +131,15 @@ class Heartbeat:
             self._heard[rank] = count, now
         return count == known and now - since > self._silence
 
-    def _why_told(self) -> str:
-        """After a signal to end, as a launcher sends it when one of its processes has ended."""
-        try:
-            if told := self._board.get(_LOST):
-                return told
-            for rank in range(self.ranks):
-                place = self._board.get(f"host/{rank}")
-                host, process = place.split() if place else ("", "0")
-                if host == socket.gethostname() and not _lives(int(process)):
-                    return self._lost(rank, "its process has ended")
-        except GoneError:
-            return self._lost(0, "the store of the process group does not answer")
-        return f"{self._name(self.rank)} was told to end (SIGTERM)"
+    def _neighbours(self) -> dict[int, int]:
+        """The processes of the ranks of this host, as far as they have told theirs."""
+        for rank in ranks_of_node(self.rank, self.ranks):
+            place = self._board.get(f"host/{rank}") if rank not in self._here else None
+            if place is not None:
+                host, process = place.split()
+                if host == socket.gethostname():
+                    self._here[rank] = int(process)
+        return self._here
 
     def _lost(self, rank: int, how: str) -> str:
         return (
@@ -157,8 +147,10 @@ class Heartbeat:
             "checkpoint"
         )
 
-    def _tell(self, found: str) -> None:
-        """Leaves word for all others, if none has."""
+    def tell(self, found: str) -> None:
+        """Leaves word for all others, if none has; they end."""
+        if self.ranks == 1:
+            return
         with contextlib.suppress(GoneError):
             self._board.set_first(_LOST, found)
 
@@ -241,20 +233,3 @@ def _lives(process: int) -> bool:
     except PermissionError:
         pass  # somebody else's, and there
     return True
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-class _Signals:
-    """SIGTERM reaches the thread even while the main one is held up in a collective."""
-
-    def __init__(self, mouth: socket.socket) -> None:
-        self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
-        self._fd = signal.set_wakeup_fd(mouth.fileno())
-
-    def close(self) -> None:
-        """What was there before."""
-        signal.set_wakeup_fd(self._fd)
-        signal.signal(signal.SIGTERM, self._handler)

@@ -32,7 +32,7 @@ def init_distributed() -> torch.device:
 
 def _own_gpu(gpus: int) -> int:
     """The number of this rank's GPU among those of its node."""
-    own = int(os.environ["LOCAL_RANK"])
+    own = _local_rank()
     ranks = max(_local_ranks(), own + 1)
     if ranks > gpus:
         raise UserError(
@@ -42,9 +42,20 @@ def _own_gpu(gpus: int) -> int:
     return own
 
 
+def _local_rank() -> int:
+    """This rank's number on its node."""
+    return int(os.environ["LOCAL_RANK"])
+
+
 def _local_ranks() -> int:
     """Ranks of this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def ranks_of_node(rank: int, ranks: int) -> range:
+    """The ranks of a rank's node: launchers number those of a node one after another."""
+    first = rank - _local_rank()
+    return range(max(0, first), min(ranks, first + _local_ranks()))
 
 
 def share_cores() -> None:

@@ -6,6 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import IntFlag
+from functools import reduce
+from operator import or_
 from typing import Literal
 from zlib import crc32
 
@@ -21,6 +24,14 @@ from dr2dist.reversible.transfer import to_device
 Kind = Literal["disagreement", "mismatch", "range", "finite"]
 
 
+class Wish(IntFlag):
+    """What a rank asks all of them to do after the step, whatever becomes of it."""
+
+    NONE = 0
+    SAVE = 1
+    STOP = 2
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What all ranks found in one step; the same on every rank.
@@ -28,7 +39,7 @@ class Verdict:
     kinds: what went wrong (empty: the step may be applied). messages: one line each, with the
     rank. loss: mean over ranks. drift: worst over ranks and chains, float arithmetic only.
     counted_next: sum over ranks of what the reports say of the next step. near: by chain, the most
-    channels of a rank whose 16-bit states have come near their limit.
+    channels of a rank whose 16-bit states have come near their limit. wishes: of any rank.
     """
 
     kinds: frozenset[Kind]
@@ -37,6 +48,7 @@ class Verdict:
     drift: float | None
     counted_next: float
     near: dict[str, int] = field(default_factory=dict)
+    wishes: Wish = Wish.NONE
 
     @property
     def ok(self) -> bool:
@@ -48,22 +60,24 @@ class Verdict:
 class Report:
     """One rank's part: int64 or fp64 scalars on the device, not read before the exchange.
 
-    loss: this rank's mean loss of the step. gradient: finite if every gradient is. counted_next:
-    see Verdict. peaks: by chain, of its channels, once it is packed; None where nothing was run.
+    loss: this rank's mean loss of the step. gradient: finite if every gradient is. counted_next,
+    wishes: see Verdict. peaks: by chain, of its channels, once it is packed; None where nothing was
+    run.
     """
 
     loss: Tensor
     gradient: Tensor
     chains: Sequence[Chain] = field(default_factory=tuple)
     counted_next: float = 0.0
+    wishes: Wish = Wish.NONE
     peaks: dict[str, Tensor | None] = field(default_factory=dict)
 
     def pack(self, coefficients: tuple[float, float], step: int) -> Tensor:
-        """fp64 [2 + len(SAME) + 1 + chains * (1 + FOR_A_CHAIN)]; every integer is below 2^53."""
+        """fp64 [2 + len(SAME) + 2 + chains * (1 + FOR_A_CHAIN)]; every integer is below 2^53."""
         device = self.loss.device
         head = torch.stack([self.loss.double(), self.gradient.double()])
         same = [*coefficients, step, *map(_grid, self.chains)]
-        told = torch.tensor([*same, self.counted_next], dtype=torch.float64)
+        told = torch.tensor([*same, self.counted_next, self.wishes], dtype=torch.float64)
         parts = [head, to_device(told, device)]
         for chain in self.chains:
             flags, drift = chain.ledger.take()
@@ -106,28 +120,30 @@ def decide(report: Report, coefficients: tuple[float, float], step: int) -> Verd
 
 def _read(rows: list[list[float]], chains: Sequence[Chain]) -> Verdict:
     titles = [*SAME, *(f"{chain.name}: grid" for chain in chains)]
-    start = 2 + len(titles) + 1
-    messages = _disagreements([row[2 : start - 1] for row in rows], titles)
+    start = 2 + len(titles) + 2
+    messages = _disagreements([row[2 : start - 2] for row in rows], titles)
     kinds: set[Kind] = {"disagreement"} if messages else set()
     drifts: list[float | None] = []
     near: dict[str, int] = {}
     for rank, row in enumerate(rows):
         for place, chain in enumerate(chains):
-            *flags, close, drift = row[start + place * FOR_A_CHAIN :][:FOR_A_CHAIN]
+            *flags, close, own = row[start + place * FOR_A_CHAIN :][:FOR_A_CHAIN]
             whole = [int(value) for value in flags]
             kinds.update(failure_kinds(whole))
             lines = failure_messages(chain.name, chain.setting, whole)
             messages += [f"rank {rank}: {line}" for line in lines]
             near[chain.name] = max(int(close), near.get(chain.name, 0))
-            drifts.append(None if drift == -1.0 else drift)
+            drifts.append(None if own == -1.0 else own)
         loss, gradient = row[:2]
         if not (math.isfinite(loss) and math.isfinite(gradient)):
             kinds.add("finite")
             what = "loss" if not math.isfinite(loss) else "gradient"
             messages.append(f"rank {rank}: the {what} is not finite")
     loss = sum(row[0] for row in rows) / len(rows)
-    counted = sum(row[start - 1] for row in rows)
-    return Verdict(frozenset(kinds), tuple(messages), loss, worst_drift(drifts), counted, near)
+    counted = sum(row[start - 2] for row in rows)
+    wishes = reduce(or_, (Wish(int(row[start - 1])) for row in rows))
+    drift = worst_drift(drifts)
+    return Verdict(frozenset(kinds), tuple(messages), loss, drift, counted, near, wishes)
 
 
 def _disagreements(values: list[list[float]], titles: list[str]) -> list[str]:

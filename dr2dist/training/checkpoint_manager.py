@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,20 @@ from dr2dist.checkpoints.checkpoint import (
     EMA,
     MANIFEST,
     Checkpoint,
+    DamagedError,
     checkpoint_folder,
     checkpoints,
     is_finite,
+    set_aside,
     write_checkpoint,
 )
 from dr2dist.checkpoints.tensors import Source
 from dr2dist.coefficients import Memory
 from dr2dist.errors import UserError
-from dr2dist.parallel.agreement import agree, from_first
+from dr2dist.parallel.agreement import AgreedError, agree, from_first
 from dr2dist.parallel.engine import ReversibleEngine
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,8 +37,9 @@ class Progress:
     """What a run has reached, beside its weights.
 
     loss: of the last step. best, last: validations, each with its step; stale: how many there
-    were since the best. worst_drift: of float arithmetic, over all steps. skipped: unreadable
-    training samples that were left out, on all ranks. guard: of coefficients that are guarded.
+    were since the metric has improved. worst_drift: of float arithmetic, over all steps. skipped:
+    unreadable training samples that were left out, on all ranks. bad_batches: steps' batches that
+    were not
     """
 
     loss: float | None = None
@@ -42,19 +48,25 @@ class Progress:
     worst_drift: float | None = None
     stale: int = 0
     skipped: int = 0
+    bad_batches: int = 0
     guard: Memory = field(default_factory=Memory)
 
     def note_validation(self, found: dict[str, Any], metric: str, wanted: str) -> bool:
         """Takes note of a validation; whether it is the best one, by the metric's largest ("max")
-        or least ("min") value.
+        or least ("min") value, and among equal ones by the least loss.
 
         One with a value that is not finite, such as the loss of outputs that are NaN, never is.
         """
         best = self.best if is_finite(self.best) else None
         sign = 1 if wanted == "max" else -1
-        better = is_finite(found) and (best is None or sign * (found[metric] - best[metric]) > 0)
+
+        def rank(values: dict[str, Any]) -> tuple[float, float]:
+            return sign * values[metric], -values["loss"]
+
+        better = is_finite(found) and (best is None or rank(found) > rank(best))
         self.last, self.best = found, found if better else best
-        self.stale = 0 if better else self.stale + 1
+        improved = better and (best is None or rank(found)[0] > rank(best)[0])
+        self.stale = 0 if improved else self.stale + 1
         return better
 
 
@@ -92,16 +104,32 @@ class CheckpointManager:
             if best is None or folder != checkpoint_folder(self.run, best):
                 shutil.rmtree(folder)
 
-    def restore(self, folder: Path, engine: ReversibleEngine) -> Progress:
-        """Brings an engine, on any layout, to a checkpoint; every rank must call it.
+    def restore_newest(self, folders: Sequence[Path], engine: ReversibleEngine) -> Progress:
+        """Brings an engine to the first of these checkpoints that is sound; every rank must call
+        it. Those before it that are damaged are set aside, with a warning.
 
-        Raises UserError, on all ranks, if a file is damaged, the model is another one, or a rank
-        does not see what rank 0 does.
+        Raises UserError, on all ranks, if none is, or for what `restore` says.
+        """
+        faults: list[tuple[Path, str]] = []
+        for folder in folders:
+            fault = _damage(folder)
+            if fault is None:
+                progress = self.restore(folder, engine)
+                if dist.get_rank() == 0:
+                    _tell(faults, engine.applied)
+                return progress
+            faults.append((folder, fault))
+        raise AgreedError(f"{faults[0][1]}; no sound checkpoint is left in {self.run}")
+
+    def restore(self, folder: Path, engine: ReversibleEngine) -> Progress:
+        """Brings an engine, on any layout, to a sound checkpoint; every rank must call it.
+
+        Raises UserError, on all ranks, if the model is another one, or a rank does not see what
+        rank 0 does.
         """
         wanted = _shapes(engine).keys()
         with agree():
             saved = Checkpoint(folder)
-            saved.verify(dist.get_rank(), dist.get_world_size())
             if wanted != saved.shapes.keys():
                 strange = sorted(wanted ^ saved.shapes.keys())
                 raise UserError(f"{folder}: is of another model: {', '.join(strange[:3])}")
@@ -119,6 +147,43 @@ class CheckpointManager:
         values = saved.state["progress"]
         # Runs of earlier versions have none.
         return Progress(**{**values, "guard": Memory(**values.get("guard", {}))})
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, if rank 0 sees it too; every rank must call it.
+
+    Ranks look at a part of the files each. What only another rank sees is no damage but another
+    file system: it is raised.
+    """
+    own: str | None = None
+    try:
+        Checkpoint(folder).verify(dist.get_rank(), dist.get_world_size())
+    except UserError as error:
+        own = str(error)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    if not any(found):
+        return None
+
+    def seen_by_first() -> str | None:
+        try:
+            Checkpoint(folder).verify()
+        except DamagedError as error:
+            return str(error)
+        return None
+
+    fault = from_first(seen_by_first)
+    if fault is None:
+        rank, message = next((rank, text) for rank, text in enumerate(found) if text)
+        raise AgreedError(f"{message} (rank {rank})")
+    return fault
+
+
+def _tell(faults: Sequence[tuple[Path, str]], step: int) -> None:
+    for folder, fault in faults:
+        lost = int(folder.name.removeprefix("step-")) - step
+        aside = set_aside(folder)
+        log.warning("%s; it is kept as %s, and %d steps are run again", fault, aside.name, lost)
 
 
 def _shapes(engine: ReversibleEngine) -> dict[str, tuple[int, ...]]:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
 
-from dr2dist.checkpoints.checkpoint import checkpoints, read_state
-from dr2dist.config import Config, dump_config
-from dr2dist.errors import UserError
+from dr2dist.checkpoints.checkpoint import Checkpoint, DamagedError, written
+from dr2dist.config import Config, dump_config, moved_settings
+from dr2dist.errors import UserError, one_line
+from dr2dist.training.lock import LOCK, check_free
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
+METRICS = "metrics.jsonl"
+LOGS = "logs"
 
 _FREE = (
     "output",
+    "checkpoint",
     "data.num_workers",
     "plugins",
     "parallel",
@@ -27,33 +32,112 @@ _FREE = (
     "reversible.memory",
     "reversible.memory_budget",
     "train.accumulate",
-    "train.checkpoint_every",
-    "train.keep",
+    "train.bad_batches",
+    "train.grace",
     "train.log_every",
     "train.micro_batch",
+    "train.on_bad_batch",
     "train.profile",
+    "train.step_limit",
 )
 """What may change when a run goes on: it does not change what the run computes."""
 
 
-def find_start(config: Config, global_batch: int) -> Path | None:
-    """The checkpoint that a run goes on from; None for a run that starts.
+class Start(NamedTuple):
+    """What a folder holds of a run. checkpoints: to go on from, newest first; those that are
+    damaged are found out as they are read. cut: whether a run began there and left none."""
 
-    Raises UserError if the folder holds something else than this run so far.
+    checkpoints: tuple[Path, ...] = ()
+    cut: bool = False
+
+    def describe(self, weights: str) -> str:
+        """Where the run begins, in a few words."""
+        sound = next((path for path in self.checkpoints if _fault(path) is None), None)
+        if sound is not None:
+            lost = len(self.checkpoints[: self.checkpoints.index(sound)])
+            return f"{sound}" + (f" ({lost} newer one(s) are damaged)" if lost else "")
+        again = "; the run before was cut before its first checkpoint" if self.cut else ""
+        return f"{'random weights' if weights == 'random' else weights}{again}"
+
+
+def find_start(config: Config, global_batch: int) -> Start:
+    """Where a run begins, or goes on from.
+
+    Raises UserError if the folder holds something else than this run so far, or a run that is
+    going on.
     """
     folder = Path(config.output)
-    if not _occupied(folder):
-        return None
-    try:
-        before = yaml.safe_load((folder / CONFIG).read_text())
-    except (OSError, yaml.YAMLError):
-        raise UserError(f"output: {folder} is not empty and holds no run; name another") from None
+    occupied = _occupied(folder)
+    _check_can_be_made(folder)
+    if not occupied:
+        return Start()
+    check_free(folder)
+    before = _read_config(folder)
+    if before is None:
+        raise UserError(f"output: {folder} is not empty and holds no run; name another")
     _same_run(_completed(before, config), yaml.safe_load(dump_config(config)), folder)
-    found = checkpoints(folder)
-    if not found:
+    _check_metrics(folder / METRICS)
+    found = tuple(reversed(written(folder)))
+    faults = {path: _fault(path) for path in found}
+    if found and all(faults.values()):
+        raise UserError(f"{faults[found[0]]}; no sound checkpoint is left in {folder}")
+    sound = next((path for path in found if faults[path] is None), None)
+    if sound is not None:
+        _same_batch(sound, global_batch)
+    return Start(found, cut=not found)
+
+
+def _check_can_be_made(folder: Path) -> None:
+    """Raises UserError if it cannot. Leaves nothing behind."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"output: {folder} cannot be made: {parent}: {error.strerror}") from None
+
+
+def _read_config(folder: Path) -> Any:
+    """None if there is no such file. Raises UserError for one that is damaged."""
+    path = folder / CONFIG
+    try:
+        found = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
         return None
-    _same_batch(found[-1], global_batch)
-    return found[-1]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path}: is damaged: it holds no settings; put the run's configuration back, or name "
+            "another output"
+        )
+    return found
+
+
+def _check_metrics(path: Path) -> None:
+    """Raises UserError for a line that is none of a run's; the last may be cut off."""
+    try:
+        lines = path.read_text().rpartition("\n")[0].splitlines()
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line)["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}: line {number} is damaged: found '{line[:40]}'; delete it to go on"
+            ) from None
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint at first sight: its files are not summed up."""
+    try:
+        Checkpoint(path)
+    except DamagedError as error:
+        return str(error)
+    return None
 
 
 def finished(config: Config) -> dict[str, Any] | None:
@@ -70,21 +154,22 @@ def _occupied(folder: Path) -> bool:
         return False
     if not folder.is_dir():
         raise UserError(f"output: {folder} is a file; name another")
-    return any(not entry.name.endswith(".tmp") for entry in folder.iterdir())
+    names = [entry.name for entry in folder.iterdir()]
+    return any(not name.endswith(".tmp") and name not in (LOCK, LOGS) for name in names)
 
 
 def _completed(before: Any, config: Config) -> Any:
     """What a folder says, with the values of settings that its version did not have yet: these are
     today's defaults, which do what it did."""
     try:
-        values: Any = type(config).model_validate(before)
+        values: Any = type(config).model_validate(moved_settings(before))
     except ValidationError:  # of another task, or not a configuration at all
         return before
     return yaml.safe_load(dump_config(values))
 
 
 def _same_run(before: Any, now: Any, folder: Path) -> None:
-    old, new = _flat(before, ""), _flat(now, "")
+    old, new = flat(before), flat(now)
     for key in [*new, *old]:
         if old.get(key) != new.get(key) and not key.startswith(_FREE):
             raise UserError(
@@ -93,15 +178,16 @@ def _same_run(before: Any, now: Any, folder: Path) -> None:
             )
 
 
-def _flat(values: Any, prefix: str) -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their whole names, such as optim.lr."""
     if not isinstance(values, dict):
         return {prefix.rstrip("."): values}
-    parts = [_flat(value, f"{prefix}{key}.") for key, value in values.items()]
+    parts = [flat(value, f"{prefix}{key}.") for key, value in values.items()]
     return {key: value for part in parts for key, value in part.items()}
 
 
 def _same_batch(checkpoint: Path, global_batch: int) -> None:
-    before = read_state(checkpoint)["global_batch"]
+    before = Checkpoint(checkpoint).state["global_batch"]
     if before != global_batch:
         raise UserError(
             f"train.micro_batch x train.accumulate x ranks is {global_batch}, but {checkpoint} "

@@ -19,6 +19,7 @@ from dr2dist.coefficients import Schedule
 from dr2dist.config import Config
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, read_index
+from dr2dist.data.stream import ShardDataset, Unreadable
 from dr2dist.errors import UserError
 from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
 from dr2dist.parallel.pipeline.grid import Grid
@@ -67,6 +68,22 @@ class Plan:
         """Samples of an optimiser step, over all ranks."""
         return int(self.deepspeed["train_batch_size"])
 
+    def try_out(self, config: Config, fetch: bool) -> None:
+        """Raises UserError if a file's weights are another model's (it is mapped, not read), or the
+        first samples cannot become inputs.
+
+        fetch: timm's own weights are fetched now, before all ranks would at once.
+        """
+        fields = Fields(self.task.fields, config.data.fields)
+        skip: Unreadable = "next" if config.data.unreadable == "skip" else "fail"
+        for shards in filter(None, (config.data.train, config.data.val)):
+            ShardDataset(shards, fields, self.task.transform(config.data), 0, skip)[0, 0]
+        if self.blueprint.weights == "hub":
+            if fetch:
+                assemble(self.blueprint)
+        elif self.blueprint.weights is not None:
+            assemble(self.blueprint, "in parts")
+
     def describe(self) -> str:
         """A few lines for people."""
         chains = ", ".join(f"{name}: {count} functions" for name, count in self.lengths.items())
@@ -82,11 +99,19 @@ class Plan:
                 f"samples       {self.train.num_samples} for training, {held_out} for validation",
                 f"steps         {self.steps} of {self.global_batch} samples on "
                 f"{self.grid.stages * self.grid.replicas} rank(s), {self.steps_per_epoch} an epoch",
+                *self._describe_best(),
                 *self._describe_states(),
                 f"ZeRO          {self.deepspeed['zero_optimization']['stage']}",
                 *self._describe_stages(),
             ]
         )
+
+    def _describe_best(self) -> list[str]:
+        if self.val is None:
+            return []
+        metric, wanted = self.task.best
+        which = "largest" if wanted == "max" else "least"
+        return [f"best          the {which} {metric} of a validation, ties by its loss"]
 
     def _describe_stages(self) -> list[str]:
         if self.grid.stages == 1:
@@ -187,7 +212,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * per_epoch))
     schedule = config.coefficients.schedule(steps)
     blueprint = Blueprint.of(config, train.classes)
-    _check_weights(config.model.weights)
+    _check_weights(config.model.given_weights)
     model, task, _ = assemble(blueprint, "meta")
     _check_data(config, task, train, val)
     optim = config.optim

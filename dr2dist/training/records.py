@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dr2dist.files import atomic_write
-from dr2dist.training.folder import CONFIG, SUMMARY
+from dr2dist.training.folder import CONFIG, METRICS, SUMMARY, flat
 
 
 class Records:
@@ -30,11 +31,13 @@ class Records:
         folder.mkdir(parents=True, exist_ok=True)
         self.write_text(CONFIG, config)
         self._cut_back(step)
-        self._lines = (folder / "metrics.jsonl").open("a")
+        self._lines = (folder / METRICS).open("a")
         self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._board.add_text("configuration", f"```yaml\n{config}```", step)
+        self._config = config
 
     def _cut_back(self, step: int) -> None:
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS
         if path.exists():
             whole = path.read_text().rpartition("\n")[0].splitlines()  # the last may be cut off
             kept = [line for line in whole if json.loads(line)["step"] <= step]
@@ -47,7 +50,7 @@ class Records:
         self._lines.flush()
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(tag(name), value, step)
 
     def show(self, step: int, look: Figure) -> None:
         """What a task draws of held-out samples, for TensorBoard."""
@@ -62,11 +65,25 @@ class Records:
         """summary.json: how the run ended."""
         plain = {name: _plain(value) for name, value in values.items()}
         self.write_text(SUMMARY, json.dumps(plain, indent=2) + "\n")
+        settings = {key: str(value) for key, value in flat(yaml.safe_load(self._config)).items()}
+        reached = {f"reached/{key}": value for key, value in (plain["last"] or {}).items()}
+        self._board.add_hparams(settings, reached, run_name=".", global_step=plain["steps"])
 
     def close(self) -> None:
         """Ends the files."""
         self._lines.close()
         self._board.close()
+
+
+def tag(name: str) -> str:
+    """A value's name in TensorBoard, in a group: train, val, coefficients, memory, or a stage's."""
+    if "/" in name:
+        return name
+    if name.startswith("val_"):
+        return f"val/{name.removeprefix('val_')}"
+    if name in ("alpha", "beta", "guard_place"):
+        return f"coefficients/{name}"
+    return f"{'memory' if name.endswith('_bytes') else 'train'}/{name}"
 
 
 def peak_memory() -> dict[str, int]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,65 +29,88 @@ from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only
 from dr2dist.parallel.processes import init_distributed, largest, share_cores
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
-from dr2dist.training.folder import find_start, finished
+from dr2dist.training.folder import LOGS, Start, find_start, finished
 from dr2dist.training.groups import ParameterGroup, kept_groups, parameter_groups
+from dr2dist.training.lock import RunLock
+from dr2dist.training.logs import logged_to
 from dr2dist.training.plan import Plan, make_plan
 from dr2dist.training.profile import Profile
 from dr2dist.training.records import Records, peak_memory
 from dr2dist.training.schedule import learning_rate
 from dr2dist.training.speed import Speed, device_peak
 from dr2dist.training.trainer import Pace, Trainer
+from dr2dist.training.watchdog import Watchdog
 from dr2dist.version import __version__
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, asked: Callable[[], str | None] = lambda: None) -> dict[str, Any]:
     """Trains in the launcher's process group and writes the run's folder; returns its summary.
 
-    A folder that holds the run so far is gone on with, a finished one is left alone. Raises
+    A folder that holds the run so far is gone on with, a finished one is left alone. asked: what
+    has asked this rank to stop, if anything has; then the step is ended, a checkpoint written, and
+    the summary's status is "interrupted". Raises
     UserError for what cannot work and UnprovenStepError for a step that cannot be proven. If
     another rank is lost, the process ends with a line that names it.
     """
     share_cores()
     init_distributed()
     ranks = dist.get_world_size()
-    with Heartbeat(
-        Grid.of(ranks, config.parallel.stages).name, agreed=(UnprovenStepError, AgreedError)
-    ):
-        return _run(config, dist.get_rank(), ranks)
+    name = Grid.of(ranks, config.parallel.stages).name
+    heartbeat = Heartbeat(name, agreed=(UnprovenStepError, AgreedError))
+    with heartbeat, ExitStack() as stack:
+        return _run(config, heartbeat, asked, stack)
 
 
-def _run(config: Config, rank: int, ranks: int) -> dict[str, Any]:
-    if rank:
-        logging.getLogger("dr2dist").setLevel(logging.WARNING)  # rank 0 speaks for all
+def _run(
+    config: Config, heartbeat: Heartbeat, asked: Callable[[], str | None], stack: ExitStack
+) -> dict[str, Any]:
+    rank, ranks = heartbeat.rank, heartbeat.ranks
+    if rank:  # rank 0 speaks for all
+        for handler in logging.getLogger().handlers:
+            handler.setLevel(logging.WARNING)
     with agree():
         plan = make_plan(config, ranks)
-    # Only rank 0 looks: file systems of several nodes show what is new to one before another.
-    checkpoint, before = from_first(
-        lambda: (find_start(config, plan.global_batch), finished(config))
-    )
+    folder = Path(config.output)
+
+    def look() -> tuple[Start, dict[str, Any] | None]:
+        # Only rank 0 looks: file systems of several nodes show what is new to one before another.
+        found = find_start(config, plan.global_batch), finished(config)
+        if found[1] is None:
+            stack.enter_context(RunLock(folder))
+        return found
+
+    start, before = from_first(look)
     if before is not None:
         log.info("%s is finished: nothing is left to do", config.output)
         return before
+    stack.enter_context(logged_to(folder / LOGS / f"rank-{rank}.log"))
+    if start.cut:
+        log.warning("%s: the run before left no checkpoint: it starts anew", folder)
     engine, lr_scales = _engine(config, plan)
-    manager = CheckpointManager(Path(config.output), config.train.keep, _facts(config, plan))
-    progress = Progress() if checkpoint is None else manager.restore(checkpoint, engine)
-    if checkpoint is not None:
-        log.info("going on from %s", checkpoint)
+    manager = CheckpointManager(folder, config.checkpoint.keep, _facts(config, plan))
+    progress = Progress()
+    if start.checkpoints:
+        progress = manager.restore_newest(start.checkpoints, engine)
+        log.info("going on after step %d", engine.applied)
     records = None
     if rank == 0:
         text = dump_config(config)
-        records = Records(Path(config.output), text, engine.applied)
-    trainer = _trainer(config, plan, engine, lr_scales, records, manager, progress)
-    return _train(config, plan, trainer)
+        records = Records(folder, text, engine.applied)
+    watchdog = Watchdog(heartbeat.name, config.train.step_limit, heartbeat.tell)
+    trainer = _trainer(config, plan, engine, lr_scales, records, manager, progress, asked, watchdog)
+    return _train(config, plan, trainer, asked)
 
 
-def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
-    start = time.monotonic()
+def _train(
+    config: Config, plan: Plan, trainer: Trainer, asked: Callable[[], str | None]
+) -> dict[str, Any]:
+    start, before = time.monotonic(), trainer.engine.applied
     failure: UnprovenStepError | None = None
     try:
-        trainer.run()
+        with trainer.watchdog:
+            trainer.run()
     except UnprovenStepError as error:
         failure = error
     except AgreedError:
@@ -93,7 +118,10 @@ def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
     except UserError as error:  # of this rank alone: a sample that cannot be read
         line = str(error).strip().splitlines()[-1].removeprefix("dr2dist.errors.UserError: ")
         raise UserError(f"rank {dist.get_rank()}: {line}") from None
-    summary = _summary(config, plan, trainer, time.monotonic() - start, failure)
+    end = _end(trainer, failure, asked())
+    samples = (trainer.engine.applied - before) * plan.global_batch
+    summary = _summary(config, plan, trainer, end, samples)
+    summary["seconds"] = time.monotonic() - start
     if trainer.records is not None:
         trainer.records.write_summary(summary)
         trainer.records.close()
@@ -101,6 +129,25 @@ def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
     if failure is not None:
         raise failure
     return summary
+
+
+class End(NamedTuple):
+    """How a run ended, and why if it has not finished."""
+
+    status: Literal["finished", "interrupted", "stopped"]
+    reason: str | None = None
+    failures: int = 0
+
+
+def _end(trainer: Trainer, failure: UnprovenStepError | None, asked: str | None) -> End:
+    """Every rank must call it."""
+    if failure is not None:
+        return End("stopped", str(failure), len(failure.verdict.messages))
+    if not trainer.stopping:
+        return End("finished")
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, asked)
+    return End("interrupted", next((reason for reason in found if reason), None))
 
 
 def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, ...]]:
@@ -162,20 +209,24 @@ def _trainer(
     records: Records | None,
     manager: CheckpointManager,
     progress: Progress,
+    asked: Callable[[], str | None],
+    watchdog: Watchdog,
 ) -> Trainer:
     pace = Pace(
         steps=plan.steps,
         accumulate=config.train.accumulate,
         log_every=config.train.log_every,
         validate_every=config.train.validate_every or plan.steps_per_epoch,
-        checkpoint_every=config.train.checkpoint_every,
+        checkpoint_every=config.checkpoint.steps,
+        checkpoint_minutes=config.checkpoint.minutes,
+        bad_batches=config.train.bad_batches if config.train.on_bad_batch == "skip" else 0,
         patience=config.train.patience,
         schedule=plan.schedule,
         learning_rate=learning_rate(config.optim, plan.steps),
         lr_scales=lr_scales,
         limits=config.coefficients.limits() if isinstance(config.coefficients, Guarded) else None,
     )
-    train, val = _streams(config, plan, engine)
+    train, val = _streams(config, plan, engine, progress.bad_batches)
     return Trainer(
         engine,
         plan.task,
@@ -188,10 +239,13 @@ def _trainer(
         Speed(plan.flops // plan.grid.stages, device_peak(config.train.precision), engine.replicas),
         Profile(Path(config.output) / "profile", config.train.profile),
         seed=(config.train.seed, engine.replica),
+        asked=lambda: asked() is not None,
+        watchdog=watchdog,
     )
 
 
-def _streams(config: Config, plan: Plan, engine: ReversibleEngine) -> Any:
+def _streams(config: Config, plan: Plan, engine: ReversibleEngine, passed: int) -> Any:
+    """(training, validation). passed: steps' batches that were skipped."""
     data, train, task = config.data, config.train, plan.task
     skip, fields = data.unreadable == "skip", Fields(task.fields, data.fields)
     dataset = ShardDataset(
@@ -205,7 +259,7 @@ def _streams(config: Config, plan: Plan, engine: ReversibleEngine) -> Any:
         accumulate=train.accumulate,
         rank=engine.replica,
         ranks=engine.replicas,
-        start=engine.applied,
+        start=engine.applied + passed,
     )
     needed = engine.first or engine.last
     collate = task.collate
@@ -223,14 +277,14 @@ def _streams(config: Config, plan: Plan, engine: ReversibleEngine) -> Any:
 
 
 def _summary(
-    config: Config, plan: Plan, trainer: Trainer, seconds: float, failure: UnprovenStepError | None
+    config: Config, plan: Plan, trainer: Trainer, end: End, samples: int
 ) -> dict[str, Any]:
-    """How the run ended. Every rank must call it: peak memory is the largest of all ranks."""
+    """What the run has reached. Every rank must call it: peak memory is the largest of all."""
     alpha, beta = trainer.engine.coefficients
     return {
-        "status": "finished" if failure is None else "stopped",
-        "stopped_early": failure is None and trainer.engine.applied < plan.steps,
-        "reason": None if failure is None else str(failure),
+        "status": end.status,
+        "stopped_early": end.status == "finished" and trainer.engine.applied < plan.steps,
+        "reason": end.reason,
         "model": config.model.name,
         "steps": trainer.engine.applied,
         "ranks": plan.grid.stages * plan.grid.replicas,
@@ -239,13 +293,14 @@ def _summary(
         "beta": beta,
         "arithmetic": config.reversible.arithmetic,
         "memory": config.reversible.memory,
-        "certificate_failures": 0 if failure is None else len(failure.verdict.messages),
+        "certificate_failures": end.failures,
         "worst_drift": trainer.progress.worst_drift,
         "loss": trainer.progress.loss,
         "best": trainer.progress.best,
         "last": trainer.progress.last,
         "skipped": trainer.progress.skipped,
+        "bad_batches": trainer.progress.bad_batches,
         "state_bytes": trainer.engine.state_bytes(),
         **{kind: int(largest(value)) for kind, value in peak_memory().items()},
-        "seconds": seconds,
+        "samples": samples,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,27 +12,32 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from dr2dist.coefficients import Guard, Limits, Schedule
 from dr2dist.data.batch import Batch
 from dr2dist.data.randomness import seed_device, seeded
 from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepError
 from dr2dist.parallel.processes import averages, total
-from dr2dist.parallel.verdict import Verdict
+from dr2dist.parallel.verdict import Kind, Verdict, Wish
 from dr2dist.reversible.certificate import worst_drift
 from dr2dist.tasks.task import Task
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.profile import Profile
+from dr2dist.training.progress import ProgressLine
 from dr2dist.training.records import Records, peak_memory
 from dr2dist.training.speed import Speed
 from dr2dist.training.validation import validate
+from dr2dist.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 LARGE_DRIFT = 1e-2
 """Relative error of a reconstruction above which gradients are not to be trusted."""
 PHRASES = {"hold": "stay", "back": "go back"}
+BAD: frozenset[Kind] = frozenset({"finite", "range"})
+"""What a batch alone can do."""
+UNHARMED: frozenset[Kind] = BAD | {"mismatch"}
+"""What leaves all ranks with the state of the step before."""
 NAMED = 8
 """Samples that a message names at most."""
 
@@ -40,15 +46,18 @@ NAMED = 8
 class Pace:
     """When things happen, in optimiser steps; all pure functions of the applied step.
 
-    lr_scales: of each parameter group. patience: validations without a better one after which
-    the run ends; None: never. limits: of coefficients that are guarded.
+    checkpoint_every, checkpoint_minutes: None: never for that. bad_batches: in a row that are
+    skipped at most. lr_scales: of each parameter group. patience: validations without a better one
+    after which the run ends; None: never. limits: of coefficients that are guarded.
     """
 
     steps: int
     accumulate: int
     log_every: int
     validate_every: int
-    checkpoint_every: int
+    checkpoint_every: int | None
+    checkpoint_minutes: float | None
+    bad_batches: int
     patience: int | None
     schedule: Schedule
     learning_rate: Callable[[int], float]
@@ -64,7 +73,8 @@ class Trainer:
     val: this replica's share, gone through at each validation.
     records: on rank 0, None elsewhere. manager: of the run's checkpoints. progress: what an
     engine that goes on from a checkpoint has reached. seed: of mixing, dropout and the like, this
-    rank's own; each step draws from a stream of its own, so a repeated step is the same.
+    rank's own; each step draws from a stream of its own, so a repeated step is the same. asked:
+    whether this rank was asked to stop. watchdog: of steps, validations and checkpoints.
     """
 
     def __init__(
@@ -80,11 +90,18 @@ class Trainer:
         speed: Speed,
         profile: Profile,
         seed: tuple[int, ...],
+        asked: Callable[[], bool],
+        watchdog: Watchdog,
     ) -> None:
         self.engine, self.task, self.pace = engine, task, pace
         self.train, self.val = train, val
         self.records, self.manager, self.progress = records, manager, progress
         self.speed, self.profile, self.seed = speed, profile, seed
+        self.stopping = False
+        """Whether all ranks end, since one was asked to."""
+        self.watchdog = watchdog
+        self._asked, self._saved_at = asked, time.monotonic()
+        self._bad_in_row = 0
         schedule = pace.schedule
         self.guard = (
             None
@@ -98,34 +115,69 @@ class Trainer:
         self._counted = 0.0
 
     def run(self) -> None:
-        """All steps. Raises UnprovenStepError, before applying it, at one that is not proven."""
-        steps = self.pace.steps
-        bar = tqdm(
-            initial=self.engine.applied, total=steps, unit="step", disable=self.records is None
-        )
-        self.speed.restart()
-        with bar, self.profile:
-            while self.engine.applied < steps and not self._stale:
+        """All steps, or until a rank is asked to stop: the step that was begun is ended and saved.
+
+        Raises UnprovenStepError, before applying it, at one that is not proven.
+        """
+        progress = ProgressLine(self.engine.applied, self.pace.steps, self.records is not None)
+        with progress, self.profile:
+            self._agree_to_stop()
+            if self._owes_validation and not self.stopping:
+                self._look_and_save(saving=False)
+            self.speed.restart()
+            while self.engine.applied < self.pace.steps and not self._stale and not self.stopping:
                 self.profile.before(self.engine.applied)
-                self._step(bar)
-                better = False
-                if self._due(self.pace.validate_every) and self.val is not None:
-                    better = self._validate(self.val)
-                if better or self._stale or self._due(self.pace.checkpoint_every):
-                    self._count_skipped()
-                    self.manager.save(self.engine, self.progress)
-                    self.speed.restart()
+                with self.watchdog.step(self.engine.applied + 1):
+                    verdict = self._step(progress)
+                self.stopping = Wish.STOP in verdict.wishes
+                if verdict.ok or self.stopping:
+                    due = self._due(self.pace.checkpoint_every) or bool(verdict.wishes)
+                    self._look_and_save(due)
 
     @property
     def _stale(self) -> bool:
         """Whether the run ends early."""
         return self.pace.patience is not None and self.progress.stale >= self.pace.patience
 
-    def _due(self, every: int) -> bool:
+    def _due(self, every: int | None) -> bool:
         done = self.engine.applied
-        return done % every == 0 or done == self.pace.steps
+        return done == self.pace.steps or (every is not None and done % every == 0)
 
-    def _step(self, bar: Any) -> None:
+    @property
+    def _owes_validation(self) -> bool:
+        """Whether the run was stopped after a step whose validation it did not do."""
+        done, last = self.engine.applied, self.progress.last
+        due = done > 0 and self.val is not None and self._due(self.pace.validate_every)
+        return due and (last is None or last["step"] != done)
+
+    def _look_and_save(self, saving: bool) -> None:
+        """After a step: the validation, if it is due, and a checkpoint, if it is wanted."""
+        better = False
+        if self.val is not None and self._due(self.pace.validate_every) and not self.stopping:
+            better = self._validate(self.val)
+        if better or self._stale or saving or self.stopping:
+            self._save()
+
+    def _save(self) -> None:
+        self._count_skipped()
+        with self.watchdog.other(f"the checkpoint after step {self.engine.applied}"):
+            self.manager.save(self.engine, self.progress)
+        self._saved_at = time.monotonic()
+        self.speed.restart()
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank was asked; every rank must call it."""
+        self.stopping = self.stopping or total(self._asked()) > 0
+        return self.stopping
+
+    def _wishes(self) -> Wish:
+        minutes, first = self.pace.checkpoint_minutes, self.records is not None
+        late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return (Wish.STOP if self._asked() else Wish.NONE) | (
+            Wish.SAVE if first and late else Wish.NONE
+        )
+
+    def _step(self, progress: ProgressLine) -> Verdict:
         step = self.engine.applied
         alpha, beta = self.pace.schedule.at(step if self.guard is None else self.guard.memory.place)
         self.engine.net.set_coefficients(alpha, beta)
@@ -137,7 +189,9 @@ class Trainer:
         except UnprovenStepError as failure:
             named = self._name_samples(failure.verdict)
             self._log(named, rate)
-            raise UnprovenStepError(named) from None
+            self._skip(named)
+            return named
+        self._bad_in_row = 0
         self.progress.loss = verdict.loss
         if self.engine.last:  # stages see the same samples
             self._skipped += sum(batch.skipped for batch in batches)
@@ -145,10 +199,26 @@ class Trainer:
         self.speed.count(sum(batch.count for batch in batches))
         self._note_drift(verdict)
         self._let_guard_decide(verdict)
-        bar.update()
-        bar.set_postfix(loss=f"{verdict.loss:.4f}", beta=f"{beta:.4f}")
+        progress.update(loss=f"{verdict.loss:.4f}", beta=f"{beta:.4f}")
         if self._due(self.pace.log_every):
             self._log(verdict, rate)
+        return verdict
+
+    def _skip(self, verdict: Verdict) -> None:
+        """Goes on without the batches of a step whose numbers were bad, where that is allowed; all
+        ranks decide alike. Raises UnprovenStepError where not, with the last good step saved."""
+        kinds, most = verdict.kinds, self.pace.bad_batches
+        if not kinds <= BAD or self._bad_in_row >= most:
+            if kinds <= UNHARMED and self.engine.applied:
+                self._save()
+            raise UnprovenStepError(verdict) from None
+        self._bad_in_row += 1
+        self.progress.bad_batches += 1
+        self._counted, self._next = verdict.counted_next, self._next or None
+        reason, step = "; ".join(verdict.messages), self.engine.applied
+        if self.records is not None:
+            log.warning("%s: skipped, %d of at most %d in a row", reason, self._bad_in_row, most)
+            self.records.log(step, bad_batches=self.progress.bad_batches, bad_batch=reason)
 
     def _batches(self) -> list[Batch]:
         """The step's micro-batches, and behind the scenes those of the step after it.
@@ -194,7 +264,9 @@ class Trainer:
             return found.total
 
         counted = self._counts(self._next or [])
-        return StepBatches(begin, lambda number: augmented(number).inputs, loss, counted)
+        return StepBatches(
+            begin, lambda number: augmented(number).inputs, loss, counted, self._wishes
+        )
 
     def _name_samples(self, verdict: Verdict) -> Verdict:
         """Adds the samples of a step that was not finite; every rank must call it."""
@@ -280,9 +352,12 @@ class Trainer:
             )
 
     def _validate(self, batches: Iterable[Batch]) -> bool:
-        """True if none was better."""
-        found, look = validate(self.engine, self.task, batches)
-        step = self.engine.applied
+        """True if none was better; False too if the run was asked to stop meanwhile."""
+        with self.watchdog.other(f"the validation after step {self.engine.applied}"):
+            done = validate(self.engine, self.task, batches, self._agree_to_stop)
+        if done is None:
+            return False
+        (found, look), step = done, self.engine.applied
         if self.records is not None:
             self.records.log(step, **{f"val_{name}": value for name, value in found.items()})
             if look is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from dr2dist.tasks.task import Task
 
 
 def validate(
-    engine: ReversibleEngine, task: Task, batches: Iterable[Batch]
-) -> tuple[dict[str, float], Figure | None]:
+    engine: ReversibleEngine, task: Task, batches: Iterable[Batch], stopping: Callable[[], bool]
+) -> tuple[dict[str, float], Figure | None] | None:
     """All held-out samples, each counted once over all ranks; every rank must call it.
 
     Returns the metrics with loss, samples and skipped, and what the task draws of replica 0's
-    first batch. It is the averaged weights that are validated, if there are any.
+    first batch. It is the averaged weights that are validated, if there are any. stopping: whether
+    all ranks are to leave off, asked before each batch on all of them; then it returns None.
     """
     device = engine.device
     metrics = task.metrics(device)
@@ -32,6 +33,9 @@ def validate(
     with torch.no_grad(), engine.averaged():
         for batch in batches:
             # Every rank runs every batch, since ZeRO-3 gathers weights as it goes.
+            if stopping():
+                engine.net.train()
+                return None
             output = engine.forward(batch.inputs if engine.first else None)
             if not engine.last:
                 continue

@@ -1,0 +1,16 @@
+"""Types of the command line's arguments."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def positive(text: str) -> int:
+    """A whole number that is 1 or more."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found '{text}', allowed is a whole number from 1 on")
+    return value

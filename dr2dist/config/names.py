@@ -1,0 +1,45 @@
+"""What settings were called before, and what others call them."""
+
+from __future__ import annotations
+
+MOVED = {"train.checkpoint_every": "checkpoint.steps", "train.keep": "checkpoint.keep"}
+"""Settings of earlier versions, and what they are called now."""
+
+
+MEANT = {
+    "learning_rate": "optim.lr",
+    "lr": "optim.lr",
+    "wd": "optim.weight_decay",
+    "weight_decay": "optim.weight_decay",
+    "optimizer": "optim.name",
+    "warmup_ratio": "optim.warmup",
+    "max_grad_norm": "optim.clip",
+    "clip_grad": "optim.clip",
+    "batch_size": "train.micro_batch",
+    "per_device_train_batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.accumulate",
+    "accumulation_steps": "train.accumulate",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "num_steps": "train.steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "early_stopping": "train.patience",
+    "save_steps": "checkpoint.steps",
+    "save_total_limit": "checkpoint.keep",
+    "img_size": "model.image_size",
+    "input_size": "model.image_size",
+    "in_chans": "model.in_channels",
+    "pretrained": "model.weights",
+    "checkpoint_path": "model.weights",
+    "drop_path_rate": "model.drop_path",
+    "classes": "task.num_classes",
+    "output_dir": "output",
+    "zero_stage": "parallel.zero",
+    "workers": "data.num_workers",
+    "train_dir": "data.train",
+    "val_dir": "data.val",
+}
+"""What others call a setting."""

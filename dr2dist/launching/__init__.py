@@ -1,0 +1,1 @@
+"""From the command to ranks: who starts them, tells of their ends, and ends them."""

@@ -1,0 +1,100 @@
+"""What starts the ranks of a run, tells of their ends and ends them: here on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+LAUNCHER = "DR2DIST_LAUNCHER"
+"""The variable that tells a rank the process that watches over it."""
+
+
+class Launcher(Protocol):
+    """The ranks of one run, by place: all of them, or what stands for them on this machine."""
+
+    def start(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
+        """Starts the command once for each environment, which is put over this process's own."""
+
+    def statuses(self) -> list[int | None]:
+        """Of each, its exit status, or minus the signal that ended it; None while it runs."""
+
+    def send(self, number: int) -> None:
+        """Sends a signal to those that run."""
+
+    def kill(self) -> None:
+        """Ends those that run, with all that they have started, and nothing else."""
+
+
+class LocalLauncher:
+    """Processes of this machine, each the leader of a session of its own.
+
+    So a terminal's signals reach the command alone, which sends them on, and a rank can be ended
+    with all its data workers by its process group.
+    """
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
+        """See Launcher."""
+        for environment in environments:
+            self._processes.append(
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, LAUNCHER: str(os.getpid()), **environment},
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            )
+
+    def statuses(self) -> list[int | None]:
+        """See Launcher. What an ended process has left running is ended."""
+        return [self._status(process) for process in self._processes]
+
+    def send(self, number: int) -> None:
+        """See Launcher."""
+        for process in self._processes:
+            process.send_signal(number)
+
+    def kill(self) -> None:
+        """See Launcher."""
+        for process in self._processes:
+            if process.returncode is None:
+                _kill_group(process.pid)
+
+    def _status(self, process: subprocess.Popen[bytes]) -> int | None:
+        if process.returncode is None:
+            options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            if os.waitid(os.P_PID, process.pid, options) is None:
+                return None
+            _kill_group(process.pid)  # before it is waited for: its number is nobody else's yet
+            process.wait()
+        return process.returncode
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ranks_here(ranks: int, port: int) -> list[dict[str, str]]:
+    """The variables of each rank of a run that is on this machine alone."""
+    common = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)

@@ -1,0 +1,111 @@
+"""Waits for ranks: sends them the signals that it gets, and ends what does not end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from dr2dist.launching.launcher import Launcher
+from dr2dist.status import APART, STOP_SIGNALS, Status, handled
+
+PERIOD = 0.1
+"""Seconds between two looks."""
+PATIENCE = 40.0
+"""Seconds that ranks have to find out that one of them was lost, and to say so."""
+MARGIN = 10.0
+"""Seconds beyond `train.grace` after which a rank that was asked to stop is ended."""
+
+
+class Signals:
+    """The signals to stop that this process gets while it is entered, with their times.
+
+    Until ranks are started there is nothing to wait for: a signal then ends the process.
+    """
+
+    def __init__(self) -> None:
+        self.caught: list[tuple[float, int]] = []
+        self.started = False
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._note) for number in handled()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.caught.append((time.monotonic(), number))
+        if not self.started:
+            sys.stderr.write("dr2dist: stopped before anything was started\n")
+            raise SystemExit(Status.STOPPED)
+
+    @property
+    def asked(self) -> float | None:
+        """When the first came."""
+        return self.caught[0][0] if self.caught else None
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a second one has come."""
+        return any(when - self.caught[0][0] > APART for when, _ in self.caught)
+
+
+def supervise(
+    launcher: Launcher,
+    command: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    signals: Signals,
+    grace: float,
+) -> int:
+    """Starts ranks and waits until all have ended; the exit status of the whole.
+
+    A signal to stop is sent on to all of them, and they have `grace` seconds; a second one ends
+    them at once. When a rank has failed the others have PATIENCE seconds.
+    """
+    signals.started = True
+    launcher.start(command, environments)
+    failed: float | None = None
+    sent = False
+    while None in (statuses := launcher.statuses()):
+        now = time.monotonic()
+        if signals.caught and not sent:
+            launcher.send(signals.caught[0][1])
+            sent = True
+        if failed is None and any(statuses):
+            failed = now
+        if signals.at_once or _over(signals.asked, failed, now, grace):
+            launcher.kill()
+        time.sleep(PERIOD)
+    status = combined(statuses, signals.asked is not None)
+    if status == Status.STOPPED and Status.STOPPED not in statuses:
+        sys.stderr.write(
+            "dr2dist: stopped before a checkpoint could be written; the same command goes on "
+            "from the last one\n"
+        )
+    return status
+
+
+def combined(statuses: list[int | None], asked: bool) -> int:
+    """One exit status for all ranks. asked: whether the command was asked to stop."""
+    for known in (Status.USER_ERROR, Status.UNPROVEN, Status.STOPPED):
+        if known in statuses:
+            return known
+    if not any(statuses):
+        return Status.DONE
+    # A signal may reach a rank before it can answer.
+    if asked or any(status in [-number for number in STOP_SIGNALS] for status in statuses):
+        return Status.STOPPED
+    if Status.LOST in statuses or any(status is not None and status < 0 for status in statuses):
+        return Status.LOST
+    return next(status for status in statuses if status)
+
+
+def _over(asked: float | None, failed: float | None, now: float, grace: float) -> bool:
+    """Whether the ranks that still run are to be ended."""
+    patience = PATIENCE if asked is None else max(PATIENCE, grace + MARGIN)
+    late = asked is not None and now - asked > grace + MARGIN
+    return late or (failed is not None and now - failed > patience)

@@ -1,0 +1,94 @@
+"""A batch whose loss is not finite stops the run, or is skipped on all ranks alike."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.data.index import read_index
+from tests.images import make_small_shards
+from tests.pool import Pool
+
+CONFIG = """
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 2}}
+task: {num_classes: 2}
+data: {train: SHARDS/train, num_workers: 0}
+optim: {lr: 1.0e-3}
+train: {steps: 9, micro_batch: 3, accumulate: 2, log_every: 1}
+checkpoint: {steps: 4}
+parallel: {zero: ZERO}
+output: OUTPUT
+"""
+SKIP = "train.on_bad_batch=skip"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def bad(shards: Path) -> str:
+    """A sample's key."""
+    index = read_index(shards / "train")[1]
+    return index.shards[1].samples[3].key
+
+
+def _write(folder: Path, shards: Path, zero: int = 2) -> str:
+    text = CONFIG.replace("SHARDS", str(shards)).replace("ZERO", str(zero))
+    (folder / "config.yaml").write_text(text.replace("OUTPUT", str(folder / "run")))
+    return str(folder / "config.yaml")
+
+
+def _weights(run: Path) -> dict[str, Any]:
+    saved = Checkpoint(checkpoints(run)[-1])
+    assert saved.state["step"] == 9
+    return {name: saved.tensor("master", name) for name in saved.names("master")}
+
+
+def _go(pool: Pool, path: str, bad: str, overrides: list[str], **options: Any) -> str:
+    """How a run ends, on all ranks alike."""
+    results = pool.run("tests.bad_cases:run", path=path, overrides=overrides, bad=[bad], **options)
+    assert len(set(results)) == 1
+    return str(results[0])
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_skipped_batch_is_named_and_the_run_goes_on_alike(
+    zero: int, shards: Path, bad: str, tmp_path: Path, two_ranks: Pool
+) -> None:
+    found = {}
+    for name in ("whole", "cut", "stopped"):
+        (tmp_path / name).mkdir()
+        go = partial(_go, two_ranks, _write(tmp_path / name, shards, zero), bad)
+        if name == "cut":
+            assert go([SKIP], until=6) == "broken off"
+        if name == "stopped":
+            told = go([])
+            assert f"{bad}" in told and "is not finite" in told
+            step = json.loads((tmp_path / name / "run" / "summary.json").read_text())["steps"]
+            assert Checkpoint(checkpoints(tmp_path / name / "run")[-1]).state["step"] == step > 0
+        assert int(go([SKIP])) >= 2
+        found[name] = _weights(tmp_path / name / "run")
+    lines = (tmp_path / "whole" / "run" / "metrics.jsonl").read_text().splitlines()
+    told = [line for line in map(json.loads, lines) if "bad_batch" in line]
+    assert told and all(bad in line["bad_batch"] for line in told)
+    for name in ("cut", "stopped"):
+        for key, value in found["whole"].items():
+            assert torch.equal(value, found[name][key]), (name, key)
+
+
+def test_too_many_in_a_row_stop_the_run(shards: Path, tmp_path: Path, two_ranks: Pool) -> None:
+    path, index = _write(tmp_path, shards), read_index(shards / "train")[1]
+    everything = [sample.key for shard in index.shards for sample in shard.samples]
+    overrides = [SKIP, "train.bad_batches=3"]
+    results = two_ranks.run("tests.bad_cases:run", path=path, overrides=overrides, bad=everything)
+    assert all("is not finite" in told for told in results)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [x["bad_batches"] for x in map(json.loads, lines) if "bad_batches" in x] == [1, 2, 3]

@@ -1,0 +1,231 @@
+"""The folder of a run: one run at a time, damaged checkpoints, what was cut."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.errors import UserError
+from dr2dist.training.lock import LOCK, RunLock, check_free
+from tests.images import make_small_shards
+from tests.pool import Pool, wait_for
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 2}}
+task: {num_classes: 2}
+data: {train: SHARDS/train, num_workers: 0}
+optim: {name: sgd, lr: 1.0e-2}
+train: {steps: 4, micro_batch: 6}
+checkpoint: {steps: 1, keep: 3}
+output: OUTPUT
+"""
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory, two_ranks: Pool) -> Path:
+    """A folder with a configuration, and a run of it with checkpoints after steps 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("cut")
+    text = CONFIG.replace("SHARDS", str(make_small_shards(folder)))
+    (folder / "config.yaml").write_text(text.replace("OUTPUT", str(folder / "run")))
+    two_ranks.run("tests.cases:run_until", path=str(folder / "config.yaml"), overrides=[], step=3)
+    assert len(checkpoints(folder / "run")) == 3
+    return folder
+
+
+def _flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+def _cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 100)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a weight flipped": lambda folder: _flip(folder / "rank-00001.safetensors", -3),
+    "a header flipped": lambda folder: _flip(folder / "rank-00000.safetensors", 20),
+    "a file cut": lambda folder: _cut(folder / "rank-00000.safetensors"),
+    "a file empty": lambda folder: (folder / "rank-00001.safetensors").write_text(""),
+    "a file gone": lambda folder: (folder / "rank-00001.safetensors").unlink(),
+    "the manifest gone": lambda folder: (folder / "checkpoint.json").unlink(),
+    "the manifest empty": lambda folder: (folder / "checkpoint.json").write_text(""),
+    "the manifest cut": lambda folder: _cut(folder / "checkpoint.json"),
+    "the manifest flipped": lambda folder: _digit(folder / "checkpoint.json"),
+    "no file at all": lambda folder: [file.unlink() for file in folder.iterdir()],
+}
+
+
+def _digit(file: Path) -> None:
+    text = file.read_text()
+    assert '"step": 3,' in text
+    file.write_text(text.replace('"step": 3,', '"step": 2,'))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    damage: str, cut: Path, tmp_path: Path, two_ranks: Pool
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cut / "run", run)
+    newest = checkpoints(run)[-1]
+    DAMAGES[damage](newest)
+    overrides = [f"output={run}"]
+    results = two_ranks.run(
+        "tests.cases:run_config", path=str(cut / "config.yaml"), overrides=overrides
+    )
+    assert results[0]["steps"] == 4
+    text = (run / "logs" / "rank-0.log").read_text()
+    (line,) = [line for line in text.splitlines() if "it is kept as" in line]
+    assert f"{newest}" in line and line.endswith(
+        "it is kept as step-00000003.damaged, and 1 steps are run again"
+    )
+    assert (newest.parent / "step-00000003.damaged").is_dir()
+    assert [path.name for path in checkpoints(run)] == [f"step-{n:08d}" for n in (2, 3, 4)]
+    Checkpoint(newest).verify()
+
+
+def test_no_checkpoint_that_is_sound_is_an_error(
+    cut: Path, tmp_path: Path, two_ranks: Pool
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cut / "run", run)
+    for folder in checkpoints(run):
+        _flip(folder / "rank-00001.safetensors", -3)
+    with pytest.raises(AssertionError) as caught:
+        two_ranks.run(
+            "tests.cases:run_config", path=str(cut / "config.yaml"), overrides=[f"output={run}"]
+        )
+    assert f"checksum differs; no sound checkpoint is left in {run}" in str(caught.value)
+    assert len(checkpoints(run)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", "", "config.yaml: is damaged: it holds no settings"),
+        ("config.yaml", "a: [", "config.yaml: cannot be read: while parsing"),
+        ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 2}\n', "metrics.jsonl: line 2 is damaged"),
+        ("metrics.jsonl", '{"step": null}\n', "metrics.jsonl: line 1 is damaged"),
+    ],
+)
+def test_other_damage_is_named(
+    name: str, text: str, message: str, cut: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cut / "run", run)
+    (run / name).write_text(text)
+    status, told = _train(cut / "config.yaml", f"output={run}", "--dry-run")
+    assert status == 2 and message in told.splitlines()[-1], told
+
+
+def _train(config: Path, *more: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "dr2dist.cli", "train", str(config), *more],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_run_that_left_no_checkpoint_says_that_it_starts_anew(cut: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cut / "run", run)
+    shutil.rmtree(run / "checkpoints")
+    status, told = _train(cut / "config.yaml", "--ranks", "2", f"output={run}", "--dry-run")
+    assert status == 0 and "the run before was cut before its first checkpoint" in told, told
+
+
+HOLD = """
+import sys, time, pathlib
+from dr2dist.training.lock import RunLock
+with RunLock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(999)
+"""
+
+
+def test_one_folder_one_run_and_a_dead_owners_lock_is_free(cut: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cut / "run", run)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} of "):
+            check_free(run)
+        with pytest.raises(UserError, match="in use by"), RunLock(run):
+            raise AssertionError
+        status, told = _train(cut / "config.yaml", "--ranks", "2", f"output={run}", "--dry-run")
+        assert status == 2 and f"in use by process {holder.pid} of" in told.splitlines()[-1]
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert (run / LOCK).exists()
+    with RunLock(run):
+        assert json.loads((run / LOCK).read_text())["process"] == os.getpid()
+    assert not (run / LOCK).exists()
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with RunLock(tmp_path / "run"):
+        assert "this file system has no locks (Operation not supported)" in caplog.text
+
+
+HANG = """
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 1}}
+task: {num_classes: 2}
+data: {train: SHARDS/train, num_workers: 0}
+optim: {lr: 1.0e-3}
+train: {steps: 400, micro_batch: 2, step_limit: 3}
+checkpoint: {steps: 1}
+parallel: {zero: 0}
+output: OUTPUT
+"""
+
+
+def test_storage_that_hangs_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
+    shards = make_small_shards(tmp_path)
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(HANG.replace("SHARDS", str(shards)).replace("OUTPUT", str(run)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dr2dist.cli", "train", str(config), "--ranks", "2"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: bool(checkpoints(run)), "a checkpoint")
+        for path in (shards / "train").glob("*.tar"):
+            path.unlink()
+            os.mkfifo(path)  # nobody writes to it: opening it never returns
+        told = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 4, told
+    assert "did not end within 3 s: it waits for 'with path.open(\"rb\") as file:'" in told
+    assert "data/stream.py" in told and "the same command goes on from the last" in told
+    assert "stack of the main thread" in (run / "logs" / "rank-0.log").read_text()

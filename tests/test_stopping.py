@@ -1,0 +1,144 @@
+"""Runs that are told to stop go on to the same bits; nothing is left running, nobody else ended."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.signals import Bench, Case, is_right, pairwise
+from dr2dist.launching.launcher import LocalLauncher
+from dr2dist.launching.supervise import combined
+from dr2dist.status import APART, Status
+from tests.pool import wait_for
+
+ROOT = Path(__file__).parent.parent
+
+DEFAULT = [
+    Case("TERM", "command", "step", "ZeRO-2"),
+    Case("INT", "rank 1", "validation", "2 stages"),
+    Case("KILL", "command", "checkpoint", "ZeRO-2"),
+    Case("USR1", "everyone", "step", "2 stages"),
+]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("signals"))
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=lambda case: case.name)
+def test_a_run_that_is_hit_goes_on_to_the_same_bits(case: Case, bench: Bench) -> None:
+    found = bench.run(case)
+    text = (bench.folder / f"{case.name}.txt").read_text()
+    assert is_right(case, found), (found, text)
+    assert "Traceback" not in text
+    told = [line for line in text.splitlines() if line.startswith("dr2dist: ")]
+    assert len(told) == (1 if found["status"] == Status.STOPPED else len(told)), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", pairwise(), ids=lambda case: case.name)
+def test_any_two_of_signal_receiver_moment_and_layout(case: Case, bench: Bench) -> None:
+    found = bench.run(case)
+    assert is_right(case, found), (found, (bench.folder / f"{case.name}.txt").read_text())
+
+
+def test_every_pair_is_in_few_cases() -> None:
+    cases = pairwise()
+    assert len(cases) <= 30
+    for one, other in (("USR1", "2 stages"), ("rank 0", "checkpoint"), ("KILL", "group")):
+        assert any({one, other} <= set(case) for case in cases)
+
+
+WRITE = "import os, pathlib, signal, subprocess, sys, time; p = pathlib.Path(os.environ['FILE'])\n"
+CHILD = WRITE + (
+    "c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(999)'])\n"
+    "p.write_text(str(c.pid)); time.sleep(999 if p.name == '0.txt' else 0)\n"
+)
+
+
+def test_what_a_rank_has_started_ends_with_it_and_nothing_else(tmp_path: Path) -> None:
+    files = [tmp_path / f"{rank}.txt" for rank in range(2)]
+    launcher = LocalLauncher()
+    launcher.start([sys.executable, "-c", CHILD], [{"FILE": str(file)} for file in files])
+    wait_for(lambda: launcher.statuses()[1] == 0, "the end of the second")
+    wait_for(lambda: _gone(files[1]), "the end of what it has started")
+    assert launcher.statuses()[0] is None and not _gone(files[0])
+    launcher.kill()
+    wait_for(lambda: launcher.statuses()[0] == -signal.SIGKILL, "the end of the first")
+    wait_for(lambda: _gone(files[0]), "the end of what it has started")
+
+
+def _gone(file: Path) -> bool:
+    """Whether the process that a file names has ended."""
+    status = Path(f"/proc/{file.read_text()}/status")
+    return not status.exists() or "State:\tZ" in status.read_text()
+
+
+DEAF = WRITE + (
+    "[signal.signal(n, signal.SIG_IGN) for n in (15, 2, 1, 10)]; p.write_text(''); time.sleep(999)"
+)
+SUPERVISE = """
+import sys
+from dr2dist.launching.launcher import LocalLauncher
+from dr2dist.launching.supervise import Signals, supervise
+with Signals() as signals:
+    places = [{"FILE": file} for file in sys.argv[2:]]
+    sys.exit(supervise(LocalLauncher(), [sys.executable, "-c", sys.argv[1]], places, signals, 999))
+"""
+
+
+def test_a_second_signal_ends_what_does_not_hear_the_first(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one", "two")]
+    command = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISE, DEAF, *map(str, files)],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    wait_for(lambda: all(file.exists() for file in files), "what both write")
+    ranks = psutil.Process(command.pid).children()
+    command.send_signal(signal.SIGUSR1)
+    command.send_signal(signal.SIGUSR1)  # both at once are one
+    time.sleep(2 * APART)
+    assert command.poll() is None
+    command.send_signal(signal.SIGINT)
+    assert command.wait(20) == Status.STOPPED
+    assert not psutil.wait_procs(ranks, 10)[1]
+    assert command.stderr is not None
+    (line,) = command.stderr.read().splitlines()
+    assert line.startswith("dr2dist: stopped before a checkpoint could be written; the same")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "asked", "status"),
+    [
+        ([0, 0], False, 0),
+        ([0, 0], True, 0),
+        ([4, 2], False, 2),
+        ([3, 3], False, 3),
+        ([75, 75], False, 75),
+        ([75, 4], True, 75),
+        ([-signal.SIGTERM, 4], False, 75),
+        ([-signal.SIGKILL, 4], False, 4),
+        ([-signal.SIGSEGV, -signal.SIGKILL], False, 4),
+        ([1, -signal.SIGKILL], False, 4),
+        ([1, 1], False, 1),
+        ([-signal.SIGKILL, -signal.SIGKILL], True, 75),
+    ],
+)
+def test_one_status_for_all_ranks(statuses: list[int | None], asked: bool, status: int) -> None:
+    assert combined(statuses, asked) == status
+
+
+def test_nohup_leaves_a_closing_terminal_ignored() -> None:
+    text = "from dr2dist.status import handled; print([n.name for n in handled()])"
+    line = ["sh", "-c", f'trap "" HUP; exec "{sys.executable}" -c "{text}"']
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['SIGTERM', 'SIGINT', 'SIGUSR1']"
