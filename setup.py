@@ -66,5 +66,5 @@ setup(
             "types-tqdm",
         ],
     },
-    entry_points={"console_scripts": ["dr2dist = dr2dist.cli:main"]},
+    entry_points={"console_scripts": ["dr2dist = dr2dist.cli:command"]},
 )

@@ -285,9 +285,7 @@ def page(results: dict[str, Any]) -> str:
             "|---|" + "---|" * len(known),
         ]
         for flight in map(str, FLIGHTS):
-            cells = (
-                f"{x[flight]['growth'] / x[flight]['elements']:.1f}" for x in known.values()
-            )
+            cells = (f"{x[flight]['growth'] / x[flight]['elements']:.1f}" for x in known.values())
             lines.append(f"| {flight} | {' | '.join(cells)} |")
         lines.append("")
     if found := results.get("time"):

@@ -17,6 +17,7 @@ from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write
 from dr2dist.shipped import add_configs_arguments
+from dr2dist.status import end_after
 from dr2dist.training.command import add_train_arguments
 from dr2dist.version import __version__
 
@@ -301,5 +302,10 @@ def _add_bench(commands: _Commands) -> None:
     add_arguments(bench)
 
 
+def command() -> None:
+    """What `dr2dist` is."""
+    end_after(main)
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import signal
+import sys
+import traceback
+from collections.abc import Callable
 from enum import IntEnum
+from typing import Any, NoReturn, TextIO
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """What a person, a service manager, a terminal that closes, and a scheduler send."""
@@ -30,3 +37,30 @@ def handled() -> tuple[signal.Signals, ...]:
     """The signals that this process answers: not SIGHUP under nohup, which has it ignored."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return tuple(each for each in STOP_SIGNALS if not (ignored and each == signal.SIGHUP))
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Writes a line to stderr, or another stream, if somebody is there to read it: who stops since
+    the terminal was closed has none."""
+    with contextlib.suppress(OSError):
+        stream = stream or sys.stderr
+        stream.write(f"{line}\n")
+        stream.flush()
+
+
+def end_after(main: Callable[[], None]) -> NoReturn:
+    """Runs a process's main function and ends the process at once, with its status: Python would
+    take seconds to take torch apart."""
+    status: Any = Status.DONE
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(int(status))

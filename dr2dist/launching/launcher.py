@@ -46,7 +46,7 @@ class LocalLauncher:
             self._processes.append(
                 subprocess.Popen(
                     command,
-                    env={**os.environ, LAUNCHER: str(os.getpid()), **environment},
+                    env={**os.environ, **environment},
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
                 )
@@ -84,13 +84,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ranks_here(ranks: int, port: int) -> list[dict[str, str]]:
+def watched_ranks(ranks: int) -> list[dict[str, str]]:
+    """The variables of ranks that this process starts itself: they end if it does."""
+    return [{**rank, LAUNCHER: str(os.getpid())} for rank in ranks_here(ranks)]
+
+
+def ranks_here(ranks: int) -> list[dict[str, str]]:
     """The variables of each rank of a run that is on this machine alone."""
     common = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 

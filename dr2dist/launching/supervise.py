@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from dr2dist.launching.launcher import Launcher
-from dr2dist.status import APART, STOP_SIGNALS, Status, handled
+from dr2dist.status import APART, STOP_SIGNALS, Status, handled, say
 
 PERIOD = 0.1
 """Seconds between two looks."""
@@ -40,7 +39,7 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.caught.append((time.monotonic(), number))
         if not self.started:
-            sys.stderr.write("dr2dist: stopped before anything was started\n")
+            say("dr2dist: stopped before anything was started")
             raise SystemExit(Status.STOPPED)
 
     @property
@@ -67,7 +66,22 @@ def supervise(
     them at once. When a rank has failed the others have PATIENCE seconds.
     """
     signals.started = True
-    launcher.start(command, environments)
+    try:
+        launcher.start(command, environments)
+        statuses = _wait(launcher, signals, grace)
+    finally:
+        launcher.kill()
+    status = combined(statuses, signals.asked is not None)
+    if status == Status.STOPPED and Status.STOPPED not in statuses:
+        say(
+            "dr2dist: stopped before a checkpoint could be written; the same command goes on "
+            "from the last one"
+        )
+    return status
+
+
+def _wait(launcher: Launcher, signals: Signals, grace: float) -> list[int | None]:
+    """The statuses of all, once they have ended."""
     failed: float | None = None
     sent = False
     while None in (statuses := launcher.statuses()):
@@ -80,13 +94,7 @@ def supervise(
         if signals.at_once or _over(signals.asked, failed, now, grace):
             launcher.kill()
         time.sleep(PERIOD)
-    status = combined(statuses, signals.asked is not None)
-    if status == Status.STOPPED and Status.STOPPED not in statuses:
-        sys.stderr.write(
-            "dr2dist: stopped before a checkpoint could be written; the same command goes on "
-            "from the last one\n"
-        )
-    return status
+    return statuses
 
 
 def combined(statuses: list[int | None], asked: bool) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dr2dist.parallel.processes import ranks_of_node
-from dr2dist.status import Status
+from dr2dist.status import Status, say
 
 SILENCE = 20.0
 """Seconds without a sign of life after which a rank is lost."""
@@ -92,8 +91,7 @@ class Heartbeat:
         if self._over.wait(GRACE):
             return
         self.tell(found)
-        sys.stderr.write(f"dr2dist: rank {self.rank}: {found}\n")
-        sys.stderr.flush()
+        say(f"dr2dist: rank {self.rank}: {found}")
         self._leave()
         os._exit(Status.LOST)
 

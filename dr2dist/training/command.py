@@ -10,7 +10,7 @@ from pathlib import Path
 from dr2dist.arguments import positive
 from dr2dist.config.text import read_settings
 from dr2dist.errors import UserError
-from dr2dist.launching.launcher import LocalLauncher, free_port, ranks_here
+from dr2dist.launching.launcher import LocalLauncher, watched_ranks
 from dr2dist.launching.supervise import Signals, supervise
 
 MODULE = "dr2dist.training.main"
@@ -68,7 +68,7 @@ def _run(given: argparse.Namespace, signals: Signals) -> int:
         module, places = ["deepspeed.launcher.runner", *line], [dict[str, str]()]
     else:
         print(f"launch        {ranks} rank(s) on this machine", flush=True)
-        module, places = [MODULE, *what], ranks_here(ranks, free_port())
+        module, places = [MODULE, *what], watched_ranks(ranks)
     if given.dry_run:
         return 0
     command = [sys.executable, "-m", *module]

@@ -7,9 +7,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from dr2dist.errors import UserError
-from dr2dist.status import Status
+from dr2dist.launching.launcher import ranks_here
+from dr2dist.status import Status, end_after, say
 from dr2dist.training.stopping import StopRequest
 
 OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -32,15 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other values")
     given = parser.parse_args(arguments)
     try:
-        _be_a_rank()
+        stop.speaks = _own_rank() == 0
         summary = _run(given.config, given.overrides, stop)
     except UserError as error:
-        _leave(str(error), Status.USER_ERROR)
+        _leave(str(error), Status.USER_ERROR, stop)
     if summary["status"] == "interrupted":
         steps = summary["steps"]
         _leave(
             f"stopped by {summary['reason']} after step {steps}; the same command goes on",
             Status.STOPPED,
+            stop,
         )
 
 
@@ -57,43 +60,42 @@ def _run(config: str, overrides: Sequence[str], stop: StopRequest) -> dict[str, 
     for name in ("DeepSpeed", "torch", "timm"):
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = load_config(config, overrides)
-    stop.grace, stop.speaks = settings.train.grace, os.environ["RANK"] == "0"
+    stop.grace = settings.train.grace
     try:
         summary = run(settings, lambda: stop.asked)
         if stop.speaks and summary["status"] == "finished":
-            print(describe_end(summary, settings.output, settings.data.val))
+            say(describe_end(summary, settings.output, settings.data.val), sys.stdout)
         return summary
     except UnprovenStepError as error:
-        _leave(f"the step was not applied: {error}", Status.UNPROVEN)
-        raise
+        _leave(f"the step was not applied: {error}", Status.UNPROVEN, stop)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _be_a_rank() -> None:
-    """Raises UserError if a launcher has started several processes and not said which this is."""
-    if "RANK" in os.environ:
-        return
-    for name in OTHERS:
-        if int(os.environ.get(name, "1")) > 1:
-            raise UserError(
-                f"found {name} {os.environ[name]} and no RANK: start with 'dr2dist train', "
-                "deepspeed or torchrun, which tell each process its rank"
-            )
-    from dr2dist.launching.launcher import free_port, ranks_here
+def _own_rank() -> int:
+    """As the launcher says; without one this process is the only rank.
 
-    (only,) = ranks_here(1, free_port())
-    os.environ.update(only)
+    Raises UserError if a launcher has started several processes and not said which this is.
+    """
+    if "RANK" not in os.environ:
+        for name in OTHERS:
+            if int(os.environ.get(name, "1")) > 1:
+                raise UserError(
+                    f"found {name} {os.environ[name]} and no RANK: start with 'dr2dist train', "
+                    "deepspeed or torchrun, which tell each process its rank"
+                )
+        (only,) = ranks_here(1)
+        os.environ.update(only)
+    return int(os.environ["RANK"])
 
 
-def _leave(message: str, status: Status) -> None:
+def _leave(message: str, status: Status, stop: StopRequest) -> NoReturn:
     """One line: from rank 0 for what all ranks found, from the rank itself for its own."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or message.startswith(f"rank {rank}: "):
-        sys.stderr.write(f"dr2dist: {message}\n")
+    if stop.speaks or message.startswith("rank "):
+        say(f"dr2dist: {message}")
     raise SystemExit(status)
 
 
 if __name__ == "__main__":
-    main()
+    end_after(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -42,15 +43,17 @@ class ProgressLine:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
         if self._redirected is not None:
             self._redirected.__exit__(kind, error, at)
 
     def update(self, **values: str) -> None:
         """After a step, with what is worth telling of it."""
         self._done += 1
-        self._bar.update()
-        self._bar.set_postfix(values)
+        with contextlib.suppress(OSError):  # the terminal was closed: the run stops, or goes on
+            self._bar.update()
+            self._bar.set_postfix(values)
         now = time.monotonic()
         if self._shown and not self._terminal and now - self._told >= PERIOD:
             self._told = now

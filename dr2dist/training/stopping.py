@@ -6,12 +6,11 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 
 from dr2dist.launching.launcher import LAUNCHER
-from dr2dist.status import APART, Status, handled
+from dr2dist.status import APART, Status, handled, say
 
 PERIOD = 1.0
 """Seconds between two looks at the process that has started this one."""
@@ -66,9 +65,8 @@ class StopRequest:
 
     def _end(self, why: str) -> None:
         if self.speaks:
-            sys.stderr.write(
+            say(
                 f"dr2dist: stopped at once ({why}); the same command goes on from the last "
-                "checkpoint\n"
+                "checkpoint"
             )
-            sys.stderr.flush()
         os._exit(Status.STOPPED)
