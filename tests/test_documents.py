@@ -71,7 +71,7 @@ def test_the_stages_benchmark_runs_every_way(
     }.items():
         monkeypatch.setattr(stages, name, value)
     found = stages.memory(way, 2, tmp_path)
-    assert found["token_bytes"] == 2 * 5 * 192 * 4
+    assert found["elements"] == 2 * 5 * 192
     page = stages.page(
         {"machine": "m", "torch": "2", "date": "d", "time": {stages.PER_BLOCK: [2.0], way: [4.0]}}
     )
