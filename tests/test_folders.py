@@ -197,6 +197,8 @@ def test_a_validation_that_is_no_number_is_never_the_best() -> None:
     assert not note(4, nan, 0.9) and not note(5, float("inf"), 0.9) and progress.stale == 2
     assert note(6, 1.0, 0.3)
     assert progress.best == progress.last == {"step": 6, "loss": 1.0, "accuracy": 0.3}
+    assert note(7, 0.5, 0.3) and progress.stale == 1  # the same metric at a lower loss
+    assert not note(8, 0.6, 0.3) and progress.stale == 2
     for saved in ({"loss": nan, "accuracy": 0.9}, {"loss": 1.0, "accuracy": nan}):
         progress = Progress(best={"step": 1, **saved}, stale=4)  # of an earlier version
         assert note(2, 2.0, 0.1) and progress.best == progress.last and progress.stale == 0

@@ -16,6 +16,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dr2dist.data.index import read_index
+from dr2dist.training.progress import ProgressLine
 from tests.images import make_small_shards
 from tests.pool import Pool
 
@@ -119,6 +120,19 @@ def test_every_shipped_config_starts(
         assert summary["status"] == "finished" and summary["steps"] == 2
     if results[0]["arithmetic"] == "float" and results[0]["memory"] == "reverse":
         assert results[0]["worst_drift"] > 1e-2
+
+
+def test_without_a_terminal_a_line_tells_how_far_a_run_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dr2dist.training.progress.PERIOD", 0.0)
+    caplog.set_level("INFO")
+    with ProgressLine(2, 5, True) as line:
+        line.update(loss="0.5")
+    with ProgressLine(2, 5, False) as line:
+        line.update(loss="0.7")
+    (told,) = caplog.messages
+    assert told.startswith("step 3 of 5, loss 0.5, ") and told.endswith(" left")
 
 
 def test_configurations_are_listed_and_copied(

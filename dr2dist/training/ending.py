@@ -38,12 +38,17 @@ def _costs(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "speed", f"{summary['samples'] / seconds:.4g} samples a second, validations included"
     yield "peak memory", f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB, the largest of all ranks"
     failures = summary["certificate_failures"]
-    exact = summary["arithmetic"] == "exact"
-    proven = "every step proved its reversal" if exact else "float arithmetic proves nothing"
-    yield "certificate", f"{failures} failures" if failures else proven
+    yield "certificate", f"{failures} failures" if failures else _proven(summary)
     for key in ("skipped", "bad_batches"):
         if summary[key]:
             yield key.replace("_", " "), str(summary[key])
+
+
+def _proven(summary: Mapping[str, Any]) -> str:
+    if summary["arithmetic"] == "exact":
+        return "every step proved its reversal"
+    kept = summary["memory"] in ("store", "checkpoint")
+    return "nothing was reversed" if kept else "float arithmetic proves nothing"
 
 
 def _number(value: float | None) -> str:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -59,6 +60,8 @@ def _run(config: str, overrides: Sequence[str], stop: StopRequest) -> dict[str, 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("DeepSpeed", "torch", "timm"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch is giving up.
+    warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)
     settings = load_config(config, overrides)
     stop.grace = settings.train.grace
     try:
