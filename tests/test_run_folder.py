@@ -199,7 +199,7 @@ model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {d
 task: {num_classes: 2}
 data: {train: SHARDS/train, num_workers: 0}
 optim: {lr: 1.0e-3}
-train: {steps: 400, micro_batch: 2, step_limit: 3}
+train: {steps: 400, micro_batch: 2, step_limit: 10}
 checkpoint: {steps: 1}
 parallel: {zero: 0}
 output: OUTPUT
@@ -226,6 +226,6 @@ def test_storage_that_hangs_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 4, told
-    assert "did not end within 3 s: it waits for 'with path.open(\"rb\") as file:'" in told
+    assert "did not end within 10 s: it waits for 'with path.open(\"rb\") as file:'" in told
     assert "data/stream.py" in told and "the same command goes on from the last" in told
     assert "stack of the main thread" in (run / "logs" / "rank-0.log").read_text()
