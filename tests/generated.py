@@ -206,7 +206,7 @@ def outcome(path: str, output: str) -> str:
             path, [] if "output" in Path(path).read_text() else [f"output={output}"]
         )
         plan = make_plan(config, dist.get_world_size())
-        find_start(config, plan.global_batch)
+        find_start(config, plan.global_batch, plan.steps)
         plan.try_out(config, fetch=False)
     except UserError as error:
         return str(error)

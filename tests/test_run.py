@@ -122,6 +122,24 @@ def test_every_shipped_config_starts(
         assert results[0]["worst_drift"] > 1e-2
 
 
+def test_a_finished_run_can_be_made_longer(
+    tmp_path: Path, shards: Path, two_ranks: Pool, capfd: Any
+) -> None:
+    path = write_config(tmp_path, shards)
+    for steps, more in ((4, []), (7, ["train.patience=9"])):
+        overrides = [f"train.steps={steps}", *more]
+        line = ("train", str(path), "--ranks", "2", "--dry-run", *overrides)
+        status, out, err = call(capfd, *line)
+        assert status == 0, err
+        assert ("longer        4 steps are done of 7: the schedules" in out) == (steps == 7)
+        results = two_ranks.run("tests.cases:run_config", path=str(path), overrides=overrides)
+        assert results[0]["steps"] == steps
+        assert "nothing is left to do" in call(capfd, *line)[1]
+    assert len(losses(tmp_path / "run")) == 7
+    status, _, err = call(capfd, "train", str(path), "--ranks", "2", "--dry-run", "train.steps=5")
+    assert status == 2 and "holds a run with train.steps: 7, now it is 5" in err
+
+
 def test_without_a_terminal_a_line_tells_how_far_a_run_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -179,9 +197,9 @@ def test_train_starts_its_ranks_and_leaves_a_finished_run_alone(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2
     status, out, _ = call(capfd, *line, "train.steps=2")
     assert status == 0 and "is finished: nothing is left to do" in out
-    status, _, err = call(capfd, *line, "--dry-run")
+    status, _, err = call(capfd, *line, "--dry-run", "train.seed=5")
     assert status == 2
-    assert "holds a run with train.steps: 2, now it is 12" in err.splitlines()[-1]
+    assert "holds a run with train.seed: 0, now it is 5" in err.splitlines()[-1]
 
 
 def test_the_launchers_own_entry_reports_a_users_error_once(tmp_path: Path, shards: Path) -> None:

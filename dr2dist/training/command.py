@@ -55,12 +55,14 @@ def _run(given: argparse.Namespace, signals: Signals) -> int:
     ranks = given.ranks if given.hostfile is None else _slots(given.hostfile)
     plan = make_plan(config, ranks)
     print(plan.describe())
-    start = find_start(config, plan.global_batch)
+    start = find_start(config, plan.global_batch, plan.steps)
     if finished(config) is not None:
         print(f"output        {config.output} is finished: nothing is left to do")
         return 0
     plan.try_out(config, fetch=not (given.dry_run or start.checkpoints))
     print(f"starts from   {start.describe(config.model.weights)}")
+    if start.longer is not None:
+        print(f"longer        {plan.describe_longer(config, start.longer)}")
     what = ["--config", given.config, *given.overrides]
     if given.hostfile is not None:
         line = ["--hostfile", str(given.hostfile), "--module", MODULE, *what]

@@ -43,12 +43,18 @@ _FREE = (
 """What may change when a run goes on: it does not change what the run computes."""
 
 
+_LENGTH = ("train.steps", "train.epochs", "train.patience")
+"""What may change too when a run has finished and is to be longer."""
+
+
 class Start(NamedTuple):
     """What a folder holds of a run. checkpoints: to go on from, newest first; those that are
-    damaged are found out as they are read. cut: whether a run began there and left none."""
+    damaged are found out as they are read. cut: whether a run began there and left none. longer:
+    steps of a run that has finished there and is to have more of them."""
 
     checkpoints: tuple[Path, ...] = ()
     cut: bool = False
+    longer: int | None = None
 
     def describe(self, weights: str) -> str:
         """Where the run begins, in a few words."""
@@ -60,8 +66,8 @@ class Start(NamedTuple):
         return f"{'random weights' if weights == 'random' else weights}{again}"
 
 
-def find_start(config: Config, global_batch: int) -> Start:
-    """Where a run begins, or goes on from.
+def find_start(config: Config, global_batch: int, steps: int) -> Start:
+    """Where a run of so many steps begins, or goes on from.
 
     Raises UserError if the folder holds something else than this run so far, or a run that is
     going on.
@@ -75,7 +81,9 @@ def find_start(config: Config, global_batch: int) -> Start:
     before = _read_config(folder)
     if before is None:
         raise UserError(f"output: {folder} is not empty and holds no run; name another")
-    _same_run(_completed(before, config), yaml.safe_load(dump_config(config)), folder)
+    ended = _summary(folder)
+    longer = ended is not None and steps > ended["steps"]
+    _same_run(_completed(before, config), yaml.safe_load(dump_config(config)), folder, longer)
     _check_metrics(folder / METRICS)
     found = tuple(reversed(written(folder)))
     faults = {path: _fault(path) for path in found}
@@ -84,7 +92,8 @@ def find_start(config: Config, global_batch: int) -> Start:
     sound = next((path for path in found if faults[path] is None), None)
     if sound is not None:
         _same_batch(sound, global_batch)
-    return Start(found, cut=not found)
+    extended = longer and not _same_length(config, before)
+    return Start(found, not found, ended["steps"] if ended and extended else None)
 
 
 def _check_can_be_made(folder: Path) -> None:
@@ -141,12 +150,24 @@ def _fault(path: Path) -> str | None:
 
 
 def finished(config: Config) -> dict[str, Any] | None:
-    """The summary of a run that has finished in the folder."""
+    """The summary of a run that has finished in the folder, unless it is to be longer now."""
+    summary = _summary(Path(config.output))
+    if summary is None or not _same_length(config, _read_config(Path(config.output))):
+        return None
+    return summary
+
+
+def _summary(folder: Path) -> dict[str, Any] | None:
     try:
-        summary = json.loads((Path(config.output) / SUMMARY).read_text())
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
     except (OSError, ValueError):
         return None
     return summary if summary["status"] == "finished" else None
+
+
+def _same_length(config: Config, before: Any) -> bool:
+    old, new = flat(_completed(before, config)), flat(yaml.safe_load(dump_config(config)))
+    return all(old.get(key) == new.get(key) for key in _LENGTH)
 
 
 def _occupied(folder: Path) -> bool:
@@ -168,10 +189,10 @@ def _completed(before: Any, config: Config) -> Any:
     return yaml.safe_load(dump_config(values))
 
 
-def _same_run(before: Any, now: Any, folder: Path) -> None:
-    old, new = flat(before), flat(now)
+def _same_run(before: Any, now: Any, folder: Path, longer: bool) -> None:
+    old, new, free = flat(before), flat(now), (*_FREE, *(_LENGTH if longer else ()))
     for key in [*new, *old]:
-        if old.get(key) != new.get(key) and not key.startswith(_FREE):
+        if old.get(key) != new.get(key) and not key.startswith(free):
             raise UserError(
                 f"output: {folder} holds a run with {key}: {old.get(key)}, now it is "
                 f"{new.get(key)}; name another folder to start anew"

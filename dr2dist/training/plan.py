@@ -29,6 +29,7 @@ from dr2dist.reversible import Setting
 from dr2dist.reversible.trees import tree_leaves
 from dr2dist.tasks.task import Task
 from dr2dist.training.groups import parameter_groups
+from dr2dist.training.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,15 @@ class Plan:
                 assemble(self.blueprint)
         elif self.blueprint.weights is not None:
             assemble(self.blueprint, "in parts")
+
+    def describe_longer(self, config: Config, done: int) -> str:
+        """What the schedules do when a run that has ended after `done` steps goes on."""
+        alpha, beta = self.schedule.at(done)
+        rate = learning_rate(config.optim, self.steps)(done)
+        return (
+            f"{done} steps are done of {self.steps}: the schedules are those of {self.steps} "
+            f"steps, and go on with lr {rate:.3g}, alpha {alpha:.4f}, beta {beta:.4f}"
+        )
 
     def describe(self) -> str:
         """A few lines for people."""

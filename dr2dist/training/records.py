@@ -29,6 +29,7 @@ class Records:
     def __init__(self, folder: Path, config: str, step: int = 0) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / SUMMARY).unlink(missing_ok=True)  # of a run that goes on, or is longer now
         self.write_text(CONFIG, config)
         self._cut_back(step)
         self._lines = (folder / METRICS).open("a")

@@ -76,7 +76,7 @@ def _run(
 
     def look() -> tuple[Start, dict[str, Any] | None]:
         # Only rank 0 looks: file systems of several nodes show what is new to one before another.
-        found = find_start(config, plan.global_batch), finished(config)
+        found = find_start(config, plan.global_batch, plan.steps), finished(config)
         if found[1] is None:
             stack.enter_context(RunLock(folder))
         return found
