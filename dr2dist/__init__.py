@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dr2dist.errors import UserError
+from dr2dist.lazily import lazily
 from dr2dist.version import __version__
 
 if TYPE_CHECKING:
@@ -19,23 +19,6 @@ if TYPE_CHECKING:
     from dr2dist.reversible import Chain
     from dr2dist.tasks.registry import register_task, supported_tasks
     from dr2dist.tasks.task import Head, Loss, Task
-
-_HOMES = {
-    "dr2dist.backbones.backbone": "Backbone ChainOf FeatureInfo Stem Transition",
-    "dr2dist.backbones.branch": "Branch",
-    "dr2dist.backbones.check": "CheckReport check",
-    "dr2dist.backbones.convert": "convert register_backbone supported_backbones",
-    "dr2dist.data.batch": "Batch",
-    "dr2dist.inference.exported": "load",
-    "dr2dist.inference.saved": "save",
-    "dr2dist.reversible": "Chain",
-    "dr2dist.tasks.registry": "register_task supported_tasks",
-    "dr2dist.tasks.task": "Head Loss Task",
-}
-"""Where the public names live: imported when they are first asked for, since torch and timm take
-seconds that the command line's help and refusals need not wait."""
-
-_MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "Backbone",
@@ -62,13 +45,21 @@ __all__ = [
     "supported_tasks",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'dr2dist' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(
+    __name__,
+    {
+        "dr2dist.backbones.backbone": "Backbone ChainOf FeatureInfo Stem Transition",
+        "dr2dist.backbones.branch": "Branch",
+        "dr2dist.backbones.check": "CheckReport check",
+        "dr2dist.backbones.convert": "convert register_backbone supported_backbones",
+        "dr2dist.data.batch": "Batch",
+        "dr2dist.inference.exported": "load",
+        "dr2dist.inference.saved": "save",
+        "dr2dist.reversible": "Chain",
+        "dr2dist.tasks.registry": "register_task supported_tasks",
+        "dr2dist.tasks.task": "Head Loss Task",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dr2dist.arguments import positive
-from dr2dist.bench.command import add_arguments
+from dr2dist.bench.command import add_bench_arguments
 from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write
 from dr2dist.shipped import add_configs_arguments
-from dr2dist.status import end_after
+from dr2dist.status import Status, end_after, say
 from dr2dist.training.command import add_train_arguments
 from dr2dist.version import __version__
 
@@ -36,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         status = command(given)
     except UserError as error:
-        sys.stderr.write(f"dr2dist: {error}\n")
-        status = 2
+        say(f"dr2dist: {error}")
+        status = Status.USER_ERROR
     except KeyboardInterrupt:
-        sys.stderr.write("dr2dist: stopped\n")
+        say("dr2dist: stopped")
         status = 130
     raise SystemExit(status)
 
@@ -48,14 +47,38 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dr2dist", description=__doc__)
     parser.add_argument("--version", action="version", version=f"dr2dist {__version__}")
     commands = _Commands(parser, "COMMAND")
-    _add_train(commands)
-    _add_configs(commands)
+    add_train_arguments(
+        commands.add(
+            "train",
+            "Check a configuration and run it.",
+            "dr2dist train configs/elpv_vit_small.yaml --ranks 2 train.epochs=1",
+        )
+    )
+    add_configs_arguments(
+        commands.add(
+            "configs",
+            "List the configurations that come with dr2dist, or copy one.",
+            "dr2dist configs finetune --output my.yaml",
+        )
+    )
     _add_shards(commands)
     _add_export(commands)
     _add_evaluate(commands)
     _add_predict(commands)
-    _add_doctor(commands)
-    _add_bench(commands)
+    add_doctor_arguments(
+        commands.add(
+            "doctor",
+            "Show what this machine has, and whether a model recomputes bit for bit on it.",
+            "dr2dist doctor --model vit_small_patch14_dinov2 --precision bf16",
+        )
+    )
+    add_bench_arguments(
+        commands.add(
+            "bench",
+            "Measure memory and step time of all ways to train a model, side by side.",
+            "dr2dist bench --model vit_small_patch16_224 --depths 12 24 --output bench",
+        )
+    )
     return parser
 
 
@@ -70,24 +93,6 @@ class _Commands:
         return self._choice.add_parser(
             name, help=text, description=text, epilog=f"example: {example}"
         )
-
-
-def _add_train(commands: _Commands) -> None:
-    train = commands.add(
-        "train",
-        "Check a configuration and run it.",
-        "dr2dist train configs/elpv_vit_small.yaml --ranks 2 train.epochs=1",
-    )
-    add_train_arguments(train)
-
-
-def _add_configs(commands: _Commands) -> None:
-    configs = commands.add(
-        "configs",
-        "List the configurations that come with dr2dist, or copy one.",
-        "dr2dist configs finetune --output my.yaml",
-    )
-    add_configs_arguments(configs)
 
 
 def _add_shards(commands: _Commands) -> None:
@@ -282,24 +287,6 @@ def _predict(given: argparse.Namespace) -> int:
     unreadable = sum("error" in row for row in rows)
     print(f"{given.output}: {len(rows)} samples, {unreadable} of them unreadable")
     return 0
-
-
-def _add_doctor(commands: _Commands) -> None:
-    doctor = commands.add(
-        "doctor",
-        "Show what this machine has, and whether a model recomputes bit for bit on it.",
-        "dr2dist doctor --model vit_small_patch14_dinov2 --precision bf16",
-    )
-    add_doctor_arguments(doctor)
-
-
-def _add_bench(commands: _Commands) -> None:
-    bench = commands.add(
-        "bench",
-        "Measure memory and step time of all ways to train a model, side by side.",
-        "dr2dist bench --model vit_small_patch16_224 --depths 12 24 --output bench",
-    )
-    add_arguments(bench)
 
 
 def command() -> None:

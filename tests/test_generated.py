@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.commands import dr2dist
 from tests.generated import generate, with_fault
 from tests.images import make_small_shards
 from tests.pool import Pool
 
-ROOT = Path(__file__).parent.parent
 MANY = pytest.mark.slow
 
 
@@ -58,14 +55,6 @@ def test_the_command_refuses_a_fault_with_status_2(seed: int, shards: Path, tmp_
     path = tmp_path / "config.yaml"
     values = {"output": str(tmp_path / "run"), **with_fault(seed, str(shards))[0]}
     path.write_text(yaml.safe_dump(values))
-    done = subprocess.run(
-        [sys.executable, "-m", "dr2dist.cli", "train", str(path), "--dry-run"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = dr2dist("train", str(path), "--dry-run")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("dr2dist: ") and not (tmp_path / "run").exists()

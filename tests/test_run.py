@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dr2dist.data.index import read_index
 from dr2dist.training.progress import ProgressLine
+from tests.commands import ROOT, dr2dist
 from tests.images import make_small_shards
 from tests.pool import Pool
 
-ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 SMALLER = {
     "swin_tiny_patch4_window7_224": ["model.image_size=112"],
@@ -183,15 +182,7 @@ def test_train_starts_its_ranks_and_leaves_a_finished_run_alone(
 ) -> None:
     path = write_config(tmp_path, shards)
     line = ("train", str(path), "--ranks", "2")
-    done = subprocess.run(
-        [sys.executable, "-m", "dr2dist.cli", *line, "train.steps=2"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = dr2dist(*line, "train.steps=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "launch        2 rank(s) on this machine" in done.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2

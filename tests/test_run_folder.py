@@ -17,10 +17,10 @@ import pytest
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.errors import UserError
 from dr2dist.training.lock import LOCK, RunLock, check_free
+from tests.commands import ROOT, dr2dist
 from tests.images import make_small_shards
 from tests.pool import Pool, wait_for
 
-ROOT = Path(__file__).parent.parent
 CONFIG = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 2}}
 task: {num_classes: 2}
@@ -131,15 +131,7 @@ def test_other_damage_is_named(
 
 
 def _train(config: Path, *more: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "dr2dist.cli", "train", str(config), *more],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = dr2dist("train", str(config), *more)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -83,15 +83,13 @@ def _check_size(model: Any, image_size: tuple[int, int] | None) -> None:
     if image_size is None or patch is None or getattr(embed, "dynamic_img_pad", False):
         return
     height, width = (patch, patch) if isinstance(patch, int) else patch
-    if image_size[0] % height or image_size[1] % width:
-        below = [
-            size // side * side for size, side in zip(image_size, (height, width), strict=True)
-        ]
+    pairs = [(image_size[0], height), (image_size[1], width)]
+    if any(size % side for size, side in pairs):
+        below = [max(size // side, 1) * side for size, side in pairs]
+        above = [(size // side + 1) * side for size, side in pairs]
         raise UserError(
             f"model.image_size: {list(image_size)} is no multiple of the model's patches of "
-            f"{height} x {width}: allowed is, as the next ones, "
-            f"{[max(side, low) for side, low in zip((height, width), below, strict=True)]} or "
-            f"{[low + side for side, low in zip((height, width), below, strict=True)]}"
+            f"{height} x {width}: allowed is, as the next ones, {below} or {above}"
         )
 
 

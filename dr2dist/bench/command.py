@@ -23,7 +23,7 @@ from dr2dist.files import atomic_write
 MEASURES = ("memory", "time", "batch", "resolution")
 
 
-def add_arguments(bench: argparse.ArgumentParser) -> None:
+def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     bench.add_argument("--model", default="vit_small_patch16_224", help="timm's name of a model")
     bench.add_argument("--output", type=Path, required=True, help="folder to write to")

@@ -128,11 +128,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _parsed(folder: Path, manifest: str) -> dict[str, Any]:
+    path = folder / MANIFEST
     try:
         state: dict[str, Any] = json.loads(manifest)
     except ValueError as error:
-        raise _unreadable(folder / MANIFEST, error) from None
-    path = folder / MANIFEST
+        raise _unreadable(path, error) from None
     if not isinstance(state, dict) or not {"format", "step", "shapes", "files"} <= state.keys():
         raise DamagedError(f"{path}: is damaged: it says nothing of a checkpoint")
     checksum = state.pop("checksum", None)
@@ -238,8 +238,6 @@ def checkpoints(run: Path) -> list[Path]:
 
 def set_aside(folder: Path) -> Path:
     """Renames a damaged checkpoint, so that none takes it for one; where it is now."""
-    for count in itertools.count(1):
-        aside = folder.with_name(f"{folder.name}.damaged" + (f"-{count}" if count > 1 else ""))
-        if not aside.exists():
-            return folder.rename(aside)
-    raise AssertionError
+    endings = itertools.chain([""], (f"-{count}" for count in itertools.count(2)))
+    places = (folder.with_name(f"{folder.name}.damaged{ending}") for ending in endings)
+    return folder.rename(next(place for place in places if not place.exists()))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dr2dist.lazily import lazily
 
 if TYPE_CHECKING:
     from dr2dist.config.load import (
@@ -24,10 +25,12 @@ __all__ = [
     "moved_settings",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Imported when it is asked for: the schema needs torch, the text of a file does not."""
-    if name not in __all__:
-        raise AttributeError(f"module 'dr2dist.config' has no attribute '{name}'")
-    home = "schema" if name == "Config" else "load"
-    return getattr(importlib.import_module(f"dr2dist.config.{home}"), name)
+# The schema needs torch, the text of a file does not.
+__getattr__ = lazily(
+    __name__,
+    {
+        "dr2dist.config.load": "describe_config dump_config import_plugins load_config "
+        "moved_settings",
+        "dr2dist.config.schema": "Config",
+    },
+)

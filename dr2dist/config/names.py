@@ -5,8 +5,18 @@ from __future__ import annotations
 MOVED = {"train.checkpoint_every": "checkpoint.steps", "train.keep": "checkpoint.keep"}
 """Settings of earlier versions, and what they are called now."""
 
-
+OWN_SETTINGS = {
+    "num_classes": "task.num_classes",
+    "img_size": "model.image_size",
+    "in_chans": "model.in_channels",
+    "drop_path_rate": "model.drop_path",
+    "proj_drop_rate": "model.dropout",
+    "pretrained": "model.weights",
+    "checkpoint_path": "model.weights",
+}
+"""timm's arguments of a model that are settings of their own."""
 MEANT = {
+    **OWN_SETTINGS,
     "learning_rate": "optim.lr",
     "lr": "optim.lr",
     "wd": "optim.weight_decay",
@@ -29,12 +39,7 @@ MEANT = {
     "early_stopping": "train.patience",
     "save_steps": "checkpoint.steps",
     "save_total_limit": "checkpoint.keep",
-    "img_size": "model.image_size",
     "input_size": "model.image_size",
-    "in_chans": "model.in_channels",
-    "pretrained": "model.weights",
-    "checkpoint_path": "model.weights",
-    "drop_path_rate": "model.drop_path",
     "classes": "task.num_classes",
     "output_dir": "output",
     "zero_stage": "parallel.zero",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from dr2dist.config.coefficients import CoefficientPath, Conserve, Constant, Guarded, with_kind
+from dr2dist.config.names import OWN_SETTINGS
 from dr2dist.config.optim import Optim
 from dr2dist.config.section import Positive, Section, Unit
 from dr2dist.config.task import Data, TaskOptions
@@ -23,15 +24,6 @@ Size = Annotated[tuple[Positive, Positive], BeforeValidator(_square)]
 
 Scalar = Annotated[bool | int | float | str | None, Field(union_mode="smart")]
 Option = Annotated[Scalar | tuple[Scalar, ...], Field(union_mode="smart")]
-OWN_SETTINGS = {
-    "num_classes": "task.num_classes",
-    "img_size": "model.image_size",
-    "in_chans": "model.in_channels",
-    "drop_path_rate": "model.drop_path",
-    "proj_drop_rate": "model.dropout",
-    "pretrained": "model.weights",
-    "checkpoint_path": "model.weights",
-}
 
 
 class Model(Section):

@@ -48,7 +48,7 @@ def run(given: argparse.Namespace) -> int:
 def _run(given: argparse.Namespace, signals: Signals) -> int:
     read_settings(given.config, given.overrides)  # before what takes seconds to import
     from dr2dist.config import load_config
-    from dr2dist.training.folder import find_start, finished
+    from dr2dist.training.folder import find_start
     from dr2dist.training.plan import make_plan
 
     config = load_config(given.config, given.overrides)
@@ -56,7 +56,7 @@ def _run(given: argparse.Namespace, signals: Signals) -> int:
     plan = make_plan(config, ranks)
     print(plan.describe())
     start = find_start(config, plan.global_batch, plan.steps)
-    if finished(config) is not None:
+    if start.finished is not None:
         print(f"output        {config.output} is finished: nothing is left to do")
         return 0
     plan.try_out(config, fetch=not (given.dry_run or start.checkpoints))

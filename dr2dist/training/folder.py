@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,26 +43,27 @@ _FREE = (
 )
 """What may change when a run goes on: it does not change what the run computes."""
 
-
 _LENGTH = ("train.steps", "train.epochs", "train.patience")
 """What may change too when a run has finished and is to be longer."""
 
 
 class Start(NamedTuple):
-    """What a folder holds of a run. checkpoints: to go on from, newest first; those that are
-    damaged are found out as they are read. cut: whether a run began there and left none. longer:
-    steps of a run that has finished there and is to have more of them."""
+    """What a folder holds of a run. checkpoints: to go on from, newest first. damaged: how many of
+    the newest are so at first sight; all are looked at closely when they are read. cut: whether a
+    run began there and left none. finished: the summary of a run that has nothing left to do.
+    longer: steps of a run that has finished there and is to have more of them."""
 
     checkpoints: tuple[Path, ...] = ()
+    damaged: int = 0
     cut: bool = False
+    finished: dict[str, Any] | None = None
     longer: int | None = None
 
     def describe(self, weights: str) -> str:
         """Where the run begins, in a few words."""
-        sound = next((path for path in self.checkpoints if _fault(path) is None), None)
-        if sound is not None:
-            lost = len(self.checkpoints[: self.checkpoints.index(sound)])
-            return f"{sound}" + (f" ({lost} newer one(s) are damaged)" if lost else "")
+        if self.checkpoints:
+            lost = f" ({self.damaged} newer one(s) are damaged)" if self.damaged else ""
+            return f"{self.checkpoints[self.damaged]}{lost}"
         again = "; the run before was cut before its first checkpoint" if self.cut else ""
         return f"{'random weights' if weights == 'random' else weights}{again}"
 
@@ -81,19 +83,19 @@ def find_start(config: Config, global_batch: int, steps: int) -> Start:
     before = _read_config(folder)
     if before is None:
         raise UserError(f"output: {folder} is not empty and holds no run; name another")
+    old, new = (flat(each) for each in (_completed(before, config), _values(config)))
     ended = _summary(folder)
-    longer = ended is not None and steps > ended["steps"]
-    _same_run(_completed(before, config), yaml.safe_load(dump_config(config)), folder, longer)
+    _same_run(old, new, folder, longer=ended is not None and steps > ended["steps"])
     _check_metrics(folder / METRICS)
     found = tuple(reversed(written(folder)))
-    faults = {path: _fault(path) for path in found}
-    if found and all(faults.values()):
-        raise UserError(f"{faults[found[0]]}; no sound checkpoint is left in {folder}")
-    sound = next((path for path in found if faults[path] is None), None)
-    if sound is not None:
-        _same_batch(sound, global_batch)
-    extended = longer and not _same_length(config, before)
-    return Start(found, not found, ended["steps"] if ended and extended else None)
+    damaged = _count_damaged(found, folder)
+    if found:
+        _same_batch(found[damaged], global_batch)
+    if ended is None:
+        return Start(found, damaged, cut=not found)
+    if all(old.get(key) == new.get(key) for key in _LENGTH):
+        return Start(found, damaged, finished=ended)
+    return Start(found, damaged, cut=not found, longer=ended["steps"])
 
 
 def _check_can_be_made(folder: Path) -> None:
@@ -140,34 +142,30 @@ def _check_metrics(path: Path) -> None:
             ) from None
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint at first sight: its files are not summed up."""
-    try:
-        Checkpoint(path)
-    except DamagedError as error:
-        return str(error)
-    return None
+def _count_damaged(newest_first: Sequence[Path], folder: Path) -> int:
+    """How many checkpoints before the first sound one are damaged, their files not summed up.
 
-
-def finished(config: Config) -> dict[str, Any] | None:
-    """The summary of a run that has finished in the folder, unless it is to be longer now."""
-    summary = _summary(Path(config.output))
-    if summary is None or not _same_length(config, _read_config(Path(config.output))):
-        return None
-    return summary
+    Raises UserError if all are.
+    """
+    faults: list[str] = []
+    for path in newest_first:
+        try:
+            Checkpoint(path)
+            return len(faults)
+        except DamagedError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError(f"{faults[0]}; no sound checkpoint is left in {folder}")
+    return 0
 
 
 def _summary(folder: Path) -> dict[str, Any] | None:
+    """Of a run that has finished."""
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
     except (OSError, ValueError):
         return None
     return summary if summary["status"] == "finished" else None
-
-
-def _same_length(config: Config, before: Any) -> bool:
-    old, new = flat(_completed(before, config)), flat(yaml.safe_load(dump_config(config)))
-    return all(old.get(key) == new.get(key) for key in _LENGTH)
 
 
 def _occupied(folder: Path) -> bool:
@@ -186,11 +184,16 @@ def _completed(before: Any, config: Config) -> Any:
         values: Any = type(config).model_validate(moved_settings(before))
     except ValidationError:  # of another task, or not a configuration at all
         return before
-    return yaml.safe_load(dump_config(values))
+    return _values(values)
 
 
-def _same_run(before: Any, now: Any, folder: Path, longer: bool) -> None:
-    old, new, free = flat(before), flat(now), (*_FREE, *(_LENGTH if longer else ()))
+def _values(config: Config) -> Any:
+    """As a run's folder has them."""
+    return yaml.safe_load(dump_config(config))
+
+
+def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path, longer: bool) -> None:
+    free = (*_FREE, *(_LENGTH if longer else ()))
     for key in [*new, *old]:
         if old.get(key) != new.get(key) and not key.startswith(free):
             raise UserError(

@@ -19,7 +19,6 @@ from dr2dist.coefficients import Schedule
 from dr2dist.config import Config
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, read_index
-from dr2dist.data.stream import ShardDataset, Unreadable
 from dr2dist.errors import UserError
 from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
 from dr2dist.parallel.pipeline.grid import Grid
@@ -28,6 +27,7 @@ from dr2dist.parallel.pipeline.partition import partition
 from dr2dist.reversible import Setting
 from dr2dist.reversible.trees import tree_leaves
 from dr2dist.tasks.task import Task
+from dr2dist.training.datasets import datasets
 from dr2dist.training.groups import parameter_groups
 from dr2dist.training.schedule import learning_rate
 
@@ -75,10 +75,8 @@ class Plan:
 
         fetch: timm's own weights are fetched now, before all ranks would at once.
         """
-        fields = Fields(self.task.fields, config.data.fields)
-        skip: Unreadable = "next" if config.data.unreadable == "skip" else "fail"
-        for shards in filter(None, (config.data.train, config.data.val)):
-            ShardDataset(shards, fields, self.task.transform(config.data), 0, skip)[0, 0]
+        for dataset in filter(None, datasets(config, self.task)):
+            dataset[0, 0]
         if self.blueprint.weights == "hub":
             if fetch:
                 assemble(self.blueprint)

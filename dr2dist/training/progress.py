@@ -6,7 +6,6 @@ import contextlib
 import logging
 import sys
 import time
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -29,24 +28,16 @@ class ProgressLine:
         self._bar: Any = tqdm(initial=done, total=steps, unit="step", disable=not self._terminal)
         self._done, self._first, self._steps = done, done, steps
         self._begin = self._told = time.monotonic()
-        self._redirected: Any = None
+        self._around = contextlib.ExitStack()
 
     def __enter__(self) -> ProgressLine:
         if self._terminal:
-            self._redirected = logging_redirect_tqdm()
-            self._redirected.__enter__()
+            self._around.enter_context(logging_redirect_tqdm())
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(OSError):
+    def __exit__(self, *_: object) -> None:
+        with self._around, contextlib.suppress(OSError):
             self._bar.close()
-        if self._redirected is not None:
-            self._redirected.__exit__(kind, error, at)
 
     def update(self, **values: str) -> None:
         """After a step, with what is worth telling of it."""

@@ -17,9 +17,6 @@ from dr2dist.assembly import assemble
 from dr2dist.backbones.convert import convert
 from dr2dist.config import Config, dump_config
 from dr2dist.config.coefficients import Guarded
-from dr2dist.data.fields import Fields
-from dr2dist.data.order import train_batches, validation_batches
-from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.errors import UserError
 from dr2dist.parallel.agreement import AgreedError, agree, from_first
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
@@ -29,7 +26,7 @@ from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only
 from dr2dist.parallel.processes import init_distributed, largest, share_cores
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
-from dr2dist.training.folder import LOGS, Start, find_start, finished
+from dr2dist.training.folder import LOGS, Start, find_start
 from dr2dist.training.groups import ParameterGroup, kept_groups, parameter_groups
 from dr2dist.training.lock import RunLock
 from dr2dist.training.logs import logged_to
@@ -38,6 +35,7 @@ from dr2dist.training.profile import Profile
 from dr2dist.training.records import Records, peak_memory
 from dr2dist.training.schedule import learning_rate
 from dr2dist.training.speed import Speed, device_peak
+from dr2dist.training.streams import streams
 from dr2dist.training.trainer import Pace, Trainer
 from dr2dist.training.watchdog import Watchdog
 from dr2dist.version import __version__
@@ -50,9 +48,9 @@ def run(config: Config, asked: Callable[[], str | None] = lambda: None) -> dict[
 
     A folder that holds the run so far is gone on with, a finished one is left alone. asked: what
     has asked this rank to stop, if anything has; then the step is ended, a checkpoint written, and
-    the summary's status is "interrupted". Raises
-    UserError for what cannot work and UnprovenStepError for a step that cannot be proven. If
-    another rank is lost, the process ends with a line that names it.
+    the summary's status is "interrupted". Raises UserError for what cannot work and
+    UnprovenStepError for a step that cannot be proven. If another rank is lost, the process ends
+    with a line that names it.
     """
     share_cores()
     init_distributed()
@@ -74,17 +72,17 @@ def _run(
         plan = make_plan(config, ranks)
     folder = Path(config.output)
 
-    def look() -> tuple[Start, dict[str, Any] | None]:
+    def look() -> Start:
         # Only rank 0 looks: file systems of several nodes show what is new to one before another.
-        found = find_start(config, plan.global_batch, plan.steps), finished(config)
-        if found[1] is None:
+        found = find_start(config, plan.global_batch, plan.steps)
+        if found.finished is None:
             stack.enter_context(RunLock(folder))
         return found
 
-    start, before = from_first(look)
-    if before is not None:
+    start = from_first(look)
+    if start.finished is not None:
         log.info("%s is finished: nothing is left to do", config.output)
-        return before
+        return start.finished
     stack.enter_context(logged_to(folder / LOGS / f"rank-{rank}.log"))
     if start.cut:
         log.warning("%s: the run before left no checkpoint: it starts anew", folder)
@@ -100,12 +98,10 @@ def _run(
         records = Records(folder, text, engine.applied)
     watchdog = Watchdog(heartbeat.name, config.train.step_limit, heartbeat.tell)
     trainer = _trainer(config, plan, engine, lr_scales, records, manager, progress, asked, watchdog)
-    return _train(config, plan, trainer, asked)
+    return _train(config, plan, trainer)
 
 
-def _train(
-    config: Config, plan: Plan, trainer: Trainer, asked: Callable[[], str | None]
-) -> dict[str, Any]:
+def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
     start, before = time.monotonic(), trainer.engine.applied
     failure: UnprovenStepError | None = None
     try:
@@ -118,7 +114,7 @@ def _train(
     except UserError as error:  # of this rank alone: a sample that cannot be read
         line = str(error).strip().splitlines()[-1].removeprefix("dr2dist.errors.UserError: ")
         raise UserError(f"rank {dist.get_rank()}: {line}") from None
-    end = _end(trainer, failure, asked())
+    end = _end(trainer, failure)
     samples = (trainer.engine.applied - before) * plan.global_batch
     summary = _summary(config, plan, trainer, end, samples)
     summary["seconds"] = time.monotonic() - start
@@ -139,14 +135,14 @@ class End(NamedTuple):
     failures: int = 0
 
 
-def _end(trainer: Trainer, failure: UnprovenStepError | None, asked: str | None) -> End:
+def _end(trainer: Trainer, failure: UnprovenStepError | None) -> End:
     """Every rank must call it."""
     if failure is not None:
         return End("stopped", str(failure), len(failure.verdict.messages))
     if not trainer.stopping:
         return End("finished")
     found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, asked)
+    dist.all_gather_object(found, trainer.asked())
     return End("interrupted", next((reason for reason in found if reason), None))
 
 
@@ -226,7 +222,7 @@ def _trainer(
         lr_scales=lr_scales,
         limits=config.coefficients.limits() if isinstance(config.coefficients, Guarded) else None,
     )
-    train, val = _streams(config, plan, engine, progress.bad_batches)
+    train, val = streams(config, plan.task, engine, progress.bad_batches)
     return Trainer(
         engine,
         plan.task,
@@ -239,41 +235,9 @@ def _trainer(
         Speed(plan.flops // plan.grid.stages, device_peak(config.train.precision), engine.replicas),
         Profile(Path(config.output) / "profile", config.train.profile),
         seed=(config.train.seed, engine.replica),
-        asked=lambda: asked() is not None,
+        asked=asked,
         watchdog=watchdog,
     )
-
-
-def _streams(config: Config, plan: Plan, engine: ReversibleEngine, passed: int) -> Any:
-    """(training, validation). passed: steps' batches that were skipped."""
-    data, train, task = config.data, config.train, plan.task
-    skip, fields = data.unreadable == "skip", Fields(task.fields, data.fields)
-    dataset = ShardDataset(
-        data.train, fields, task.transform(data), train.seed, "next" if skip else "fail"
-    )
-    batches = train_batches(
-        len(dataset),
-        dataset.index.streams,
-        train.seed,
-        micro_batch=train.micro_batch,
-        accumulate=train.accumulate,
-        rank=engine.replica,
-        ranks=engine.replicas,
-        start=engine.applied + passed,
-    )
-    needed = engine.first or engine.last
-    collate = task.collate
-    stream = iter(loader(dataset, batches, data.num_workers, collate) if needed else ())
-    if data.val is None:
-        return stream, None
-    held_out = ShardDataset(
-        data.val, fields, task.transform(), unreadable="drop" if skip else "fail"
-    )
-    own = validation_batches(
-        len(held_out), batch=train.micro_batch, rank=engine.replica, ranks=engine.replicas
-    )
-    items = [[(0, index) for index in batch] for batch in own]
-    return stream, loader(held_out, items, data.num_workers, collate) if needed else items
 
 
 def _summary(

@@ -74,7 +74,7 @@ class Trainer:
     records: on rank 0, None elsewhere. manager: of the run's checkpoints. progress: what an
     engine that goes on from a checkpoint has reached. seed: of mixing, dropout and the like, this
     rank's own; each step draws from a stream of its own, so a repeated step is the same. asked:
-    whether this rank was asked to stop. watchdog: of steps, validations and checkpoints.
+    what has asked this rank to stop. watchdog: of steps, validations and checkpoints.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Trainer:
         speed: Speed,
         profile: Profile,
         seed: tuple[int, ...],
-        asked: Callable[[], bool],
+        asked: Callable[[], str | None],
         watchdog: Watchdog,
     ) -> None:
         self.engine, self.task, self.pace = engine, task, pace
@@ -100,7 +100,7 @@ class Trainer:
         self.stopping = False
         """Whether all ranks end, since one was asked to."""
         self.watchdog = watchdog
-        self._asked, self._saved_at = asked, time.monotonic()
+        self.asked, self._saved_at = asked, time.monotonic()
         self._bad_in_row = 0
         schedule = pace.schedule
         self.guard = (
@@ -167,15 +167,18 @@ class Trainer:
 
     def _agree_to_stop(self) -> bool:
         """Whether any rank was asked; every rank must call it."""
-        self.stopping = self.stopping or total(self._asked()) > 0
+        self.stopping = self.stopping or total(self.asked() is not None) > 0
         return self.stopping
 
     def _wishes(self) -> Wish:
-        minutes, first = self.pace.checkpoint_minutes, self.records is not None
-        late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        return (Wish.STOP if self._asked() else Wish.NONE) | (
-            Wish.SAVE if first and late else Wish.NONE
-        )
+        """By time checkpoints are due where rank 0's clock says so."""
+        wishes, minutes = Wish.NONE, self.pace.checkpoint_minutes
+        if self.asked() is not None:
+            wishes |= Wish.STOP
+        if minutes is not None and self.records is not None:
+            late = time.monotonic() - self._saved_at >= 60 * minutes
+            wishes |= Wish.SAVE if late else Wish.NONE
+        return wishes
 
     def _step(self, progress: ProgressLine) -> Verdict:
         step = self.engine.applied

@@ -1,0 +1,24 @@
+"""The data sets of a run, as its configuration and its task say."""
+
+from __future__ import annotations
+
+from dr2dist.config import Config
+from dr2dist.data.fields import Fields
+from dr2dist.data.stream import ShardDataset
+from dr2dist.tasks.task import Task
+
+
+def datasets(config: Config, task: Task) -> tuple[ShardDataset, ShardDataset | None]:
+    """(training, held out), the second None where there is none. Raises UserError for shards or
+    transforms that cannot be."""
+    data = config.data
+    skip, fields = data.unreadable == "skip", Fields(task.fields, data.fields)
+    train = ShardDataset(
+        data.train, fields, task.transform(data), config.train.seed, "next" if skip else "fail"
+    )
+    if data.val is None:
+        return train, None
+    held_out = ShardDataset(
+        data.val, fields, task.transform(), unreadable="drop" if skip else "fail"
+    )
+    return train, held_out
