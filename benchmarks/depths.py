@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from dr2dist.bench.cases import CONVENTIONAL, FAR, OFFLOADED, PER_BLOCK, PER_FOUR, PER_TWO, Spec
+from dr2dist.bench.cases import Spec
+from dr2dist.bench.names import CONVENTIONAL, FAR, OFFLOADED, PER_BLOCK, PER_FOUR, PER_TWO
 from dr2dist.bench.worker import Worker
 from dr2dist.reversible import Setting
 

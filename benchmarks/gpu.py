@@ -17,15 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dr2dist.bench.cases import (
-    COMPILED,
-    CONVENTIONAL,
-    EXACT_COMPILED,
-    FAR,
-    OFFLOADED,
-    PER_BLOCK,
-    Spec,
-)
+from dr2dist.bench.cases import Spec
+from dr2dist.bench.names import COMPILED, CONVENTIONAL, EXACT_COMPILED, FAR, OFFLOADED, PER_BLOCK
 from dr2dist.bench.process import CaseError, Process
 from dr2dist.errors import UserError
 

@@ -38,7 +38,6 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm import tqdm
 
 import dr2dist
-from dr2dist.bench.process import RETURN_AT_ONCE
 from dr2dist.bench.worker import peak, start_peak
 from dr2dist.launching.launcher import free_port
 from dr2dist.parallel.deepspeed_json import deepspeed_config
@@ -255,8 +254,7 @@ def measure_memory() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for way in tqdm(MEMORY_WAYS):
         found[way] = {
-            str(flight): answer(child(["--memory-of", way, str(flight)], **RETURN_AT_ONCE))
-            for flight in FLIGHTS
+            str(flight): answer(child(["--memory-of", way, str(flight)])) for flight in FLIGHTS
         }
     return found
 

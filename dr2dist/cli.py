@@ -18,6 +18,7 @@ from dr2dist.files import atomic_write
 from dr2dist.shipped import add_configs_arguments
 from dr2dist.status import Status, end_after, say
 from dr2dist.training.command import add_train_arguments
+from dr2dist.training.report import add_report_arguments
 from dr2dist.version import __version__
 
 
@@ -59,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
             "configs",
             "List the configurations that come with dr2dist, or copy one.",
             "dr2dist configs finetune --output my.yaml",
+        )
+    )
+    add_report_arguments(
+        commands.add(
+            "report",
+            "Compare runs: a table of what they reached, and a picture of their curves.",
+            "dr2dist report runs/photos runs/other --picture curves.png",
         )
     )
     _add_shards(commands)
@@ -181,6 +189,11 @@ def _add_export(commands: _Commands) -> None:
     )
     export.add_argument("--which", choices=("best", "last"), default="best")
     export.add_argument("--overwrite", action="store_true", help="a file that is there already")
+    export.add_argument(
+        "--lora",
+        choices=("merged", "apart"),
+        help="a run's adapters: added to its weights, as by default, or beside them in the file",
+    )
     _add_plugin(export)
     export.set_defaults(command=_export)
 
@@ -191,8 +204,10 @@ def _export(given: argparse.Namespace) -> int:
 
     _import(given.plugin)
     if given.output.suffix == ".safetensors":
-        facts = export(given.run, given.output, given.which, given.overwrite)
+        facts = export(given.run, given.output, given.which, given.overwrite, given.lora)
     elif given.output.suffix in ENDINGS:
+        if given.lora == "apart":
+            raise UserError(f"--lora: apart is for .safetensors, {given.output} has them merged")
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "weights.safetensors"
             facts = export(given.run, weights, given.which)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from dr2dist.bench.cases import FAR, ON_GPU, PER_BLOCK, USUAL, Spec, build
+from dr2dist.bench import report
+from dr2dist.bench.cases import Spec, build
 from dr2dist.bench.measure import largest
+from dr2dist.bench.names import CASES, FAR, LIBRARIES, ON_GPU, PER_BLOCK, USUAL
 from dr2dist.cli import main
 
 TINY = ["--model", "vit_tiny_patch16_224", "--size", "32", "--depths", "2"]
@@ -87,7 +89,47 @@ def test_remainders_are_offloaded_where_the_case_says_so() -> None:
 
 
 def test_the_largest_amount_is_where_the_line_meets_the_limit() -> None:
-    assert largest({"peak_at_0": 100, "peak_slope": 10.0}, 205) == 10
+    assert largest({"peak_at_0": 100, "peak_slope": 10.0, "error": 1.0}, 205) == 10
+    assert largest({"peak_at_0": 100, "peak_slope": -3.0, "error": 1.0}, 205) == 105
+
+
+def test_a_slope_below_its_error_is_said_so() -> None:
+    line = {"at": [1, 3], "growth": [2**20, 2**20 + 64], "slope": 32.0, "error": 640.0}
+    other = line | {"slope": 6400.0}
+    results = {
+        "model": "vit", "bf16": False, "alpha": 0.9, "beta": 0.1, "size": 32, "chunk_size": 1,
+        "chunk_tokens": 1, "elements": 64, "machine": "", "threads": 1, "torch": "",
+        "commands": [], "batches": [1, 3], "cases": ["float", "exact"],
+        "memory": {"own": {"float": line, "exact": other}},
+    }  # fmt: skip
+    rows = [row.split(" | ") for row in report.table(results).splitlines()]
+    texts = {row[0].strip("| "): row[2].strip("| ") for row in rows if len(row) == 3}
+    assert texts["float"] == "under 10.0" and texts["exact"] == "100.0"
+
+
+def test_help_lists_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(case in text for case in CASES)
+
+
+def test_libraries_that_are_not_installed_are_left_out_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    measured = list(LIBRARIES)
+    monkeypatch.setattr(
+        "dr2dist.bench.measure.times",
+        lambda specs, *_: measured.extend(spec.case for spec in specs) or {},
+    )
+    monkeypatch.setattr("dr2dist.bench.measure.share_of_arithmetic", lambda *_: ())
+    monkeypatch.setattr("dr2dist.bench.measure.budget_spec", lambda first, _: first)
+    assert bench(tmp_path / "some", "--measure", "time") == 0
+    assert "left out: revlib, which is not installed" in capsys.readouterr().err
+    assert measured.count("revlib") == 1 and "exact" in measured
+    assert bench(tmp_path / "none", "--cases", "revlib") == 2
+    assert "revlib is not installed" in capsys.readouterr().err
 
 
 def gpu_benchmark(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:

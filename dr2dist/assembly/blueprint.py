@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from dr2dist.backbones.build import build_deferred, build_model
 from dr2dist.backbones.convert import family_of
 from dr2dist.backbones.heads import attach_head
+from dr2dist.backbones.lora import add_adapters, set_values, targets_of, values_of
 from dr2dist.backbones.parameters import freeze
 from dr2dist.config import Config
+from dr2dist.config.schema import Lora
 from dr2dist.config.task import TaskOptions
 from dr2dist.errors import UserError
 from dr2dist.tasks.registry import make_task
 from dr2dist.tasks.task import Task
 
 How = Literal["whole", "in parts", "meta"]
+Read = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Blueprint:
 
     model, image_size, in_channels, options, drop_path, dropout, weights: see `build_model`. task:
     the section `task`. classes: names by label. preprocessing: what samples become, instead of what
-    the model says. frozen: patterns of parameters that are not trained. seed: of new weights.
+    the model says. frozen: patterns of parameters that are not trained. lora: adapters, which are
+    trained with the head alone. seed: of new weights.
     """
 
     model: str
@@ -42,6 +46,7 @@ class Blueprint:
     dropout: float = 0.0
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     frozen: Sequence[str] = ()
+    lora: Lora | None = None
     seed: int | None = None
 
     @classmethod
@@ -60,6 +65,7 @@ class Blueprint:
             dropout=said.dropout,
             preprocessing=config.data.preprocessing(),
             frozen=said.freeze,
+            lora=said.lora,
             seed=config.train.seed,
         )
 
@@ -70,6 +76,7 @@ class Blueprint:
             "image_size": self.image_size,
             "in_channels": self.in_channels,
             "options": dict(self.options),
+            "lora": None if self.lora is None else self.lora.model_dump(),
             "task": self.task.effective(),
             "classes": list(self.classes),
         }
@@ -92,7 +99,7 @@ class Assembled(NamedTuple):
 
     model: nn.Module
     task: Task
-    weights: Callable[[str], Tensor] | None
+    weights: Read | None
 
 
 def assemble(blueprint: Blueprint, how: How = "whole") -> Assembled:
@@ -118,8 +125,23 @@ def assemble(blueprint: Blueprint, how: How = "whole") -> Assembled:
         model, read = build_deferred(name, weights=weights, finish=finish, **options)
     else:
         model = build_model(name, weights=weights, finish=finish, **options)
+    if blueprint.lora is not None:
+        read = _adapt(blueprint, blueprint.lora, model, read, how)
     freeze(model, blueprint.frozen)
     return Assembled(model, made[0], read)
+
+
+def _adapt(
+    blueprint: Blueprint, lora: Lora, model: nn.Module, read: Read | None, how: How
+) -> Read | None:
+    """Gives the model its adapters; returns what gives the values of parameters, if `read` did."""
+    real = how != "meta" and read is None
+    bare = assemble(replace(blueprint, lora=None, frozen=()), "meta").model if real else model
+    targets = targets_of(bare, lora.targets)
+    add_adapters(model, targets, lora.rank, lora.alpha, lora.dropout)
+    if real:
+        set_values(model, blueprint.seed or 0)
+    return None if read is None else values_of(model, blueprint.seed or 0, read)
 
 
 def _finish(blueprint: Blueprint, model: nn.Module) -> Task:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from dr2dist.assembly.blueprint import Blueprint
 from dr2dist.backbones.backbone import built_size
 from dr2dist.backbones.channels import input_channels
+from dr2dist.config.schema import Lora
 from dr2dist.config.task import DEFAULT_TASK
 from dr2dist.errors import UserError, one_line
 from dr2dist.tasks.registry import options_from
@@ -30,12 +31,12 @@ Option = bool | int | float | str
 class ExportMetadata(BaseModel):
     """What an exported file says of its model.
 
-    model, image_size (height, width in pixels), in_channels, options: how it is built. alpha, beta,
-    arithmetic, fraction_bits, state_bits, scales: how its residual functions are joined. task: the
-    section `task`. classes: names by label. preprocessing: how samples become inputs, as plain
-    values. fields: members of samples that were read instead of the task's. plugins: modules that
-    know the task or the backbone. step: applied optimiser steps, None where nobody counted.
-    dr2dist: the version that trained it.
+    model, image_size (height, width in pixels), in_channels, options, lora: how it is built.
+    alpha, beta, arithmetic, fraction_bits, state_bits, scales: how its residual functions are
+    joined. task: the section `task`. classes: names by label. preprocessing: how samples become
+    inputs, as plain values. fields: members of samples that were read instead of the task's.
+    plugins: modules that know the task or the backbone. step: applied optimiser steps, None where
+    nobody counted. dr2dist: the version that trained it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -43,6 +44,7 @@ class ExportMetadata(BaseModel):
     image_size: tuple[int, int] | None
     in_channels: int = 3
     options: dict[str, Option] = {}
+    lora: Lora | None = None
     alpha: float
     beta: float
     arithmetic: Literal["exact", "float"]
@@ -82,6 +84,7 @@ class ExportMetadata(BaseModel):
             image_size=self.image_size,
             in_channels=self.in_channels,
             options=self.options,
+            lora=self.lora,
             preprocessing=self.preprocessing,
         )
 

@@ -156,11 +156,11 @@ def _read(model: Any, path: Path) -> dict[str, Tensor]:
     """What a file holds for the model; a head of another number of classes is left out."""
     state = _fitted(model, read_weights(path), path)
     wanted = model.state_dict()
-    head = {name for name in wanted if name.startswith(_head_names(model))}
+    head = {name for name in wanted if name.startswith(head_names(model))}
     wrong = {n for n, v in state.items() if n in wanted and v.shape != wanted[n].shape}
     fresh = {name for name in head if name not in state or name in wrong}
     missing = sorted(wanted.keys() - state.keys() - fresh)
-    unknown = {n for n in state.keys() - wanted.keys() if not n.startswith(_head_names(model))}
+    unknown = {n for n in state.keys() - wanted.keys() if not n.startswith(head_names(model))}
     strange = sorted(unknown | (wrong - fresh))
     if missing or strange:
         raise UserError(
@@ -190,7 +190,8 @@ def _fitted(model: Any, state: dict[str, Tensor], path: Path) -> dict[str, Tenso
         ) from None
 
 
-def _head_names(model: Any) -> tuple[str, ...]:
+def head_names(model: Any) -> tuple[str, ...]:
+    """What the names of a model's classifier and of a task's head begin with."""
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     own = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     return (*own, f"{TASK_HEAD}.")

@@ -17,8 +17,10 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from dr2dist.bench.names import BUDGET, CASES, CONVENTIONAL, LIBRARIES, USUAL, check_case
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write
+from dr2dist.status import say
 
 MEASURES = ("memory", "time", "batch", "resolution")
 
@@ -30,11 +32,16 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--measure", nargs="+", choices=MEASURES, default=["memory", "time"], help="what"
     )
-    bench.add_argument("--cases", nargs="+", help="what to compare; default: everything")
+    bench.add_argument(
+        "--cases",
+        nargs="+",
+        metavar="CASE",
+        help=f"what to compare: {', '.join(CASES)}; default: what this machine can be asked for",
+    )
     bench.add_argument("--size", type=int, default=224, help="pixels of a side")
     bench.add_argument("--depths", nargs="+", type=int, help="blocks; default: the model's own")
     bench.add_argument("--alpha", type=float, help="default: 1 - beta")
-    bench.add_argument("--beta", type=float, default=0.1)
+    bench.add_argument("--beta", type=float, help="default: that of runs, at their start")
     bench.add_argument("--bf16", action="store_true", help="weights, images and tokens in bf16")
     bench.add_argument("--batches", nargs=2, type=int, default=[16, 32], help="slope between")
     bench.add_argument("--chunk-size", type=int, default=4, help="samples per slice, where sliced")
@@ -50,9 +57,12 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Measures, writing the files anew after each case, and prints the table."""
     from dr2dist.bench import measure
-    from dr2dist.bench.cases import BUDGET, CONVENTIONAL, Spec
+    from dr2dist.bench.cases import Spec
+    from dr2dist.config.coefficients import Conserve
 
     _check(given)
+    if given.beta is None:
+        given.beta = Conserve().beta[0]
     if given.alpha is None:
         given.alpha = 1 - given.beta
     cases = _cases(given.cases)
@@ -110,13 +120,15 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _cases(asked: list[str] | None) -> list[str]:
-    """Those asked for, checked, or all; libraries must be installed if they are compared."""
-    from dr2dist.bench.cases import CASES, LIBRARIES, USUAL, check_case
-
+    """Those asked for, checked, or the usual ones but for libraries that are not installed."""
     for case in asked or []:
         check_case(case)
     cases = [case for case in CASES if case in (USUAL if asked is None else asked)]
     missing = [c for c in cases if c in LIBRARIES and importlib.util.find_spec(c) is None]
+    if asked is None:
+        for case in missing:
+            say(f"left out: {case}, which is not installed (pip install 'dr2dist[bench]')")
+        return [case for case in cases if case not in missing]
     if missing:
         raise UserError(
             f"--cases: {', '.join(missing)} is not installed: pip install 'dr2dist[bench]', or "

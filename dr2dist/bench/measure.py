@@ -11,7 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dr2dist.bench.cases import BUDGET, CONVENTIONAL, PER_BLOCK, Spec
+from dr2dist.bench.cases import Spec
+from dr2dist.bench.names import BUDGET, CONVENTIONAL, PER_BLOCK
 from dr2dist.bench.process import CaseError, Process, ask_once
 
 Found = dict[str, Any]
@@ -19,6 +20,8 @@ ByCase = Iterator[tuple[str, Found]]
 
 SPARE = 0.97
 """A limit is aimed at with this part of what the slope promises."""
+GRAIN = 2 * 65536
+"""Bytes in which two peaks may differ by what the allocator gives back late."""
 
 
 def facts(spec: Spec) -> Found:
@@ -42,17 +45,20 @@ def resolution(specs: Sequence[Spec], sizes: tuple[int, int], patch: int) -> ByC
 
 
 def _line(spec: Spec, points: list[tuple[int, Spec]], batch: int | None = None) -> Found:
-    """Growth and the process's peak at two points, the slopes between them and the peak at 0."""
+    """Growth and the process's peak at two points, the slopes between them and the peak at 0, and
+    the slopes' error, by which each point's steps differ."""
     (low, first), (high, second) = points
     one, other = (
-        ask_once(at, "growth", batch=batch or amount)
+        ask_once(at, "growth", batch=batch or amount, steps=2)
         for amount, at in ((low, first), (high, second))
     )
+    noise = max(one["spread"] + other["spread"], GRAIN)
     slopes = {key: (other[key] - one[key]) / (high - low) for key in ("growth", "peak")}
     return {
         "at": [low, high],
         "growth": [one["growth"], other["growth"]],
         "slope": slopes["growth"],
+        "error": noise / (high - low),
         "peak_slope": slopes["peak"],
         "peak_at_0": one["peak"] - low * slopes["peak"],
     }
@@ -60,7 +66,8 @@ def _line(spec: Spec, points: list[tuple[int, Spec]], batch: int | None = None) 
 
 def largest(line: Found, limit: int) -> int:
     """What a line's peak reaches within a limit of bytes for the process."""
-    return max(0, int((limit - line["peak_at_0"]) / line["peak_slope"]))
+    slope = max(line["peak_slope"], line["error"])
+    return max(0, int((limit - line["peak_at_0"]) / slope))
 
 
 def confirm(specs: Sequence[Spec], lines: dict[str, Found], limit: int) -> ByCase:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import threading
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
+from dr2dist.bench import worker
 from dr2dist.bench.cases import Spec
 from dr2dist.errors import UserError
-
-# glibc then returns what is freed at once, so that resident memory is what is in use.
-RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 class CaseError(Exception):
@@ -26,24 +21,23 @@ class CaseError(Exception):
 class Process:
     """Starts on entry; ends, with all its memory, on exit.
 
-    exact_memory: memory is measured, with an allocator that keeps nothing; slower.
+    It is forked from one that has imported what all cases need, and done nothing else: libraries
+    take longer to import than a small model to measure. exact_memory: memory is measured, with an
+    allocator that keeps nothing; slower.
     """
 
     def __init__(self, spec: Spec, exact_memory: bool) -> None:
-        self.spec = spec
-        self._environment = {**os.environ, **(RETURN_AT_ONCE if exact_memory else {})}
+        self.spec, self.exact_memory = spec, exact_memory
 
     def __enter__(self) -> Process:
-        self._errors = tempfile.TemporaryFile(mode="w+")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dr2dist.bench.worker"],
-            env=self._environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        self._send(asdict(self.spec))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([worker.__name__])
+        self._errors = tempfile.NamedTemporaryFile(mode="r")
+        self._ours, theirs = context.Pipe()
+        given = (theirs, asdict(self.spec), self.exact_memory, self._errors.name)
+        self._process = context.Process(target=worker.serve, args=given, daemon=True)
+        self._process.start()
+        theirs.close()
         return self
 
     def __exit__(
@@ -53,10 +47,10 @@ class Process:
         at: TracebackType | None,
     ) -> None:
         self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            assert stream is not None
-            stream.close()
+        self._process.join()
+        self._process.close()
+        self._ours.close()
+        self._errors.close()
 
     def ask(self, measure: str, seconds: float | None = None, **values: Any) -> dict[str, Any]:
         """One of the worker's measurements.
@@ -64,30 +58,22 @@ class Process:
         seconds: after which the process is ended, None for never. Raises UserError for a case
         that cannot be built, CaseError if the process ended.
         """
-        self._send({"measure": measure, **values})
-        assert self._process.stdout is not None
         limit = threading.Timer(seconds or 0, self._process.kill)
         if seconds is not None:
             limit.start()
-        line = self._process.stdout.readline()
-        limit.cancel()
-        if not line:
-            status = self._process.wait()
-            self._errors.seek(0)
+        try:
+            self._ours.send({"measure": measure, **values})
+            answer: dict[str, Any] = self._ours.recv()
+        except (EOFError, OSError):
+            self._process.join()
             last = self._errors.read().strip().rpartition("\n")[2]
-            raise CaseError(f"{self.spec.case} ended with {status}: {last or 'no message'}")
-        answer: dict[str, Any] = json.loads(line)
+            code = self._process.exitcode
+            raise CaseError(f"{self.spec.case} ended with {code}: {last or 'no message'}") from None
+        finally:
+            limit.cancel()
         if "error" in answer:
             raise UserError(answer["error"])
         return answer
-
-    def _send(self, value: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(value) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended; what it said is read by `ask`
 
 
 def ask_once(spec: Spec, measure: str, **values: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dr2dist.bench.measure import Found, largest
-from dr2dist.files import atomic_write
+from dr2dist.pictures import save_picture
 
 MIB = 2**20
 
@@ -41,7 +41,7 @@ def _columns(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
         title = f"depth {depth}: memory of batch {high}"
         columns.append((title, _texts(lines, lambda x: f"{x['growth'][1] / MIB:.0f} MiB")))
         title = f"depth {depth}: bytes an element of a sample's tokens (slope {low} to {high})"
-        columns.append((title, _texts(lines, lambda x: f"{x['slope'] / elements:.1f}")))
+        columns.append((title, _texts(lines, lambda x: _slope(x, elements, 1))))
     columns += _depth_column(results)
     if times := results.get("time"):
         for base in ("checkpoint per block", "conventional"):
@@ -68,8 +68,14 @@ def _depth_column(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     (low, first), *_, (high, last) = _by_depth(results)
     unit = (int(high) - int(low)) * results["elements"]
     known = set(_sound(last)) & set(_sound(first))
-    both = {case: {"slope": last[case]["slope"] - first[case]["slope"]} for case in known}
-    return [("bytes an element and block", _texts(both, lambda x: f"{x['slope'] / unit:.2f}"))]
+    both = {
+        case: {
+            "slope": last[case]["slope"] - first[case]["slope"],
+            "error": last[case]["error"] + first[case]["error"],
+        }
+        for case in known
+    }
+    return [("bytes an element and block", _texts(both, lambda x: _slope(x, unit, 2)))]
 
 
 def _resolution_columns(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
@@ -85,10 +91,16 @@ def _resolution_columns(results: dict[str, Any]) -> list[tuple[str, dict[str, st
     return [
         (
             f"bytes per token, one image of {low} to {high} pixels",
-            _texts(lines, lambda x: f"{x['slope']:.0f}"),
+            _texts(lines, lambda x: _slope(x, 1, 0)),
         ),
         (f"largest square image in {limit / 2**30:g} GiB (predicted)", _texts(lines, side)),
     ]
+
+
+def _slope(line: Found, unit: float, digits: int) -> str:
+    """In bytes a unit; below its own error it says nothing but that."""
+    slope, error = line["slope"] / unit, line["error"] / unit
+    return f"{slope:.{digits}f}" if slope > error else f"under {error:.{digits}f}"
 
 
 def _ratio(found: Found, key: str) -> str:
@@ -105,10 +117,7 @@ def _texts(found: dict[str, Found], text: Any) -> dict[str, str]:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Growth over the batch, step time, growth over the image: a panel for each measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     panels = []
     for depth, lines in _by_depth(results):
@@ -117,14 +126,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
         panels.append((_draw_times, results["time"], "seconds a step"))
     if "resolution" in results:
         panels.append((_draw_lines, results["resolution"], "tokens of one image"))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (draw, found, label) in zip(axes[0], panels, strict=True):
         draw(axis, {case: found[case] for case in _sound(found)})
         axis.set_xlabel(label)
-    figure.tight_layout()
-    with atomic_write(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
-    pyplot.close(figure)
+    save_picture(figure, path)
 
 
 def _draw_lines(axis: Any, found: dict[str, Found]) -> None:

@@ -1,14 +1,14 @@
-"""The process of one case: builds it, then answers one line of JSON with another."""
+"""The process of one case: builds it, then answers requests for measurements."""
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from dr2dist.backbones.convert import convert
 from dr2dist.backbones.forward import AutogradDriver
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.backbones.walk import Flow, Place, walk
-from dr2dist.bench.cases import COMPILED, Spec, build
+from dr2dist.bench.cases import Spec, build
+from dr2dist.bench.names import COMPILED
 from dr2dist.errors import UserError
 from dr2dist.reversible import Chain, State
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
@@ -37,19 +38,26 @@ class Worker:
             self.net: nn.Module = build(spec).to(self.device)
         self.images = self._images(0)
 
-    def growth(self, batch: int) -> dict[str, Any]:
-        """Bytes by which a step grows the peak, images, weights and gradients excluded, and the
-        peak of the whole process (on a GPU: of its tensors).
+    def growth(self, batch: int, steps: int = 1) -> dict[str, Any]:
+        """Bytes by which a step grows the peak, images, weights and gradients excluded, the peak of
+        the whole process (on a GPU: of its tensors), and by how much more steps' growth differs.
         """
         # What a budget holds is measured in the first step, on the batch that it is for; a
         # compiler makes kernels for it.
         first = self.spec.memory_budget is not None or self.spec.case == COMPILED
         self._step(self._images(batch if first else 1))
         images = self._images(batch)
-        before = start_peak(self.device)
-        self._step(images)
-        after = peak(self.device)
-        return {"growth": after - before, "peak": after}
+        growths, peaks = [], []
+        for _ in range(steps):
+            before = start_peak(self.device)
+            self._step(images)
+            peaks.append(peak(self.device))
+            growths.append(peaks[-1] - before)
+        return {
+            "growth": growths[0],
+            "peak": max(peaks),
+            "spread": max(growths) - min(growths),
+        }
 
     def seconds(self, batch: int) -> dict[str, Any]:
         """Of one step; images are the same in every call."""
@@ -164,22 +172,25 @@ def _status(field: str) -> int:
     return int(text.split()[1]) * 1024
 
 
-def main() -> None:
-    """Reads the case from the first line, then a request per line, until there is none."""
-    # Libraries may write to stdout; answers have it for themselves.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+def serve(requests: Connection, spec: dict[str, Any], exact_memory: bool, errors: str) -> None:
+    """What a case's process does: answers requests until it is ended. errors: a file for what it
+    says, and libraries say, meanwhile."""
+    said = os.open(errors, os.O_WRONLY | os.O_APPEND)
+    os.dup2(said, sys.stdout.fileno())
+    os.dup2(said, sys.stderr.fileno())
+    if exact_memory:
+        return_at_once()
     try:
-        worker = Worker(Spec(**json.loads(sys.stdin.readline())))
-        for line in sys.stdin:
-            request = json.loads(line)
-            answer = getattr(worker, request.pop("measure"))(**request)
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
+        worker = Worker(Spec(**spec))
+        while True:
+            request = requests.recv()
+            requests.send(getattr(worker, request.pop("measure"))(**request))
     except UserError as error:
-        answers.write(json.dumps({"error": str(error)}) + "\n")
-        answers.flush()
+        requests.send({"error": str(error)})
 
 
-if __name__ == "__main__":
-    main()
+def return_at_once() -> None:
+    """Makes glibc give back what is freed, so that resident memory is what is in use."""
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    for which in (trim, mmap):
+        ctypes.CDLL(None).mallopt(which, 65536)

@@ -26,6 +26,19 @@ Scalar = Annotated[bool | int | float | str | None, Field(union_mode="smart")]
 Option = Annotated[Scalar | tuple[Scalar, ...], Field(union_mode="smart")]
 
 
+class Lora(Section):
+    """Low-rank adapters, which are trained with the head alone (peft; dr2dist[lora])."""
+
+    rank: Positive = Field(8, description="of an adapter's two matrices")
+    alpha: float = Field(16.0, gt=0, description="alpha / rank is what adapters are scaled by")
+    dropout: Unit = Field(0.0, description="dropout of an adapter's input")
+    targets: tuple[str, ...] = Field(
+        ("*",),
+        min_length=1,
+        description="patterns of names of linear layers in residual functions, such as *.attn.qkv",
+    )
+
+
 class Model(Section):
     """The backbone."""
 
@@ -44,6 +57,7 @@ class Model(Section):
     freeze: tuple[str, ...] = Field(
         (), description="patterns of parameter names that stay as they are, such as blocks.0.*"
     )
+    lora: Lora | None = Field(None, description="low-rank adapters; null: none")
     options: dict[str, Option] = Field(
         {}, description="timm's arguments of the model, such as {depth: 40, embed_dim: 192}"
     )

@@ -17,6 +17,7 @@ from dr2dist.data.order import validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import ready
+from dr2dist.pictures import save_picture
 from dr2dist.tasks.metrics import add_loss
 from dr2dist.tasks.registry import task_of
 from dr2dist.tasks.task import Task
@@ -87,5 +88,5 @@ def draw(report: dict[str, Any], path: str | Path) -> bool:
     none, and nothing is written."""
     figure: Figure | None = task_of(report.get("task", DEFAULT_TASK)).picture(report)
     if figure is not None:
-        figure.savefig(path)
+        save_picture(figure, path)
     return figure is not None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dr2dist.assembly import ExportMetadata, assemble
 from dr2dist.backbones.convert import convert
+from dr2dist.backbones.lora import merged
 from dr2dist.checkpoints.checkpoint import (
     EMA,
     Checkpoint,
@@ -33,26 +34,36 @@ def export(
     output: str | Path,
     which: Literal["best", "last"] = "best",
     overwrite: bool = False,
+    lora: Literal["merged", "apart"] | None = None,
 ) -> ExportMetadata:
     """Writes the best or last checkpoint of a run's folder as one safetensors file.
 
     Weights are fp32; the file is written aside and renamed. Returns what the file says of itself.
 
+    lora: what becomes of a run's adapters: added to the weights (None too), so that the file is
+    like that of any model, or tensors of their own beside the weights that the run began with.
+
     Averaged weights take the place of trained ones in a run that has them (train.ema). The best
     is the one with the best validation; without validation there is only the last.
-    Raises UserError if there is none, or the output exists and may not be overwritten.
+    Raises UserError if there is none, the output exists and may not be overwritten, or lora is
+    given for a run without adapters.
     """
     output = Path(output)
     check_new(output, overwrite)
     saved = Checkpoint(_chosen(Path(run), which))
     saved.verify()
     facts = ExportMetadata.model_validate(saved.state)
+    if lora is not None and facts.lora is None:
+        raise UserError(f"--lora: has no effect, for {run} has no adapters (model.lora)")
     averaged = set(saved.names(EMA))
     tensors: dict[str, Tensor] = {
         name: saved.tensor(EMA if name in averaged else "master", name)
         for name in saved.names("master")
     }
     tensors |= {name: saved.tensor("buffer", name) for name in saved.names("buffer")}
+    if facts.lora is not None and lora != "apart":
+        tensors = merged(tensors, facts.lora.alpha / facts.lora.rank)
+        facts = facts.model_copy(update={"lora": None})
     with atomic_write(output) as aside:
         save_file(tensors, aside, facts.metadata())
     return facts

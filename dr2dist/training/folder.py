@@ -15,11 +15,7 @@ from dr2dist.checkpoints.checkpoint import Checkpoint, DamagedError, written
 from dr2dist.config import Config, dump_config, moved_settings
 from dr2dist.errors import UserError, one_line
 from dr2dist.training.lock import LOCK, check_free
-
-CONFIG = "config.yaml"
-SUMMARY = "summary.json"
-METRICS = "metrics.jsonl"
-LOGS = "logs"
+from dr2dist.training.run_files import CONFIG, LOGS, METRICS, SUMMARY, read_metrics
 
 _FREE = (
     "output",
@@ -86,7 +82,7 @@ def find_start(config: Config, global_batch: int, steps: int) -> Start:
     old, new = (flat(each) for each in (_completed(before, config), _values(config)))
     ended = _summary(folder)
     _same_run(old, new, folder, longer=ended is not None and steps > ended["steps"])
-    _check_metrics(folder / METRICS)
+    read_metrics(folder / METRICS)  # which a run that goes on cuts back
     found = tuple(reversed(written(folder)))
     damaged = _count_damaged(found, folder)
     if found:
@@ -123,23 +119,6 @@ def _read_config(folder: Path) -> Any:
             "another output"
         )
     return found
-
-
-def _check_metrics(path: Path) -> None:
-    """Raises UserError for a line that is none of a run's; the last may be cut off."""
-    try:
-        lines = path.read_text().rpartition("\n")[0].splitlines()
-    except FileNotFoundError:
-        return
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            json.loads(line)["step"] + 0
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path}: line {number} is damaged: found '{line[:40]}'; delete it to go on"
-            ) from None
 
 
 def _count_damaged(newest_first: Sequence[Path], folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from dr2dist.assembly import Blueprint, assemble
 from dr2dist.backbones.convert import convert
+from dr2dist.backbones.lora import adapted_layers
 from dr2dist.backbones.measure import Measured, measure, on_meta, training_flops
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.backbones.weights import check_file
@@ -40,7 +42,8 @@ class Plan:
     parts: which are each stage's.
     steps: optimiser steps. steps_per_epoch: whole global batches of an epoch. blueprint: of the
     network and its task; task: that has seen the training data. deepspeed: DeepSpeed's
-    configuration. lengths: functions of each chain. parameters, trained: of the model, in numbers.
+    configuration. lengths: functions of each chain. adapted: layers with adapters. parameters,
+    trained: of the model, in numbers.
     groups: of the optimiser. flops: of training on one sample. inputs: numbers of one sample's
     inputs. setting: of the chains, at the smallest beta.
     """
@@ -57,6 +60,7 @@ class Plan:
     task: Task
     deepspeed: dict[str, Any]
     lengths: dict[str, int]
+    adapted: tuple[str, ...]
     parameters: int
     trained: int
     groups: int
@@ -101,6 +105,7 @@ class Plan:
             [
                 f"parameters    {self.parameters:,}, {self.trained:,} of them trained in "
                 f"{self.groups} group(s)",
+                *self._describe_adapters(),
                 f"chains        {chains}",
                 f"coefficients  ({first.alpha:.4f}, {first.beta:.4f}) to "
                 f"({last.alpha:.4f}, {last.beta:.4f})",
@@ -113,6 +118,13 @@ class Plan:
                 *self._describe_stages(),
             ]
         )
+
+    def _describe_adapters(self) -> list[str]:
+        if self.blueprint.lora is None:
+            return []
+        kinds = sorted({re.sub(r"\d+", "*", name) for name in self.adapted})
+        rank, count = self.blueprint.lora.rank, len(self.adapted)
+        return [f"adapters      rank {rank} on {count} linear layers: {', '.join(kinds)}"]
 
     def _describe_best(self) -> list[str]:
         if self.val is None:
@@ -246,6 +258,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
         task=task,
         deepspeed=_deepspeed(config, grid.replicas),
         lengths=lengths,
+        adapted=tuple(adapted_layers(model)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         groups=len(groups),

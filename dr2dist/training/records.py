@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dr2dist.files import atomic_write
-from dr2dist.training.folder import CONFIG, METRICS, SUMMARY, flat
+from dr2dist.training.folder import flat
+from dr2dist.training.run_files import CONFIG, METRICS, SUMMARY
 
 
 class Records:

@@ -26,13 +26,14 @@ from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only
 from dr2dist.parallel.processes import init_distributed, largest, share_cores
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
-from dr2dist.training.folder import LOGS, Start, find_start
+from dr2dist.training.folder import Start, find_start
 from dr2dist.training.groups import ParameterGroup, kept_groups, parameter_groups
 from dr2dist.training.lock import RunLock
 from dr2dist.training.logs import logged_to
 from dr2dist.training.plan import Plan, make_plan
 from dr2dist.training.profile import Profile
 from dr2dist.training.records import Records, peak_memory
+from dr2dist.training.run_files import LOGS
 from dr2dist.training.schedule import learning_rate
 from dr2dist.training.speed import Speed, device_peak
 from dr2dist.training.streams import streams

@@ -1,0 +1,38 @@
+"""The files of a run's folder that people and programs read, and what they hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dr2dist.errors import UserError, one_line
+
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+METRICS = "metrics.jsonl"
+LOGS = "logs"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, none of a file that is not there; the last, which may be
+    cut off, is left out if it does not end.
+
+    Raises UserError for a line that is none of a run's.
+    """
+    try:
+        lines = path.read_text().rpartition("\n")[0].splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+            found[-1]["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}: line {number} is damaged: found '{line[:40]}'; delete it to go on"
+            ) from None
+    return found
