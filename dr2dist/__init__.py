@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dr2dist.data.batch import Batch
     from dr2dist.inference.exported import load
     from dr2dist.inference.saved import save
+    from dr2dist.loggers.logger import Logger
+    from dr2dist.loggers.registry import register_logger
     from dr2dist.reversible import Chain
     from dr2dist.tasks.registry import register_task, supported_tasks
     from dr2dist.tasks.task import Head, Loss, Task
@@ -29,6 +31,7 @@ __all__ = [
     "CheckReport",
     "FeatureInfo",
     "Head",
+    "Logger",
     "Loss",
     "Stem",
     "Task",
@@ -39,6 +42,7 @@ __all__ = [
     "convert",
     "load",
     "register_backbone",
+    "register_logger",
     "register_task",
     "save",
     "supported_backbones",
@@ -58,6 +62,8 @@ __getattr__ = lazily(
         "dr2dist.reversible": "Chain",
         "dr2dist.tasks.registry": "register_task supported_tasks",
         "dr2dist.tasks.task": "Head Loss Task",
+        "dr2dist.loggers.logger": "Logger",
+        "dr2dist.loggers.registry": "register_logger",
     },
 )
 

@@ -59,7 +59,8 @@ def test_every_pair_is_in_few_cases() -> None:
 WRITE = "import os, pathlib, signal, subprocess, sys, time; p = pathlib.Path(os.environ['FILE'])\n"
 CHILD = WRITE + (
     "c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(999)'])\n"
-    "p.write_text(str(c.pid)); time.sleep(999 if p.name == '0.txt' else 0)\n"
+    "q = p.with_suffix('.new'); q.write_text(str(c.pid)); q.rename(p)\n"
+    "time.sleep(999 if p.name == '0.txt' else 0)\n"
 )
 
 
@@ -67,6 +68,7 @@ def test_what_a_rank_has_started_ends_with_it_and_nothing_else(tmp_path: Path) -
     files = [tmp_path / f"{rank}.txt" for rank in range(2)]
     launcher = LocalLauncher()
     launcher.start([sys.executable, "-c", CHILD], [{"FILE": str(file)} for file in files])
+    wait_for(files[0].exists, "the start of the first")
     wait_for(lambda: launcher.statuses()[1] == 0, "the end of the second")
     wait_for(lambda: _gone(files[1]), "the end of what it has started")
     assert launcher.statuses()[0] is None and not _gone(files[0])

@@ -147,6 +147,10 @@ class Train(Section):
     )
     seed: int = Field(0, ge=0, description="of the data's order, augmentation and new weights")
     log_every: Positive = Field(10, description="optimiser steps between logged ones")
+    loggers: tuple[str, ...] = Field(
+        ("tensorboard",),
+        description="of tensorboard, wandb, mlflow (dr2dist[loggers]), and what plugins register",
+    )
     validate_every: Positive | None = Field(
         None, description="optimiser steps between validations; null: at every epoch's end"
     )

@@ -90,3 +90,11 @@ def shown_value(value: Any) -> str:
         text = type(value).__name__
     line = one_line(text.removesuffix("\n...\n"))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their whole names, such as optim.lr."""
+    if not isinstance(values, dict):
+        return {prefix.rstrip("."): values}
+    parts = [flat(value, f"{prefix}{key}.") for key, value in values.items()]
+    return {key: value for part in parts for key, value in part.items()}

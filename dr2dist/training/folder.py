@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dr2dist.checkpoints.checkpoint import Checkpoint, DamagedError, written
 from dr2dist.config import Config, dump_config, moved_settings
+from dr2dist.config.text import flat
 from dr2dist.errors import UserError, one_line
 from dr2dist.training.lock import LOCK, check_free
 from dr2dist.training.run_files import CONFIG, LOGS, METRICS, SUMMARY, read_metrics
@@ -32,6 +33,7 @@ _FREE = (
     "train.bad_batches",
     "train.grace",
     "train.log_every",
+    "train.loggers",
     "train.micro_batch",
     "train.on_bad_batch",
     "train.profile",
@@ -179,14 +181,6 @@ def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path, longer: bo
                 f"output: {folder} holds a run with {key}: {old.get(key)}, now it is "
                 f"{new.get(key)}; name another folder to start anew"
             )
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their whole names, such as optim.lr."""
-    if not isinstance(values, dict):
-        return {prefix.rstrip("."): values}
-    parts = [flat(value, f"{prefix}{key}.") for key, value in values.items()]
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def _same_batch(checkpoint: Path, global_batch: int) -> None:

@@ -22,6 +22,7 @@ from dr2dist.config import Config
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, read_index
 from dr2dist.errors import UserError
+from dr2dist.loggers.registry import check_loggers
 from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer, layers_of
@@ -220,6 +221,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
     Builds no weights. Raises UserError for the first thing that cannot work.
     """
     _check_precision(config.train.precision)
+    check_loggers(config.train.loggers)
     train, val = _indices(config)
     grid = Grid.of(ranks, config.parallel.stages)
     batch = config.train.micro_batch * config.train.accumulate * grid.replicas

@@ -1,11 +1,13 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard, summary.json."""
+"""What a run writes for people: metrics.jsonl, summary.json, and what its loggers take."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +15,35 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
-from dr2dist.training.folder import flat
+from dr2dist.loggers.logger import Logger
 from dr2dist.training.run_files import CONFIG, METRICS, SUMMARY
+
+log = logging.getLogger(__name__)
 
 
 class Records:
     """The files of a run's folder; made on rank 0 only.
 
     config: the resolved configuration, by which a folder is known as a run's. step: the applied one
-    that the run starts from; what was written of later ones is dropped.
+    that the run starts from; what was written of later ones is dropped. loggers: what else the
+    values are for. Raises UserError for a logger that a new run cannot start; one that fails later,
+    as where its server is gone, is named and told nothing more, for the run has its own files.
     """
 
-    def __init__(self, folder: Path, config: str, step: int = 0) -> None:
+    def __init__(
+        self, folder: Path, config: str, step: int = 0, loggers: Iterable[Logger] = ()
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SUMMARY).unlink(missing_ok=True)  # of a run that goes on, or is longer now
         self.write_text(CONFIG, config)
         self._cut_back(step)
         self._lines = (folder / METRICS).open("a")
-        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self._board.add_text("configuration", f"```yaml\n{config}```", step)
-        self._config = config
+        self._loggers = list(loggers)
+        self._tell("start", folder, yaml.safe_load(config), step, strict=step == 0)
 
     def _cut_back(self, step: int) -> None:
         path = self.folder / METRICS
@@ -46,17 +53,16 @@ class Records:
             self.write_text(path.name, "".join(f"{line}\n" for line in kept))
 
     def log(self, step: int, **values: Any) -> None:
-        """One object in metrics.jsonl, its numbers in TensorBoard too. NaN becomes null."""
-        line = {"step": step, **{name: _plain(value) for name, value in values.items()}}
-        self._lines.write(json.dumps(line) + "\n")
+        """One object in metrics.jsonl, its numbers to loggers too. NaN becomes null."""
+        line = {name: _plain(value) for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, **line}) + "\n")
         self._lines.flush()
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(tag(name), value, step)
+        numbers = {tag(k): value for k, value in line.items() if isinstance(value, int | float)}
+        self._tell("log", step, numbers)
 
     def show(self, step: int, look: Figure) -> None:
-        """What a task draws of held-out samples, for TensorBoard."""
-        self._board.add_figure("held_out", look, step)
+        """What a task draws of held-out samples."""
+        self._tell("show", step, look)
 
     def write_text(self, name: str, text: str) -> None:
         """A whole file, written aside and renamed."""
@@ -67,18 +73,26 @@ class Records:
         """summary.json: how the run ended."""
         plain = {name: _plain(value) for name, value in values.items()}
         self.write_text(SUMMARY, json.dumps(plain, indent=2) + "\n")
-        settings = {key: str(value) for key, value in flat(yaml.safe_load(self._config)).items()}
-        reached = {f"reached/{key}": value for key, value in (plain["last"] or {}).items()}
-        self._board.add_hparams(settings, reached, run_name=".", global_step=plain["steps"])
+        self._tell("end", plain)
 
     def close(self) -> None:
         """Ends the files."""
         self._lines.close()
-        self._board.close()
+
+    def _tell(self, what: str, *values: Any, strict: bool = False) -> None:
+        for logger in tuple(self._loggers):
+            try:
+                getattr(logger, what)(*values)
+            except Exception as error:
+                reason = one_line(f"{type(error).__name__}: {error}")
+                if strict:
+                    raise UserError(f"train.loggers: {type(logger).__name__}: {reason}") from None
+                self._loggers.remove(logger)
+                log.warning("logger %s: %s; it is told nothing more", type(logger).__name__, reason)
 
 
 def tag(name: str) -> str:
-    """A value's name in TensorBoard, in a group: train, val, coefficients, memory, or a stage's."""
+    """A value's name for loggers, in a group: train, val, coefficients, memory, or a stage's."""
     if "/" in name:
         return name
     if name.startswith("val_"):

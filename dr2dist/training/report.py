@@ -139,7 +139,7 @@ def draw(runs: Sequence[Run], picture: Path) -> None:
     loss, *middle, path = figure.subplots(1, 3 if metric else 2)
     for number, run in enumerate(runs):
         color = f"C{number}"
-        loss.plot(*run.curve("loss"), color=color, linewidth=1, label=run.name)
+        loss.plot(*run.curve("loss"), color=color, linewidth=1)
         loss.plot(*run.curve("val_loss"), color=color, linestyle="--", marker="o", markersize=4)
         for axis in middle:
             axis.plot(*run.curve(f"val_{metric}"), color=color, marker="o", markersize=4)
@@ -153,7 +153,8 @@ def draw(runs: Sequence[Run], picture: Path) -> None:
     for axis in (loss, *middle, path):
         axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.3)
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    names = [run.name for run in runs]
+    figure.legend(loss.get_lines()[::2], names, loc="outside lower center", ncols=4)
     save_picture(figure, picture)
 
 

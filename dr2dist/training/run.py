@@ -18,6 +18,7 @@ from dr2dist.backbones.convert import convert
 from dr2dist.config import Config, dump_config
 from dr2dist.config.coefficients import Guarded
 from dr2dist.errors import UserError
+from dr2dist.loggers.registry import make_loggers
 from dr2dist.parallel.agreement import AgreedError, agree, from_first
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
 from dr2dist.parallel.heartbeat import Heartbeat
@@ -94,9 +95,10 @@ def _run(
         progress = manager.restore_newest(start.checkpoints, engine)
         log.info("going on after step %d", engine.applied)
     records = None
-    if rank == 0:
-        text = dump_config(config)
-        records = Records(folder, text, engine.applied)
+    with agree():
+        if rank == 0:
+            loggers = make_loggers(config.train.loggers)
+            records = Records(folder, dump_config(config), engine.applied, loggers)
     watchdog = Watchdog(heartbeat.name, config.train.step_limit, heartbeat.tell)
     trainer = _trainer(config, plan, engine, lr_scales, records, manager, progress, asked, watchdog)
     return _train(config, plan, trainer)
