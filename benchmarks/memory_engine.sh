@@ -6,7 +6,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bench() {
-    python -m dr2dist.cli bench --model vit_small_patch16_224 --output runs/bench "$@"
+    python -m dr2dist.cli bench --model vit_small_patch16_224 --output runs/bench --batches 16 32 \
+        --time-batch 16 "$@"
 }
 checkpoints=("checkpoint per block" "checkpoint per block, no early stop")
 sliced=("exact sliced" "exact 16 bits sliced")

@@ -26,7 +26,7 @@ run configs/elpv_vit_small_conventional.yaml conventional
 echo "== memory of a step of the same model at the same coefficients, in one process"
 rm -rf runs/quickstart/memory
 dr2dist bench --model vit_small_patch14_dinov2 --size 112 --measure memory batch \
-    --cases conventional exact "exact sliced" --batches 4 12 --limit 1.5GiB \
+    --cases conventional exact "exact sliced" --batches 4 12 --limit 1GiB \
     --output runs/quickstart/memory >runs/quickstart/memory.log 2>&1 ||
     { cat runs/quickstart/memory.log >&2; exit 1; }
 grep "^|" runs/quickstart/memory/results.md

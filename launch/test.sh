@@ -31,5 +31,5 @@ ruff check .
 ruff format --check .
 mypy dr2dist
 # Many tests wait for processes that they start, so two files run at a time. A file's tests stay
-# together, for they share its runs and its worker's pools of ranks.
-exec python -m pytest --numprocesses 2 --dist loadfile "${select[@]}" "$@"
+# together, for they share its runs and its worker's pools of ranks. tests/conftest.py orders the files.
+exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "${select[@]}" "$@"

@@ -31,6 +31,10 @@ from tests.pool import Pool
 GPU_SECONDS = 570
 """After which no test with --gpu is begun, so that all end within ten minutes."""
 
+LONG = ("stopping", "inference", "checkpoint", "run", "run_folder", "state_bits_ranks", "engine")
+"""Files that take minutes, since they start commands and ranks: begun first, so that no process is
+left with one of them when the others have nothing to do."""
+
 _begin = time.monotonic()
 
 
@@ -47,7 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marked = item.get_closest_marker("gpu") is not None
         (chosen if marked == wanted else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = chosen
+    long = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items[:] = sorted(chosen, key=lambda item: long.get(item.path.stem, len(long)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

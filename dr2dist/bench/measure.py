@@ -46,13 +46,11 @@ def resolution(specs: Sequence[Spec], sizes: tuple[int, int], patch: int) -> ByC
 
 def _line(spec: Spec, points: list[tuple[int, Spec]], batch: int | None = None) -> Found:
     """Growth and the process's peak at two points, the slopes between them and the peak at 0, and
-    the slopes' error, by which each point's steps differ."""
+    the slopes' error, from how two steps at the first point differ."""
     (low, first), (high, second) = points
-    one, other = (
-        ask_once(at, "growth", batch=batch or amount, steps=2)
-        for amount, at in ((low, first), (high, second))
-    )
-    noise = max(one["spread"] + other["spread"], GRAIN)
+    one = ask_once(first, "growth", batch=batch or low, steps=2)
+    other = ask_once(second, "growth", batch=batch or high)
+    noise = max(2 * one["spread"], GRAIN)  # of both
     slopes = {key: (other[key] - one[key]) / (high - low) for key in ("growth", "peak")}
     return {
         "at": [low, high],
