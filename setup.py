@@ -46,7 +46,7 @@ setup(
     extras_require={
         "bench": ["momentumnet", "revlib"],
         "demo": ["onnx"],
-        "docs": ["griffelib", "mkdocs", "mkdocstrings[python]", "ruff"],
+        "docs": ["griffelib", "mkdocs", "mkdocstrings[python]", "rich", "ruff"],
         "loggers": ["mlflow-skinny", "wandb"],
         "lora": ["peft"],
         "onnx": ["onnx", "onnxruntime", "onnxscript"],

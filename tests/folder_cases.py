@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.config import load_config
+from dr2dist.errors import UserError
 from dr2dist.parallel.agreement import AgreedError
 from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.reversible.budget.costs import Watermark
@@ -54,3 +55,11 @@ def save(folder: str, zero: int, bf16: bool) -> tuple[int, int]:
         assert torch.equal(saved.tensor("buffer", name), buffer)
     assert os.listdir(Path(folder) / "checkpoints") == ["step-00000001"]
     return mark.peak, largest
+
+
+def goes_on(path: str, output: str) -> str:
+    """How a run in a folder that may be damaged ends: "finished", or the line that refuses it."""
+    try:
+        return str(run(load_config(path, [f"output={output}"]))["status"])
+    except UserError as error:
+        return str(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.errors import UserError
@@ -20,6 +22,7 @@ from dr2dist.training.lock import LOCK, RunLock, check_free
 from tests.commands import ROOT, dr2dist
 from tests.images import make_small_shards
 from tests.pool import Pool, wait_for
+from tests.test_checkpoint import weights
 
 CONFIG = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 2}}
@@ -94,6 +97,56 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     assert (newest.parent / "step-00000003.damaged").is_dir()
     assert [path.name for path in checkpoints(run)] == [f"step-{n:08d}" for n in (2, 3, 4)]
     Checkpoint(newest).verify()
+
+
+def _damage(draw: random.Random, file: Path) -> str:
+    """One of the things that disks, people and broken copies do to a file."""
+    kind = draw.choice(["flip", "cut", "empty", "gone", "more", "zeros", "folder", "noise"])
+    data = file.read_bytes()
+    if kind == "flip" and data:
+        _flip(file, draw.randrange(len(data)))
+    elif kind == "cut":
+        os.truncate(file, draw.randrange(len(data) + 1))
+    elif kind == "more":
+        file.write_bytes(data + draw.randbytes(draw.randrange(1, 50)))
+    elif kind == "zeros":
+        file.write_bytes(bytes(len(data)))
+    elif kind == "noise":
+        file.write_bytes(draw.randbytes(draw.randrange(200)))
+    elif kind == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+        if kind == "folder":
+            file.mkdir()
+    return f"{kind} {file.relative_to(file.parents[1])}"
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(4), pytest.param(range(4, 100), marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_a_folder_that_is_damaged_anywhere_goes_on_rightly_or_is_refused(
+    seeds: range, cut: Path, tmp_path: Path, two_ranks: Pool
+) -> None:
+    """To the weights of the run that nothing has happened to; a refusal is one line, on all ranks
+    alike, and names what is there."""
+    config, sound = str(cut / "config.yaml"), tmp_path / "sound"
+    shutil.copytree(cut / "run", sound)
+    two_ranks.run("tests.folder_cases:goes_on", path=config, output=str(sound))
+    wanted = weights(sound)
+    for seed in seeds:
+        draw, run = random.Random(seed), tmp_path / "run"
+        shutil.copytree(cut / "run", run)
+        files = sorted(file for file in run.rglob("*") if file.is_file())
+        done = [_damage(draw, file) for file in draw.sample(files, draw.choice([1, 1, 2, 3]))]
+        found = two_ranks.run("tests.folder_cases:goes_on", path=config, output=str(run))
+        assert found[0] == found[1], (seed, done, found)
+        if found[0] == "finished":
+            ours = weights(run)
+            assert all(torch.equal(value, ours[key]) for key, value in wanted.items()), (seed, done)
+        else:
+            assert "\n" not in found[0] and str(run) in found[0], (seed, done, found)
+        shutil.rmtree(run)
 
 
 def test_no_checkpoint_that_is_sound_is_an_error(
