@@ -123,8 +123,15 @@ def family_of(model: nn.Module) -> Backbone:
         )
     for family in _families:
         if family.matches(model):
-            return family
+            return _with_functions(family, model)
     raise UserError(f"convert: {unsupported(model, _families)}")
+
+
+def _with_functions(family: Backbone, model: nn.Module) -> Backbone:
+    """The family. Raises UserError for a model that has nothing to reverse."""
+    if not any(getattr(layer, "functions", ()) for layer in family.layers(model)):
+        raise UserError(f"{type(model).__name__} has no block, so nothing can be reversed")
+    return family
 
 
 def register_backbone(family: Backbone) -> None:

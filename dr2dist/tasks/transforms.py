@@ -35,7 +35,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 class RandAugment(Section):
     """timm's RandAugment: random operations on each training image."""
 
-    magnitude: float = Field(9.0, ge=0, le=10, description="strength of the operations")
+    magnitude: int = Field(9, ge=0, le=10, description="strength of the operations")
     layers: Positive = Field(2, description="operations on each image")
     noise: float = Field(0.5, ge=0, description="standard deviation of the magnitude")
 
@@ -132,7 +132,7 @@ def train_transform(
         steps.append(v2.RandomVerticalFlip())
     if data.rand_augment is not None:
         part = data.rand_augment
-        name = f"rand-m{part.magnitude:g}-n{part.layers}-mstd{part.noise:g}-inc1"
+        name = f"rand-m{part.magnitude}-n{part.layers}-mstd{part.noise:f}-inc1"
         colour = tuple(round(255 * value) for value in mean)
         options = {"img_mean": colour, "translate_const": int(0.45 * min(size))}
         steps.append(OnImage(rand_augment_transform(name, options)))
