@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+
+def path(text: str) -> Path:
+    """A path; `~` at its beginning is the home folder, which shells leave in `--key=~/file`."""
+    return Path(text).expanduser()
+
+
+def shards(text: str) -> str:
+    """A folder of shards or a brace pattern, as `path`."""
+    return str(Path(text).expanduser())
 
 
 def positive(text: str) -> int:

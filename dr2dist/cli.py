@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dr2dist.arguments import positive
+from dr2dist.arguments import path, positive
+from dr2dist.arguments import shards as shards_text
 from dr2dist.bench.command import add_bench_arguments
 from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
-from dr2dist.files import atomic_write
+from dr2dist.files import atomic_write, check_file_output
 from dr2dist.shipped import add_configs_arguments
 from dr2dist.status import Status, end_after, say
 from dr2dist.training.command import add_train_arguments
@@ -117,28 +120,33 @@ def _add_shards(commands: _Commands) -> None:
         "--val-fraction 0.1",
     )
     make.add_argument("--from", dest="kind", required=True, choices=tuple(SOURCES))
-    make.add_argument("--source", type=Path, required=True, help="folder, or CSV file")
-    make.add_argument("--output", type=Path, required=True, help="folder to make")
+    make.add_argument("--source", type=path, required=True, help="folder, or CSV file")
+    make.add_argument("--output", type=path, required=True, help="folder to make")
     make.add_argument("--samples-per-shard", type=positive, default=256)
     make.add_argument("--val-fraction", type=float, default=0.0, help="held out as OUTPUT/val")
     make.add_argument("--seed", type=int, default=0, help="of the mixing and the split")
     make.add_argument("--workers", type=positive, help="files at a time; default: all cores")
+    make.add_argument(
+        "--skip-unreadable", action="store_true", help="leave such samples out, and name them"
+    )
     make.set_defaults(command=_shards_make)
     verify = actions.add(
         "verify",
         "Compare shards with their index: sizes, checksums, members, classes.",
         "dr2dist shards verify 'demo/elpv/train/shard-{000000..000003}.tar'",
     )
-    verify.add_argument("shards", help="a folder, or a brace pattern")
+    verify.add_argument("shards", type=shards_text, help="a folder, or a brace pattern")
     verify.set_defaults(command=_shards_verify)
 
 
 def _shards_make(given: argparse.Namespace) -> int:
     from dr2dist.data.shards import make_shards
     from dr2dist.data.sources import SOURCES
+    from dr2dist.data.unfinished import check_output
 
+    check_output(Path(os.path.abspath(given.output)))
     records, classes = SOURCES[given.kind](given.source)
-    make_shards(
+    made = make_shards(
         records,
         classes,
         given.output,
@@ -146,9 +154,13 @@ def _shards_make(given: argparse.Namespace) -> int:
         val_fraction=given.val_fraction,
         seed=given.seed,
         workers=given.workers,
+        skip_unreadable=given.skip_unreadable,
     )
+    for line in made.left:
+        say(f"left out: {line}")
     kinds = f" of {len(classes)} classes" if classes else ""
-    print(f"{given.output}: {len(records)} samples{kinds}")
+    more = f", {len(made.left)} left out as unreadable" if made.left else ""
+    print(f"{given.output}: {made.samples} samples{kinds}{more}")
     return 0
 
 
@@ -183,9 +195,9 @@ def _add_export(commands: _Commands) -> None:
         "program of torch.export for anything else.",
         "dr2dist export runs/photos --output photos.safetensors",
     )
-    export.add_argument("run", type=Path, help="folder of a run")
+    export.add_argument("run", type=path, help="folder of a run")
     export.add_argument(
-        "--output", type=Path, required=True, help="FILE.safetensors, FILE.onnx or FILE.pt2"
+        "--output", type=path, required=True, help="FILE.safetensors, FILE.onnx or FILE.pt2"
     )
     export.add_argument("--which", choices=("best", "last"), default="best")
     export.add_argument("--overwrite", action="store_true", help="a file that is there already")
@@ -229,9 +241,9 @@ def _add_evaluate(commands: _Commands) -> None:
         "Measure an exported model on all samples of shards that say what is right.",
         "dr2dist evaluate photos.safetensors shards/photos/val --output report.json",
     )
-    evaluate.add_argument("model", type=Path, help="a file of 'dr2dist export'")
-    evaluate.add_argument("shards", help="a folder, or a brace pattern")
-    evaluate.add_argument("--output", type=Path, help="report as JSON; a PNG is put beside it")
+    evaluate.add_argument("model", type=path, help="a file of 'dr2dist export'")
+    evaluate.add_argument("shards", type=shards_text, help="a folder, or a brace pattern")
+    evaluate.add_argument("--output", type=path, help="report as JSON; a PNG is put beside it")
     evaluate.add_argument("--batch", type=positive, default=32)
     evaluate.add_argument("--workers", type=int, default=0, help="loader processes")
     evaluate.add_argument(
@@ -244,6 +256,8 @@ def _add_evaluate(commands: _Commands) -> None:
 def _evaluate(given: argparse.Namespace) -> int:
     from dr2dist.inference.evaluate import draw, evaluate
 
+    if given.output is not None:
+        check_file_output(given.output)
     _import(given.plugin)
     report = evaluate(
         given.model,
@@ -256,7 +270,7 @@ def _evaluate(given: argparse.Namespace) -> int:
         print(line)
     if given.output is not None:
         with atomic_write(given.output) as aside:
-            aside.write_text(json.dumps(report, indent=1) + "\n")
+            aside.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
         draw(report, given.output.with_suffix(".png"))
     return 0
 
@@ -279,9 +293,11 @@ def _add_predict(commands: _Commands) -> None:
         "Predict for files by an exported model.",
         "dr2dist predict photos.safetensors new_photos --output predictions.csv",
     )
-    predict.add_argument("model", type=Path, help="a file of 'dr2dist export'")
-    predict.add_argument("files", nargs="+", help="files of samples, and folders of them")
-    predict.add_argument("--output", type=Path, required=True, help="FILE.csv or FILE.json")
+    predict.add_argument("model", type=path, help="a file of 'dr2dist export'")
+    predict.add_argument(
+        "files", type=path, nargs="+", help="files of samples, and folders of them"
+    )
+    predict.add_argument("--output", type=path, required=True, help="FILE.csv or FILE.json")
     predict.add_argument("--batch", type=positive, default=32)
     predict.add_argument(
         "--skip-unreadable", action="store_true", help="give such a sample a row with its error"
@@ -306,6 +322,8 @@ def _predict(given: argparse.Namespace) -> int:
 
 def command() -> None:
     """What `dr2dist` is."""
+    for stream in (sys.stdout, sys.stderr):  # whose encoding may lack letters that names have
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     end_after(main)
 
 

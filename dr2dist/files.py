@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,27 @@ def check_new(path: Path, overwrite: bool = False) -> None:
     if path.exists() and (path.is_dir() or not overwrite):
         more = "is a folder" if path.is_dir() else "exists already, --overwrite replaces it"
         raise UserError(f"{path}: {more}; or name another file")
+    check_can_be_made(path.parent)
+
+
+def check_can_be_made(path: Path, what: str = "") -> None:
+    """Raises UserError if no file or folder could be made there. Leaves nothing behind.
+
+    what: the setting that names it, such as "output: ".
+    """
+    try:
+        parent = next(each for each in (path, *path.absolute().parents) if each.exists())
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{what}{path} cannot be made: {error.strerror}") from None
+
+
+def check_file_output(path: Path) -> None:
+    """Raises UserError for a file that could not be written, before the work that it is for."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
+    check_can_be_made(path.parent)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import itertools
 import shutil
 from pathlib import Path
 
+from dr2dist.arguments import path
 from dr2dist.config.text import read_settings
 from dr2dist.errors import UserError, nearest
 from dr2dist.files import atomic_write
@@ -17,7 +18,7 @@ PACKAGE = Path(__file__).parent
 def add_configs_arguments(parser: argparse.ArgumentParser) -> None:
     """What `dr2dist configs` takes."""
     parser.add_argument("name", nargs="?", help="which one to copy; without it all are listed")
-    parser.add_argument("--output", type=Path, help="where to; default: ./NAME.yaml")
+    parser.add_argument("--output", type=path, help="where to; default: ./NAME.yaml")
     parser.set_defaults(command=run)
 
 

@@ -40,7 +40,7 @@ elif ! usable "$venv/bin/python" pip; then
     echo "install.sh: $venv lacks pip or Python 3.11 or newer; delete it and retry" >&2
     exit 2
 fi
-echo "installing into $venv (takes a minute or two)" >&2
+echo "installing into ${venv#"$PWD/"} (takes a minute or two)" >&2
 log=$venv/install.log
 if ! "$venv/bin/python" -m pip install -c "$root/launch/constraints.txt" -e "$root[$extras]" \
     >"$log" 2>&1; then

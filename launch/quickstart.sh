@@ -3,8 +3,8 @@
 # shards, runs two short finetunings on two ranks and prints what they reached.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-"$root/launch/install.sh" demo
 cd "$root"
+launch/install.sh demo
 export PATH="$root/.venv/bin:$PATH"
 
 python launch/fetch_demo.py --output demo
@@ -16,7 +16,8 @@ fi
 run() { # config, name
     rm -rf "runs/quickstart/$2"
     deepspeed --quiet --num_accelerators 2 launch/train.py --config "$1" \
-        train.epochs=null train.steps=50 output="runs/quickstart/$2"
+        train.epochs=null train.steps=50 output="runs/quickstart/$2" \
+        2> >(grep --line-buffered -v "Setting accelerator to CPU" >&2)
 }
 echo "== exact reversal at alpha 0.9, beta 0.1"
 run configs/elpv_vit_small.yaml exact

@@ -289,7 +289,7 @@ def test_arrays_are_read_without_pickles(tmp_path: Path) -> None:
     np.save(tmp_path / "b.npy", np.array([{"x": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"\.npy: .*allow_pickle"):
         decode("npy", (tmp_path / "b.npy").read_bytes())
-    with pytest.raises(ValueError, match=r"\.pkl: allowed types are bmp"):
+    with pytest.raises(ValueError, match=r"\.pkl: allowed types are apng"):
         decode("pkl", b"")
 
 

@@ -23,7 +23,7 @@ from tests.pool import Pool
 CONFIG = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 1}}
 task: {name: classification, num_classes: 2}
-data: {train: SHARDS/train, val: SHARDS/val}
+data: {train: SHARDS/train, val: SHARDS/val, orientation: stored}
 optim: {lr: 1.0e-3}
 train: {steps: 4, micro_batch: 4}
 checkpoint: {steps: 2}
@@ -47,6 +47,7 @@ def as_before(run: Path) -> None:
     """A run's folder as version 0.1 wrote it."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     del config["plugins"], config["data"]["fields"], config["model"]["in_channels"]
+    del config["data"]["orientation"], config["model"]["lora"], config["train"]["loggers"]
     config["train"] |= {"checkpoint_every": 2, "keep": config.pop("checkpoint")["keep"]}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     for folder in checkpoints(run):
@@ -86,6 +87,9 @@ def test_a_run_of_the_version_before_goes_on(
         as_format_1(tmp_path / "shards" / part)
         verify_shards(tmp_path / "shards" / part, progress=False)
     as_before(tmp_path / "broken")
+    with pytest.raises(AssertionError, match=r"data\.orientation: stored, now it is exif"):
+        turned = ["data.orientation=exif"]
+        one_rank.run("tests.cases:run_config", path=str(configs["broken"]), overrides=turned)
     assert run(one_rank, configs["broken"])["steps"] == 4
     one, other = (Checkpoint(checkpoints(tmp_path / n)[-1]) for n in ("whole", "broken"))
     for name in one.names("master"):

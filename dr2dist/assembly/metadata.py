@@ -25,6 +25,9 @@ WARNING = (
 )
 
 
+PRESENT = {"resize": "timm", "orientation": "exif"}
+"""How images are prepared where nothing else is said; files of versions before do not have all."""
+
 Option = bool | int | float | str
 
 
@@ -152,7 +155,7 @@ def metadata_of(
             scales=net.scales,
             task=dict(task or {"name": DEFAULT_TASK, "num_classes": len(classes)}),
             classes=classes,
-            preprocessing={**family.preprocessing(net), "resize": "timm", **preprocessing},
+            preprocessing={**family.preprocessing(net), **PRESENT, **preprocessing},
             step=None,
             dr2dist=__version__,
         )

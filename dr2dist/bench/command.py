@@ -17,9 +17,10 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from dr2dist.arguments import path
 from dr2dist.bench.names import BUDGET, CASES, CONVENTIONAL, LIBRARIES, USUAL, check_case
 from dr2dist.errors import UserError
-from dr2dist.files import atomic_write
+from dr2dist.files import atomic_write, check_can_be_made
 from dr2dist.status import say
 
 MEASURES = ("memory", "time", "batch", "resolution")
@@ -28,7 +29,7 @@ MEASURES = ("memory", "time", "batch", "resolution")
 def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     bench.add_argument("--model", default="vit_small_patch16_224", help="timm's name of a model")
-    bench.add_argument("--output", type=Path, required=True, help="folder to write to")
+    bench.add_argument("--output", type=path, required=True, help="folder to write to")
     bench.add_argument(
         "--measure", nargs="+", choices=MEASURES, default=["memory", "time"], help="what"
     )
@@ -61,6 +62,7 @@ def run(given: argparse.Namespace) -> int:
     from dr2dist.config.coefficients import Conserve
 
     _check(given)
+    check_can_be_made(given.output, "--output: ")
     if given.beta is None:
         given.beta = Conserve().beta[0]
     if given.alpha is None:
@@ -103,7 +105,7 @@ def run(given: argparse.Namespace) -> int:
         large = [replace(spec, slices=slices) for spec in specs]
         keep(measure.resolution(large, tuple(given.sizes), results["patch"]), "resolution")
     write(results, given.output)
-    print((given.output / "results.md").read_text(), end="")
+    print((given.output / "results.md").read_text("utf-8"), end="")
     return 0
 
 
@@ -161,7 +163,7 @@ def _begin(given: argparse.Namespace, cases: list[str]) -> dict[str, Any]:
     named = ("model", "size", "beta", "alpha", "bf16", "batches", "sizes", "chunk_size")
     settings |= {name: getattr(given, name) for name in (*named, "chunk_tokens")}
     path = given.output / "results.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     for name, value in settings.items():
         found = known.get(name)
         if known and found != value:
@@ -184,8 +186,8 @@ def write(results: dict[str, Any], output: Path) -> None:
     from dr2dist.bench.report import plot, table
 
     with atomic_write(output / "results.json") as aside:
-        aside.write_text(json.dumps(results, indent=1) + "\n")
+        aside.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     with atomic_write(output / "results.md") as aside:
-        aside.write_text(table(results))
+        aside.write_text(table(results), "utf-8")
     if any(measure in results for measure in ("memory", "time", "resolution")):
         plot(results, output / "results.png")

@@ -32,7 +32,7 @@ class Process:
     def __enter__(self) -> Process:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([worker.__name__])
-        self._errors = tempfile.NamedTemporaryFile(mode="r")
+        self._errors = tempfile.NamedTemporaryFile(encoding="utf-8", mode="r")
         self._ours, theirs = context.Pipe()
         given = (theirs, asdict(self.spec), self.exact_memory, self._errors.name)
         self._process = context.Process(target=worker.serve, args=given, daemon=True)

@@ -156,7 +156,7 @@ def start_peak(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return _status("VmRSS")
 
 
@@ -167,7 +167,7 @@ def peak(device: torch.device) -> int:
 
 def _status(field: str) -> int:
     """A field of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (text,) = (line for line in lines if line.startswith(f"{field}:"))
     return int(text.split()[1]) * 1024
 

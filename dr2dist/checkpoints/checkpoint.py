@@ -70,7 +70,7 @@ def write_checkpoint(
             _check_seen([aside / name for name, _ in sums])
             values = {"format": FORMAT, **state, "shapes": shapes, "files": dict(sums)}
             values["checksum"] = _sum_of(json.loads(json.dumps(values)))
-            (aside / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
+            (aside / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", "utf-8")
             _to_disk(aside / MANIFEST)
             _put(aside, folder)
 
@@ -110,7 +110,7 @@ def _to_disk(path: Path) -> None:
 def read_manifest(folder: Path) -> str:
     """The text that a checkpoint says of itself. Raises UserError if it cannot be read."""
     try:
-        return (folder / MANIFEST).read_text()
+        return (folder / MANIFEST).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(folder / MANIFEST, error) from None
 

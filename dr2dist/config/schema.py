@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_va
 from dr2dist.config.coefficients import CoefficientPath, Conserve, Constant, Guarded, with_kind
 from dr2dist.config.names import OWN_SETTINGS
 from dr2dist.config.optim import Optim
-from dr2dist.config.section import Positive, Section, Unit
+from dr2dist.config.section import Place, Positive, Section, Unit
 from dr2dist.config.task import Data, TaskOptions
 from dr2dist.reversible import Setting
 
@@ -43,7 +43,7 @@ class Model(Section):
     """The backbone."""
 
     name: str = Field(description="timm's name of the model")
-    weights: str = Field(
+    weights: Place = Field(
         description="random, hub (timm's own), or a .safetensors, .pth, .pt or .bin file"
     )
     in_channels: Positive = Field(
@@ -213,7 +213,7 @@ class Parallel(Section):
     )
     zero: Literal[0, 1, 2, 3] = Field(2, description="ZeRO stage")
     offload_optimizer: bool = Field(False, description="keep masters and moments in host memory")
-    deepspeed: str | None = Field(None, description="a JSON file of DeepSpeed's own settings")
+    deepspeed: Place | None = Field(None, description="a JSON file of DeepSpeed's own settings")
 
     @model_validator(mode="after")
     def _sharded(self) -> Self:
@@ -250,7 +250,7 @@ class Config(Section):
     train: Train
     checkpoint: Checkpoints = Checkpoints()
     parallel: Parallel = Parallel()
-    output: str = Field(min_length=1, description="folder of the run")
+    output: Place = Field(min_length=1, description="folder of the run")
 
     @model_validator(mode="after")
     def _conventional_or_reversible(self) -> Self:

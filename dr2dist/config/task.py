@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, create_model
 
-from dr2dist.config.section import Section
+from dr2dist.config.section import Place, Section
 from dr2dist.config.text import shown_value
 from dr2dist.errors import UserError, nearest
 
@@ -33,8 +33,8 @@ class TaskOptions(Section):
 class Data(Section):
     """Shards, and how their samples are prepared."""
 
-    train: str = Field(description="a folder of shards, or a brace pattern of shards")
-    val: str | None = Field(None, description="the same for validation; null: none")
+    train: Place = Field(description="a folder of shards, or a brace pattern of shards")
+    val: Place | None = Field(None, description="the same for validation; null: none")
     num_workers: int = Field(0, ge=0, description="loader processes of each rank")
     unreadable: Literal["fail", "skip"] = Field(
         "fail", description="samples that cannot be read; skip: counted, the next one instead"

@@ -83,7 +83,7 @@ def read_index(pattern: str | Path) -> tuple[Path, Index]:
     text = str(pattern)
     folder = Path(text).parent if "{" in text or text.endswith(".tar") else Path(text)
     try:
-        index = Index.model_validate_json((folder / INDEX_NAME).read_text())
+        index = Index.model_validate_json((folder / INDEX_NAME).read_text("utf-8"))
     except OSError:
         raise UserError(
             f"{text}: no {INDEX_NAME} in {folder}; make shards with 'dr2dist shards make'"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
@@ -18,9 +19,11 @@ from tqdm import tqdm
 
 from dr2dist.data.decoders import decode
 from dr2dist.data.index import INDEX_NAME, Index, Sample, Shard, read_index
+from dr2dist.data.listing import shown
 from dr2dist.data.sources import Record
-from dr2dist.errors import UserError
-from dr2dist.files import sha256
+from dr2dist.data.unfinished import check_output, unfinished
+from dr2dist.errors import UserError, one_line
+from dr2dist.files import atomic_write, sha256
 
 STREAMS = 64
 
@@ -35,15 +38,18 @@ def make_shards(
     seed: int = 0,
     workers: int | None = None,
     progress: bool = True,
-) -> None:
+    skip_unreadable: bool = False,
+) -> Made:
     """Writes OUTPUT, or OUTPUT/train and OUTPUT/val if a share is held out.
 
     Files are copied as they are, mixed by `seed`; the same input gives the same bytes whatever
-    the number of workers. The folder appears only when it is complete. Raises UserError for an
-    unreadable image (named), an existing output, or a value outside its range.
+    the number of workers. The folder appears only when it is complete; what is done when the work
+    breaks off lies in OUTPUT.part, and the same call goes on there. skip_unreadable: samples that
+    cannot be read are left out, and named. Raises UserError for an unreadable one (named), an
+    output that cannot be made, or a value outside its range.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists already and is not empty")
+    output = Path(os.path.abspath(output))
+    check_output(output)
     if not 0 <= val_fraction < 1:
         raise UserError(f"val-fraction is {val_fraction}, allowed is 0 up to 1")
     if samples_per_shard < 1:
@@ -51,9 +57,43 @@ def make_shards(
     parts = {"": list(records)}
     if val_fraction:
         parts = _split(records, val_fraction, seed)
-    with _aside(output) as folder:
-        for name, chosen in parts.items():
-            _write_part(folder / name, chosen, classes, samples_per_shard, seed, workers, progress)
+    plan = (samples_per_shard, val_fraction, seed, list(classes))
+    with unfinished(output, _digest(records, plan)) as folder:
+        made = [
+            _write_part(folder / name, chosen, classes, samples_per_shard, seed, run)
+            for run in [_Run(workers, progress, skip_unreadable)]
+            for name, chosen in parts.items()
+        ]
+    return Made(sum(part.samples for part in made), sum((part.left for part in made), ()))
+
+
+class Made(NamedTuple):
+    """samples: that were written. left: what could not be read, a line each."""
+
+    samples: int
+    left: tuple[str, ...]
+
+
+class _Run(NamedTuple):
+    """How the work is done."""
+
+    workers: int | None
+    progress: bool
+    skip: bool
+
+
+def _digest(records: Sequence[Record], plan: Any) -> str:
+    """Of all that the shards' bytes depend on; of files their size and time."""
+    found = hashlib.sha256(json.dumps(plan).encode())
+    for record in records:
+        found.update(repr((record.key, record.label, sorted(record.members.items()))).encode())
+        for name, file in sorted(record.files.items()):
+            try:
+                info = file.stat()
+            except OSError:  # named when it is read
+                continue
+            found.update(repr((name, os.fspath(file), info.st_size, info.st_mtime_ns)).encode())
+    return found.hexdigest()
 
 
 def _split(records: Sequence[Record], share: float, seed: int) -> dict[str, list[Record]]:
@@ -70,30 +110,14 @@ def _split(records: Sequence[Record], share: float, seed: int) -> dict[str, list
     }
 
 
-@contextmanager
-def _aside(output: Path) -> Iterator[Path]:
-    """A folder beside the output that becomes it at the end, or vanishes."""
-    folder = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-
-
 def _write_part(
     folder: Path,
     records: list[Record],
     classes: Sequence[str],
     samples_per_shard: int,
     seed: int,
-    workers: int | None,
-    progress: bool,
-) -> None:
+    run: _Run,
+) -> Made:
     if not records:
         raise UserError(f"{folder.name}: no samples are left for this part")
     folder.mkdir(exist_ok=True)
@@ -102,9 +126,42 @@ def _write_part(
     mixed = [ordered[place] for place in order]
     groups = [mixed[k : k + samples_per_shard] for k in range(0, len(mixed), samples_per_shard)]
     paths = [folder / f"shard-{number:06d}.tar" for number in range(len(groups))]
-    made = _in_parallel(_write_shard, list(zip(paths, groups, strict=True)), workers, progress)
-    index = Index(classes=tuple(classes), streams=STREAMS, shards=tuple(made))
-    (folder / INDEX_NAME).write_text(index.model_dump_json())
+    task = partial(_shard_of, skip=run.skip)
+    made = _in_parallel(task, list(zip(paths, groups, strict=True)), run.workers, run.progress)
+    shards = tuple(shard for shard, _ in made if shard.samples)
+    left = tuple(line for _, lines in made for line in lines)
+    if not shards:
+        raise UserError(f"{folder.name}: no sample can be read, such as {left[0]}")
+    for path in paths:
+        _note_of(path).unlink()
+        if path.name not in {shard.name for shard in shards}:
+            path.unlink()
+    index = Index(classes=tuple(classes), streams=STREAMS, shards=shards)
+    (folder / INDEX_NAME).write_text(index.model_dump_json(), "utf-8")
+    return Made(index.num_samples, left)
+
+
+def _note_of(path: Path) -> Path:
+    """What is remembered of a finished shard until all are."""
+    return path.with_suffix(".json")
+
+
+def _shard_of(item: tuple[Path, list[Record]], skip: bool) -> tuple[Shard, list[str]]:
+    """A shard, and what was left out of it; one that is there already is taken as it is."""
+    path, records = item
+    note = _note_of(path)
+    if note.exists():
+        shard, left = json.loads(note.read_text("utf-8"))
+        if left and not skip:
+            raise UserError(left[0])
+        return Shard.model_validate(shard), left
+    left = []
+    with atomic_write(path) as aside:
+        _write_shard(aside, records, left if skip else None)
+        shard = _described(aside, path.name, records)
+    with atomic_write(note) as aside:
+        aside.write_text(json.dumps([shard.model_dump(), left]), "utf-8")
+    return shard, left
 
 
 def _in_parallel(
@@ -113,18 +170,31 @@ def _in_parallel(
     # Threads do: decoding, hashing and file access all run outside the interpreter's lock.
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         results = pool.map(task, items)
-        return list(tqdm(results, total=len(items), unit="shard", disable=not progress))
+        try:
+            return list(tqdm(results, total=len(items), unit="shard", disable=not progress))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _write_shard(item: tuple[Path, list[Record]]) -> Shard:
-    path, records = item
+def _write_shard(path: Path, records: list[Record], left: list[str] | None) -> None:
+    """left: takes a line for each sample that cannot be read; None: that is an error."""
     with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
         for record in records:
-            files = {name: _readable(name, file) for name, file in record.files.items()}
+            try:
+                files = {name: _readable(name, file) for name, file in record.files.items()}
+            except UserError as error:
+                if left is None:
+                    raise
+                left.append(str(error))
+                continue
             writer.write({"__key__": record.key, **files, **record.members})
+
+
+def _described(path: Path, name: str, records: list[Record]) -> Shard:
     labels = {record.key: record.label for record in records}
     samples = tuple(Sample(key, members, labels[key]) for key, members in _members(path).items())
-    return Shard(name=path.name, bytes=path.stat().st_size, sha256=sha256(path), samples=samples)
+    return Shard(name=name, bytes=path.stat().st_size, sha256=sha256(path), samples=samples)
 
 
 def _readable(extension: str, path: Path) -> bytes:
@@ -133,7 +203,7 @@ def _readable(extension: str, path: Path) -> bytes:
         decode(extension, data)
         return data
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{shown(path)}: cannot be read: {one_line(error)}") from None
 
 
 def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from dr2dist.data.decoders import IMAGE_TYPES
 from dr2dist.data.fields import split_name
+from dr2dist.data.listing import Listing, list_files, shown
+from dr2dist.data.tables import read_table
 from dr2dist.errors import UserError, nearest
-
-
-def image_files(folder: Path) -> list[Path]:
-    """All files under a folder that are images by their names, in order."""
-    files = sorted(folder.rglob("*"))
-    return [file for file in files if file.suffix.lower().lstrip(".") in IMAGE_TYPES]
 
 
 @dataclass(frozen=True)
@@ -39,50 +36,82 @@ Members = tuple[dict[str, bytes], int | None]
 Described = tuple[Sequence[Members], list[str]]
 """That of all images, and the names of the classes."""
 
+Cells = list[tuple[int, str]]
+"""(row, value) of a column."""
+
 
 def image_folder(path: Path) -> Source:
-    """PATH/class name/**/image: classes in the order of their names."""
-    if not path.is_dir():
-        raise UserError(f"{path}: is not a folder of images")
-    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-    found = [
-        (image, _classified(label))
-        for label, name in enumerate(classes)
-        for image in image_files(path / name)
+    """PATH/class name/**/image: classes in the order of their names. What is left out is said."""
+    found = list_files(path, partial(_why_no_image, root=path))
+    found.tell()
+    own: dict[str, list[Path]] = {}
+    for file in found.files:
+        own.setdefault(file.relative_to(path).parts[0], []).append(file)
+    classes = sorted(own)
+    if not classes and BESIDE in found.left:
+        raise UserError(
+            f"{shown(path)}: holds images but no folders of them; allowed is "
+            f"{shown(path)}/CLASS/IMAGE"
+        )
+    _tell_empty(path, classes)
+    images = [(image, _classified(n)) for n, name in enumerate(classes) for image in own[name]]
+    return _records(path, images), list(map(shown, classes))
+
+
+BESIDE = "not in the folder of a class"
+
+
+def _why_no_image(file: Path, root: Path) -> str | None:
+    ending = file.suffix.lower().lstrip(".")
+    if ending not in IMAGE_TYPES:
+        return f"no images by their ending {file.suffix.lower()}" if ending else "without an ending"
+    return BESIDE if file.parent == root else None
+
+
+def _tell_empty(path: Path, classes: Sequence[str]) -> None:
+    empty = [
+        entry
+        for entry in sorted(path.iterdir())
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in classes
     ]
-    return _records(path, found), classes
+    Listing([], {"folders without images, which are no classes": empty} if empty else {}).tell()
 
 
 def csv_table(path: Path) -> Source:
     """A table with a header, the column `path` (relative to the table), and one more.
 
     label: a class's name. labels: any number of names, between semicolons. target: numbers, one
-    or more between semicolons.
+    or more between semicolons. The table is of UTF-8, separated by commas. Raises UserError for the
+    first row and column that cannot be used; all are looked at.
     """
-    rows, columns = _read_table(path)
+    rows, columns = read_table(path)
     for column, read in _COLUMNS.items():
         if column in columns and "path" in columns:
-            files = [path.parent / row["path"] for row in rows]
-            described, classes = read(path, [row[column] for row in rows])
+            files = [_file_of(path, row.number, row.values["path"]) for row in rows]
+            cells = [(row.number, row.values[column].strip()) for row in rows]
+            described, classes = read(path, cells)
             return _records(path.parent, list(zip(files, described, strict=True))), classes
     column = "path" if "path" not in columns else "label"
     hint, found = nearest(column, columns), ", ".join(columns)
+    if any(separator in found for separator in ";\t|"):
+        hint = "; columns are separated by commas"
     more = "" if column == "path" else " (nor labels, nor target)"
     raise UserError(f"{path}: has no column '{column}'{more}{hint}; found {found}")
 
 
-def _read_table(path: Path) -> tuple[list[dict[str, str]], Sequence[str]]:
-    try:
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames or []
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    for number, row in enumerate(rows, 2):
-        for column in columns:
-            if row[column] is None:
-                raise UserError(f"{path}: row {number} has no value in the column '{column}'")
-    return rows, columns
+def _file_of(table: Path, row: int, text: str) -> Path:
+    """The image of a row, relative to the table."""
+    for name in (text, text.strip()):
+        file = table.parent / Path(name).expanduser()
+        if name and file.is_file():
+            ending = file.suffix.lower().lstrip(".")
+            if ending in IMAGE_TYPES:
+                return file
+            raise UserError(
+                f"{table}: row {row}: path: '{shown(name)}' has "
+                f"{f'the ending .{ending}, which is none' if ending else 'no ending'} of an image"
+            )
+    raise UserError(f"{table}: row {row}: path: '{shown(text)}' is no file")
 
 
 def _class_names(names: set[str]) -> list[str]:
@@ -90,32 +119,37 @@ def _class_names(names: set[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name), name) if numeric else (0, name))
 
 
-def _one_class(path: Path, values: list[str]) -> Described:
-    classes = _class_names(set(values))
-    return [_classified(classes.index(value)) for value in values], classes
+def _one_class(path: Path, cells: Cells) -> Described:
+    for row, value in cells:
+        if not value:
+            raise UserError(f"{path}: row {row}: label is empty")
+    classes = _class_names({value for _, value in cells})
+    return [_classified(classes.index(value)) for _, value in cells], classes
 
 
-def _many_classes(path: Path, values: list[str]) -> Described:
-    each = [[name.strip() for name in value.split(";") if name.strip()] for value in values]
+def _many_classes(path: Path, cells: Cells) -> Described:
+    each = [[name.strip() for name in value.split(";") if name.strip()] for _, value in cells]
     classes = _class_names({name for names in each for name in names})
     labels = [sorted({classes.index(name) for name in names}) for names in each]
     return [({"json": json.dumps({"labels": found}).encode()}, None) for found in labels], classes
 
 
-def _numbers(path: Path, values: list[str]) -> Described:
+def _numbers(path: Path, cells: Cells) -> Described:
     described = []
-    for row, value in enumerate(values):
+    for row, value in cells:
         try:
             numbers = [float(part) for part in value.split(";")]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError(value)
         except ValueError:
             raise UserError(
-                f"{path}: row {row + 2}: target is '{value}', allowed are numbers between ';'"
+                f"{path}: row {row}: target is '{value}', allowed are finite numbers between ';'"
             ) from None
         described.append(({"json": json.dumps({"target": numbers}).encode()}, None))
     return described, []
 
 
-_COLUMNS: dict[str, Callable[[Path, list[str]], Described]] = {
+_COLUMNS: dict[str, Callable[[Path, Cells], Described]] = {
     "label": _one_class,
     "labels": _many_classes,
     "target": _numbers,
@@ -129,7 +163,7 @@ def _classified(label: int) -> Members:
 def elpv(path: Path) -> Source:
     """The folder of the elpv-dataset package: defective where the probability is over 0.5."""
     try:
-        lines = (path / "labels.csv").read_text().splitlines()
+        lines = (path / "labels.csv").read_text("utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{path / 'labels.csv'}: cannot be read: {error.strerror}") from None
     rows = [line.split() for line in lines if line.strip()]
@@ -142,14 +176,13 @@ def elpv(path: Path) -> Source:
 def folder_of_files(path: Path) -> Source:
     """PATH/**: files of one name, less their extensions, are the members of one sample, as in
     webdataset's shards. A .cls file holds a class's number."""
-    if not path.is_dir():
-        raise UserError(f"{path}: is not a folder of files")
     samples: dict[Path, dict[str, Path]] = {}
-    for file in sorted(path.rglob("*")):
+    found = list_files(path, lambda file: None if split_name(file)[1] else "without an ending")
+    found.tell()
+    for file in found.files:
         name, extension = split_name(file)
-        if file.is_file() and name and extension:
-            inner = file.relative_to(path).parent / name
-            samples.setdefault(inner, {})[extension] = file
+        inner = file.relative_to(path).parent / name
+        samples.setdefault(inner, {})[extension] = file
     if not samples:
         raise UserError(f"{path}: holds no files with extensions")
     taken: set[str] = set()
@@ -165,7 +198,7 @@ def _class_of(files: dict[str, Path]) -> int | None:
     if "cls" not in files:
         return None
     try:
-        return int(files["cls"].read_text())
+        return int(files["cls"].read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{files['cls']}: is no class's number: {error}") from None
 
@@ -180,7 +213,7 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
 
 def _new_key(inner: Path, taken: set[str]) -> str:
     """A key from a path that no other has, without a dot: shards end it at the first."""
-    base = inner.as_posix().replace("/", "-").replace(".", "_")
+    base = shown(inner.as_posix()).replace("/", "-").replace(".", "_")
     key, number = base, 1
     while key in taken:
         key, number = f"{base}-{number}", number + 1

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from dr2dist.data.batch import Batch
 from dr2dist.data.fields import Field, Fields, split_name
+from dr2dist.data.listing import list_files, shown
 from dr2dist.errors import UserError, one_line
-from dr2dist.files import atomic_write
+from dr2dist.files import atomic_write, check_file_output
 from dr2dist.inference.exported import ready
 from dr2dist.tasks.task import Row, Task
 
@@ -43,10 +44,6 @@ def find_sources(paths: Sequence[str | Path], fields: Sequence[Field]) -> list[S
     return [tuple(files) for files in samples.values()]
 
 
-def _carries(path: Path, fields: Sequence[Field]) -> bool:
-    return path.is_file() and _taken(_known(path, fields), fields)
-
-
 def _taken(extension: str, fields: Sequence[Field]) -> bool:
     return any(field.choose([extension]) for field in fields)
 
@@ -55,12 +52,18 @@ def _files(path: Path, fields: Sequence[Field]) -> Iterable[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: does not exist")
-    found = [file for file in sorted(path.rglob("*")) if _carries(file, fields)]
-    if not found:
+        raise UserError(f"{shown(path)}: does not exist")
+
+    def why(file: Path) -> str | None:
+        ending = "".join(file.suffixes).lower()
+        return None if _taken(_known(file, fields), fields) else f"of the ending '{ending}'"
+
+    found = list_files(path, why)
+    found.tell()
+    if not found.files:
         allowed = "; ".join(f"{field.name} ({', '.join(field.extensions)})" for field in fields)
-        raise UserError(f"{path}: holds no {allowed}")
-    return found
+        raise UserError(f"{shown(path)}: holds no {allowed}")
+    return found.files
 
 
 def predict(
@@ -118,7 +121,7 @@ def _read(
     except (OSError, ValueError) as error:
         if skip:
             return one_line(error)
-        raise UserError(f"{source[0]}: cannot be read: {one_line(error)}") from None
+        raise UserError(f"{shown(source[0])}: cannot be read: {one_line(error)}") from None
 
 
 def _known(path: Path, fields: Sequence[Field]) -> str:
@@ -136,10 +139,11 @@ def write_rows(rows: Sequence[Row], output: str | Path) -> None:
     check_output(output)
     with atomic_write(output) as aside:
         if output.suffix == ".json":
-            aside.write_text(json.dumps(list(rows), indent=1) + "\n")
+            aside.write_text(json.dumps(list(rows), indent=1) + "\n", "utf-8")
             return
         columns = dict.fromkeys(name for row in rows for name in row)
-        with aside.open("w", newline="") as file:
+        # A name that is not of UTF-8 stays the bytes that it is.
+        with aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
@@ -149,3 +153,4 @@ def check_output(output: str | Path) -> None:
     """Raises UserError if predictions cannot be written there."""
     if Path(output).suffix not in (".csv", ".json"):
         raise UserError(f"{output}: allowed endings are .csv and .json")
+    check_file_output(Path(output))

@@ -26,12 +26,12 @@ class Mlflow:
         import mlflow
 
         known = folder / ID
-        run_id = known.read_text().strip() if step and known.exists() else None
+        run_id = known.read_text("utf-8").strip() if step and known.exists() else None
         run: Any = mlflow.start_run(run_id=run_id, run_name=None if run_id else folder.name)
         if run_id is None:
             mlflow.log_params({key: str(v)[:LONGEST] for key, v in flat(settings).items()})
         with atomic_write(known) as aside:
-            aside.write_text(f"{run.info.run_id}\n")
+            aside.write_text(f"{run.info.run_id}\n", "utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See Logger."""

@@ -23,12 +23,12 @@ class Wandb:
         import wandb
 
         known = folder / ID
-        run_id = known.read_text().strip() if step and known.exists() else None
+        run_id = known.read_text("utf-8").strip() if step and known.exists() else None
         self._run: Any = wandb.init(
             dir=str(folder), name=folder.name, id=run_id, resume="allow", config=dict(settings)
         )
         with atomic_write(known) as aside:
-            aside.write_text(f"{self._run.id}\n")
+            aside.write_text(f"{self._run.id}\n", "utf-8")
         # Its own count of steps cannot go back to a checkpoint's.
         self._run.define_metric("*", step_metric="step")
 

@@ -7,13 +7,21 @@ from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 from torch import Tensor
+from torchvision.transforms import v2
 
 from dr2dist.data.batch import Batch
 from dr2dist.data.decoders import IMAGE_TYPES
 from dr2dist.data.stream import Values
 from dr2dist.errors import UserError
 from dr2dist.tasks.task import Task
-from dr2dist.tasks.transforms import EVALUATION, ImageData, eval_transform, train_transform
+from dr2dist.tasks.transforms import (
+    EVALUATION,
+    ImageData,
+    OnImage,
+    eval_transform,
+    train_transform,
+    upright,
+)
 
 IMAGE = ";".join((*IMAGE_TYPES, "npy"))
 """What may carry an image."""
@@ -25,8 +33,9 @@ SHOWN = 8
 class ImageTask(Task):
     """A task whose network takes one image a sample.
 
-    preprocessing: size (height, width), mean and std of each channel, and resize, see
-    `eval_transform`.
+    preprocessing: size (height, width), mean and std of each channel, resize, see
+    `eval_transform`, and orientation: "exif" where images are turned as their files say, which
+    files of versions before do not have.
     """
 
     Data = ImageData
@@ -47,11 +56,12 @@ class ImageTask(Task):
         """See Task."""
         said = self.preprocessing
         shape = (tuple(said["size"]), said["mean"], said["std"])
+        turned = [OnImage(upright)] if said.get("orientation") == "exif" else []
         if data is None:
-            return eval_transform(*shape, said.get("resize", "timm"))
+            return v2.Compose([*turned, eval_transform(*shape, said.get("resize", "timm"))])
         if data.rand_augment is not None and said.get("channels", 3) != 3:
             raise UserError("data.rand_augment: allowed with images of three channels only")
-        return train_transform(*shape, data)
+        return v2.Compose([*turned, train_transform(*shape, data)])
 
     def pretrained_cfg(self) -> dict[str, Any]:
         """See Task: timm's `create_transform` makes of it what `predict` and `evaluate` do with

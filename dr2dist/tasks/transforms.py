@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
@@ -48,6 +48,9 @@ class ImageData(Data):
     scale: tuple[float, float] = Field(
         (0.7, 1.0), description="range of the share of the area that a random crop keeps"
     )
+    orientation: Literal["exif", "stored"] = Field(
+        "exif", description="exif: images are turned as their files say; stored: as they lie there"
+    )
     rand_augment: RandAugment | None = Field(None, description="null: none; {}: the defaults")
     erase: Unit = Field(0.0, description="probability that noise replaces a random rectangle")
     mean: tuple[float, ...] | None = Field(None, description="channel means; null: the model's")
@@ -58,7 +61,8 @@ class ImageData(Data):
     def preprocessing(self) -> dict[str, Any]:
         """See Data."""
         said = {"mean": self.mean, "std": self.std}
-        return {name: list(value) for name, value in said.items() if value is not None}
+        numbers = {name: list(value) for name, value in said.items() if value is not None}
+        return {**numbers, "orientation": self.orientation}
 
     @model_validator(mode="after")
     def _scale_in_order(self) -> Self:
@@ -69,8 +73,9 @@ class ImageData(Data):
 
 
 def to_channels(image: Any, channels: int = 3) -> Any:
-    """Any image as 8-bit with 1, 3 or 4 channels; deeper ones are scaled from their format's own
-    range. An array [H, W] or [H, W, C] becomes a tensor image [C, H, W] with its own values.
+    """Any image, as `open_image` gives it, as 8-bit with 1, 3 or 4 channels; deeper ones are scaled
+    from their range. An array [H, W] or [H, W, C] becomes a tensor image [C, H, W] with its own
+    values.
 
     Raises ValueError for a number of channels that the image cannot have.
     """
@@ -81,9 +86,8 @@ def to_channels(image: Any, channels: int = 3) -> Any:
             f"the model takes {channels} channels: images are to be .npy arrays [H, W, {channels}]"
         )
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode != "F":
-            values = values / 257  # 16 bits to 8
+        # 16 bits, or floats up to 1, to 8 bits.
+        values = np.asarray(image, dtype=np.float64) * (255 if image.mode == "F" else 1 / 257)
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     return image.convert(_MODES[channels])
 
@@ -97,6 +101,16 @@ def _tensor_image(array: Any, channels: int) -> Tensor:
     if values.dtype == np.uint16:  # what torch cannot resize
         values = values.astype(np.float32) / 65535
     return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1))))
+
+
+def upright(image: Any) -> Any:
+    """An image turned and mirrored as its file says (EXIF orientation); arrays stay as they are."""
+    if not isinstance(image, Image.Image):
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of whatever damaged metadata make Pillow raise: they say nothing then
+        return image
 
 
 class OnImage(nn.Module):

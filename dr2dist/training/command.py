@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from dr2dist.arguments import positive
+from dr2dist.arguments import path, positive
 from dr2dist.config.text import read_settings
 from dr2dist.errors import UserError
 from dr2dist.launching.launcher import LocalLauncher, watched_ranks
@@ -22,7 +22,7 @@ def add_train_arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="values to put instead")
     train.add_argument("--ranks", type=positive, default=1, help="processes on this machine")
     train.add_argument(
-        "--hostfile", type=Path, help="nodes and their slots: started by the deepspeed launcher"
+        "--hostfile", type=path, help="nodes and their slots: started by the deepspeed launcher"
     )
     train.add_argument("--dry-run", action="store_true", help="check and show, start nothing")
     train.add_argument("--settings", action=_Settings, nargs=0, help="list all settings and exit")
@@ -82,7 +82,7 @@ def _slots(hostfile: Path) -> int:
     if not hostfile.is_file():
         raise UserError(f"{hostfile}: the hostfile does not exist")
     total = 0
-    for line in hostfile.read_text().splitlines():
+    for line in hostfile.read_text(encoding="utf-8").splitlines():
         text = line.partition("#")[0].strip()
         name, _, slots = text.partition(" ")
         if not text:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,10 @@ from pydantic import ValidationError
 
 from dr2dist.checkpoints.checkpoint import Checkpoint, DamagedError, written
 from dr2dist.config import Config, dump_config, moved_settings
+from dr2dist.config.names import BEFORE
 from dr2dist.config.text import flat
 from dr2dist.errors import UserError, one_line
+from dr2dist.files import check_can_be_made
 from dr2dist.training.lock import LOCK, check_free
 from dr2dist.training.run_files import CONFIG, LOGS, METRICS, SUMMARY, read_metrics
 
@@ -74,7 +75,7 @@ def find_start(config: Config, global_batch: int, steps: int) -> Start:
     """
     folder = Path(config.output)
     occupied = _occupied(folder)
-    _check_can_be_made(folder)
+    check_can_be_made(folder, "output: ")
     if not occupied:
         return Start()
     check_free(folder)
@@ -96,21 +97,11 @@ def find_start(config: Config, global_batch: int, steps: int) -> Start:
     return Start(found, damaged, cut=not found, longer=ended["steps"])
 
 
-def _check_can_be_made(folder: Path) -> None:
-    """Raises UserError if it cannot. Leaves nothing behind."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=parent):
-            pass
-    except OSError as error:
-        raise UserError(f"output: {folder} cannot be made: {parent}: {error.strerror}") from None
-
-
 def _read_config(folder: Path) -> Any:
     """None if there is no such file. Raises UserError for one that is damaged."""
     path = folder / CONFIG
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -143,7 +134,7 @@ def _count_damaged(newest_first: Sequence[Path], folder: Path) -> int:
 def _summary(folder: Path) -> dict[str, Any] | None:
     """Of a run that has finished."""
     try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     return summary if summary["status"] == "finished" else None
@@ -159,10 +150,15 @@ def _occupied(folder: Path) -> bool:
 
 
 def _completed(before: Any, config: Config) -> Any:
-    """What a folder says, with the values of settings that its version did not have yet: these are
-    today's defaults, which do what it did."""
+    """What a folder says, with the values of settings that its version did not have yet: today's
+    defaults, where these do what it did."""
+    moved = moved_settings(before)
+    for section, settings in BEFORE.items():
+        known = type(getattr(config, section)).model_fields
+        did = {name: value for name, value in settings.items() if name in known}
+        moved[section] = {**did, **(moved.get(section) or {})}
     try:
-        values: Any = type(config).model_validate(moved_settings(before))
+        values: Any = type(config).model_validate(moved)
     except ValidationError:  # of another task, or not a configuration at all
         return before
     return _values(values)

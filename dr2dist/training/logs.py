@@ -16,7 +16,7 @@ def logged_to(path: Path) -> Iterator[None]:
     """While it is entered all that this process logs, from level INFO on, goes to a file too, and
     the stacks of its threads if it crashes. The file is appended to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter(FORMAT))
         logging.getLogger().addHandler(handler)

@@ -41,14 +41,15 @@ class Records:
         (folder / SUMMARY).unlink(missing_ok=True)  # of a run that goes on, or is longer now
         self.write_text(CONFIG, config)
         self._cut_back(step)
-        self._lines = (folder / METRICS).open("a")
+        self._lines = (folder / METRICS).open("a", encoding="utf-8")
         self._loggers = list(loggers)
         self._tell("start", folder, yaml.safe_load(config), step, strict=step == 0)
 
     def _cut_back(self, step: int) -> None:
         path = self.folder / METRICS
         if path.exists():
-            whole = path.read_text().rpartition("\n")[0].splitlines()  # the last may be cut off
+            # The last line may be cut off.
+            whole = path.read_text("utf-8").rpartition("\n")[0].splitlines()
             kept = [line for line in whole if json.loads(line)["step"] <= step]
             self.write_text(path.name, "".join(f"{line}\n" for line in kept))
 
@@ -67,7 +68,7 @@ class Records:
     def write_text(self, name: str, text: str) -> None:
         """A whole file, written aside and renamed."""
         with atomic_write(self.folder / name) as aside:
-            aside.write_text(text)
+            aside.write_text(text, "utf-8")
 
     def write_summary(self, values: dict[str, Any]) -> None:
         """summary.json: how the run ended."""

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dr2dist.arguments import path
 from dr2dist.errors import UserError
+from dr2dist.files import check_file_output
 from dr2dist.pictures import save_picture
 from dr2dist.training.run_files import METRICS, SUMMARY, read_metrics
 
@@ -52,20 +54,21 @@ class Run(NamedTuple):
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """What `dr2dist report` takes."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="folders of runs")
     parser.add_argument(
-        "--picture", type=Path, help="the curves; default: curves.png in the folder of the runs"
+        "--picture", type=path, help="the curves; default: curves.png in the folder of the runs"
     )
     parser.set_defaults(command=report)
 
 
 def report(given: argparse.Namespace) -> int:
     """`dr2dist report`."""
+    common = Path(os.path.commonpath([os.path.relpath(folder) for folder in given.runs]))
+    picture = given.picture or common / "curves.png"
+    check_file_output(picture)
     names = _names(given.runs)
     runs = [read_run(folder, name) for folder, name in zip(given.runs, names, strict=True)]
     print(table(runs))
-    common = Path(os.path.commonpath([folder.absolute() for folder in given.runs]))
-    picture = given.picture or common / "curves.png"
     draw(runs, picture)
     print(f"\ncurves: {picture}")
     return 0
@@ -89,7 +92,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not lines:
         raise UserError(f"{folder}: holds no {METRICS} with a step in it: no run has logged there")
     try:
-        summary = json.loads((folder / SUMMARY).read_text())
+        summary = json.loads((folder / SUMMARY).read_text("utf-8"))
     except FileNotFoundError:
         summary = None
     except (OSError, ValueError):

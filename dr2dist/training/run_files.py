@@ -21,7 +21,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises UserError for a line that is none of a run's.
     """
     try:
-        lines = path.read_text().rpartition("\n")[0].splitlines()
+        lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
