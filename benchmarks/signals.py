@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,7 @@ class Bench:
     def run(self, case: Case) -> dict[str, Any]:
         """What came of a case: status, seconds, left (processes), decoy, same."""
         wanted, output = self.end_of(case.layout), self.folder / case.name
+        shutil.rmtree(output, ignore_errors=True)
         line = self._line(case.name, case.layout)
         decoy = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)", *line[1:]])
         command = subprocess.Popen(line, start_new_session=True, **self._options(case.name))
@@ -266,7 +268,11 @@ def main() -> None:
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for case in tqdm(ALL if given.cases == "all" else pairwise()):
         if case.name not in results:
-            results[case.name] = bench.run(case)
+            try:
+                results[case.name] = bench.run(case)
+            except AssertionError as error:  # a case without a result is run again the next time
+                tqdm.write(f"{case.name}: {error}")
+                continue
             path.write_text(json.dumps(results, indent=1) + "\n")
     table = page(results.values())
     (given.output / "results.md").write_text(table)
