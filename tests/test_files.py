@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from dr2dist.cli import main
+from dr2dist.data.compared import compare_with_index
 from dr2dist.data.decoders import decode
 from dr2dist.data.index import read_index
 from dr2dist.data.shards import make_shards, verify_shards
@@ -24,7 +25,7 @@ from dr2dist.data.sources import SOURCES
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
 from dr2dist.tasks.transforms import eval_transform
-from tests.images import FIELDS, make_folder
+from tests.images import FIELDS, batches, make_folder
 
 PLAIN = eval_transform((8, 8), (0.0,) * 3, (1.0,) * 3)
 
@@ -324,3 +325,70 @@ def test_names_that_are_no_utf_8_are_kept(language: str, tmp_path: Path) -> None
     dataset = ShardDataset(tmp_path / "shards", FIELDS, PLAIN)
     assert all(torch.isfinite(dataset[0, place].values["image"]).all() for place in range(3))
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "shards"}
+
+
+def of_grey(root: Path, name: str, seed: int) -> Path:
+    """Shards of pictures that all have one size."""
+    for number in range(12):
+        path = root / "photos" / ("light" if number % 2 else "dark") / f"{number:02}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (255 * (number % 2),) * 3).save(path)
+    records, classes = SOURCES["imagefolder"](root / "photos")
+    make_shards(records, classes, root / name, samples_per_shard=4, seed=seed, progress=False)
+    return root / name
+
+
+FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "gone": (lambda one, other: (one / "shard-000001.tar").unlink(), "shard-000001.tar is missing"),
+    "many gone": (
+        lambda one, other: [path.unlink() for path in sorted(one.glob("*.tar"))[:2]],
+        "shard-000000.tar and 1 more of 3 is missing",
+    ),
+    "shorter": (
+        lambda one, other: os.truncate(one / "shard-000002.tar", 2048),
+        "shard-000002.tar: has 2048 bytes, index.json says",
+    ),
+    "of another making": (
+        lambda one, other: shutil.copy(other / "shard-000000.tar", one),
+        "it is a shard of another making",
+    ),
+    "overwritten": (
+        lambda one, other: (one / "shard-000000.tar").write_bytes(
+            bytes((one / "shard-000000.tar").stat().st_size)
+        ),
+        "holds no file where index.json says",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_shards_that_are_not_those_of_the_index_are_refused(name: str, tmp_path: Path) -> None:
+    one, other = of_grey(tmp_path, "one", 1), of_grey(tmp_path, "other", 2)
+    compare_with_index(one)
+    fault, message = FAULTS[name]
+    fault(one, other)
+    with pytest.raises(UserError, match=re.escape(message)):
+        compare_with_index(one)
+
+
+def test_names_that_no_header_holds_whole_are_not_taken_for_faults(tmp_path: Path) -> None:
+    for name in ("x" * 130, "caf\u00e9", "what?", "plain"):
+        picture(tmp_path / "photos" / "cat" / f"{name}.png")
+    assert make(tmp_path / "photos", tmp_path / "shards") == 0
+    compare_with_index(tmp_path / "shards")
+    verify_shards(tmp_path / "shards", progress=False)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_says_what_it_cannot_read_in_one_line(tmp_path: Path, workers: int) -> None:
+    shards = of_grey(tmp_path, "one", 1)
+    (path, *_), sample = sorted(shards.glob("*.tar")), read_index(shards)[1].shards[0].samples[1]
+    data = bytearray(path.read_bytes())
+    place, size = sample.members["bmp"]
+    data[place : place + size] = bytes(size)
+    path.write_bytes(data)
+    dataset = ShardDataset(shards, FIELDS, PLAIN)
+    with pytest.raises(UserError) as error:
+        list(batches(dataset, [[(0, 0), (0, 1)]], workers))
+    text = str(error.value)
+    assert text.startswith(f"{path}: sample '{sample.key}' cannot be read") and "\n" not in text

@@ -138,7 +138,7 @@ def loader(
     is left alone. Where there is a GPU, batches are in pinned memory.
     """
     gpu = torch.cuda.is_available()
-    return DataLoader(
+    found: Iterable[Batch] = DataLoader(
         dataset,
         batch_sampler=_Filled(batches),
         num_workers=num_workers,
@@ -149,6 +149,21 @@ def loader(
         multiprocessing_context=_clean_server() if gpu and num_workers else None,
         worker_init_fn=_outlive_signals,
     )
+    return _InOneLine(found)
+
+
+class _InOneLine:
+    """Batches, with a worker's UserError as it was raised there: torch adds the traceback."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from self.batches
+        except UserError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise UserError(last.removeprefix(f"{UserError.__module__}.UserError: ")) from None
 
 
 def _outlive_signals(worker: int) -> None:

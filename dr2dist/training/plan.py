@@ -19,6 +19,7 @@ from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.backbones.weights import check_file
 from dr2dist.coefficients import Schedule
 from dr2dist.config import Config
+from dr2dist.data.compared import compare_all
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, read_index
 from dr2dist.errors import UserError
@@ -75,11 +76,12 @@ class Plan:
         return int(self.deepspeed["train_batch_size"])
 
     def try_out(self, config: Config, fetch: bool) -> None:
-        """Raises UserError if a file's weights are another model's (it is mapped, not read), or the
-        first samples cannot become inputs.
+        """Raises UserError if shards are not those of their index, a file's weights are another
+        model's (it is mapped, not read), or the first samples cannot become inputs.
 
         fetch: timm's own weights are fetched now, before all ranks would at once.
         """
+        compare_all((config.data.train, config.data.val))
         for dataset in filter(None, datasets(config, self.task)):
             dataset[0, 0]
         if self.blueprint.weights == "hub":

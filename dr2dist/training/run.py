@@ -17,6 +17,7 @@ from dr2dist.assembly import assemble
 from dr2dist.backbones.convert import convert
 from dr2dist.config import Config, dump_config
 from dr2dist.config.coefficients import Guarded
+from dr2dist.data.compared import compare_all
 from dr2dist.errors import UserError
 from dr2dist.loggers.registry import make_loggers
 from dr2dist.parallel.agreement import AgreedError, agree, from_first
@@ -79,6 +80,7 @@ def _run(
         found = find_start(config, plan.global_batch, plan.steps)
         if found.finished is None:
             stack.enter_context(RunLock(folder))
+            compare_all((config.data.train, config.data.val))
         return found
 
     start = from_first(look)
@@ -115,8 +117,7 @@ def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
     except AgreedError:
         raise
     except UserError as error:  # of this rank alone: a sample that cannot be read
-        line = str(error).strip().splitlines()[-1].removeprefix("dr2dist.errors.UserError: ")
-        raise UserError(f"rank {dist.get_rank()}: {line}") from None
+        raise UserError(f"rank {dist.get_rank()}: {error}") from None
     end = _end(trainer, failure)
     samples = (trainer.engine.applied - before) * plan.global_batch
     summary = _summary(config, plan, trainer, end, samples)
