@@ -124,6 +124,13 @@ def _add_shards(commands: _Commands) -> None:
     make.add_argument("--output", type=path, required=True, help="folder to make")
     make.add_argument("--samples-per-shard", type=positive, default=256)
     make.add_argument("--val-fraction", type=float, default=0.0, help="held out as OUTPUT/val")
+    make.add_argument("--test-fraction", type=float, default=0.0, help="held out as OUTPUT/test")
+    make.add_argument(
+        "--group-by",
+        metavar="COLUMN|REGEX",
+        help="what is never in two parts: a column of the table, or what is found in files' paths",
+    )
+    make.add_argument("--split-by", metavar="COLUMN", help="a column with train, val or test")
     make.add_argument("--seed", type=int, default=0, help="of the mixing and the split")
     make.add_argument("--workers", type=positive, help="files at a time; default: all cores")
     make.add_argument(
@@ -152,12 +159,17 @@ def _shards_make(given: argparse.Namespace) -> int:
         given.output,
         samples_per_shard=given.samples_per_shard,
         val_fraction=given.val_fraction,
+        test_fraction=given.test_fraction,
+        group_by=given.group_by,
+        split_by=given.split_by,
         seed=given.seed,
         workers=given.workers,
         skip_unreadable=given.skip_unreadable,
     )
     for line in made.left:
         say(f"left out: {line}")
+    for line in made.parts:
+        print(line)
     kinds = f" of {len(classes)} classes" if classes else ""
     more = f", {len(made.left)} left out as unreadable" if made.left else ""
     print(f"{given.output}: {made.samples} samples{kinds}{more}")

@@ -21,6 +21,7 @@ from dr2dist.data.decoders import decode
 from dr2dist.data.index import INDEX_NAME, Index, Sample, Shard, read_index
 from dr2dist.data.listing import shown
 from dr2dist.data.sources import Record
+from dr2dist.data.split import describe_parts, split
 from dr2dist.data.unfinished import check_output, unfinished
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write, sha256
@@ -35,12 +36,17 @@ def make_shards(
     *,
     samples_per_shard: int = 256,
     val_fraction: float = 0.0,
+    test_fraction: float = 0.0,
+    group_by: str | None = None,
+    split_by: str | None = None,
     seed: int = 0,
     workers: int | None = None,
     progress: bool = True,
     skip_unreadable: bool = False,
 ) -> Made:
-    """Writes OUTPUT, or OUTPUT/train and OUTPUT/val if a share is held out.
+    """Writes OUTPUT, or OUTPUT/train, OUTPUT/val and OUTPUT/test if shares are held out.
+
+    The shares, group_by and split_by are those of `split`.
 
     Files are copied as they are, mixed by `seed`; the same input gives the same bytes whatever
     the number of workers. The folder appears only when it is complete; what is done when the work
@@ -50,28 +56,31 @@ def make_shards(
     """
     output = Path(os.path.abspath(output))
     check_output(output)
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"val-fraction is {val_fraction}, allowed is 0 up to 1")
+    shares = {"val": val_fraction, "test": test_fraction}
     if samples_per_shard < 1:
         raise UserError(f"samples-per-shard is {samples_per_shard}, allowed is 1 and more")
-    parts = {"": list(records)}
-    if val_fraction:
-        parts = _split(records, val_fraction, seed)
-    plan = (samples_per_shard, val_fraction, seed, list(classes))
+    parts = split(records, shares, seed, group_by, split_by)
+    plan = (samples_per_shard, shares, group_by, split_by, seed, list(classes))
     with unfinished(output, _digest(records, plan)) as folder:
         made = [
             _write_part(folder / name, chosen, classes, samples_per_shard, seed, run)
             for run in [_Run(workers, progress, skip_unreadable)]
             for name, chosen in parts.items()
         ]
-    return Made(sum(part.samples for part in made), sum((part.left for part in made), ()))
+    return Made(
+        sum(part.samples for part in made),
+        sum((part.left for part in made), ()),
+        tuple(describe_parts(parts, classes)) if "" not in parts else (),
+    )
 
 
 class Made(NamedTuple):
-    """samples: that were written. left: what could not be read, a line each."""
+    """samples: that were written. left: what could not be read, a line each. parts: a line for
+    each of several parts."""
 
     samples: int
     left: tuple[str, ...]
+    parts: tuple[str, ...] = ()
 
 
 class _Run(NamedTuple):
@@ -94,20 +103,6 @@ def _digest(records: Sequence[Record], plan: Any) -> str:
                 continue
             found.update(repr((name, os.fspath(file), info.st_size, info.st_mtime_ns)).encode())
     return found.hexdigest()
-
-
-def _split(records: Sequence[Record], share: float, seed: int) -> dict[str, list[Record]]:
-    """A held-out part with the same share of every class."""
-    held: set[str] = set()
-    for label in sorted({-1 if record.label is None else record.label for record in records}):
-        own = None if label < 0 else label
-        keys = sorted(record.key for record in records if record.label == own)
-        order = np.random.default_rng((seed, max(label, 0))).permutation(len(keys))
-        held.update(keys[place] for place in order[: round(share * len(keys))])
-    return {
-        "train": [record for record in records if record.key not in held],
-        "val": [record for record in records if record.key in held],
-    }
 
 
 def _write_part(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +18,19 @@ from dr2dist.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: a key that is unique in its source, its files by extension, further members, and
-    its class where it has one."""
+    """One sample: a key that is unique in its source, its files by extension, further members, its
+    class where it has one, and what a table says of it by column."""
 
     key: str
     files: dict[str, Path]
     members: dict[str, bytes] = field(default_factory=dict)
     label: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """Its first file."""
+        return next(iter(self.files.values()))
 
 
 Source = tuple[list[Record], list[str]]
@@ -90,7 +96,9 @@ def csv_table(path: Path) -> Source:
             files = [_file_of(path, row.number, row.values["path"]) for row in rows]
             cells = [(row.number, row.values[column].strip()) for row in rows]
             described, classes = read(path, cells)
-            return _records(path.parent, list(zip(files, described, strict=True))), classes
+            records = _records(path.parent, list(zip(files, described, strict=True)))
+            each = zip(records, rows, strict=True)
+            return [replace(record, columns=row.values) for record, row in each], classes
     column = "path" if "path" not in columns else "label"
     hint, found = nearest(column, columns), ", ".join(columns)
     if any(separator in found for separator in ";\t|"):
