@@ -47,9 +47,8 @@ def samples(table: Path) -> dict[str, list[tuple[str, int | None]]]:
 
 @pytest.mark.parametrize("group_by", ["patient", r"p(\d\d)_", r"p\d\d"])
 def test_a_group_is_in_one_part_alone(table: Path, group_by: str) -> None:
-    assert (
-        make(table, "--val-fraction", "0.25", "--test-fraction", "0.2", "--group-by", group_by) == 0
-    )
+    shares = ("--val-fraction", "0.25", "--test-fraction", "0.2")
+    assert make(table, *shares, "--group-by", group_by) == 0
     found = samples(table)
     assert {part: len(own) for part, own in found.items()} == {"train": 65, "val": 30, "test": 25}
     patients = {part: {key[:3] for key, _ in own} for part, own in found.items()}
