@@ -76,7 +76,7 @@ def test_a_column_says_the_parts(table: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--split-by", "prat"], "--split-by: there is no column 'prat'; did you mean 'part'?"),
+        (["--split-by", "parts"], "--split-by: there is no column 'parts'; did you mean 'part'?"),
         (["--split-by", "label"], "has 'ill' in the column 'label', allowed are train, val, test"),
         (["--split-by", "part", "--val-fraction", "0.1"], "says all parts: leave out fractions"),
         (["--group-by", "patient"], "has no effect without --val-fraction or --test-fraction"),
