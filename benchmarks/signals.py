@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--cases", choices=("all", "pairwise"), default="all")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup runs would rightly ignore it
     path, bench = given.output / "results.json", Bench(given.output.resolve())
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for case in tqdm(ALL if given.cases == "all" else pairwise()):
