@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 
 def path(text: str) -> Path:
     """A path; `~` at its beginning is the home folder, which shells leave in `--key=~/file`."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def shards(text: str) -> str:
     """A folder of shards or a brace pattern, as `path`."""
-    return str(Path(text).expanduser())
+    return os.path.expanduser(text)
 
 
 def positive(text: str) -> int:

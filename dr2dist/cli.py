@@ -234,7 +234,7 @@ def _export(given: argparse.Namespace) -> int:
             raise UserError(f"--lora: apart is for .safetensors, {given.output} has them merged")
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "weights.safetensors"
-            facts = export(given.run, weights, given.which)
+            facts = export(given.run, weights, given.which, lora=given.lora)
             difference = export_portable(weights, given.output, given.overwrite)
         print(f"{given.output}: within {difference:.2g} of the module's outputs")
     else:
@@ -269,7 +269,10 @@ def _evaluate(given: argparse.Namespace) -> int:
     from dr2dist.inference.evaluate import draw, evaluate
 
     if given.output is not None:
+        if given.output.suffix == ".png":
+            raise UserError(f"--output: {given.output} is the report; its picture gets .png")
         check_file_output(given.output)
+        check_file_output(given.output.with_suffix(".png"))
     _import(given.plugin)
     report = evaluate(
         given.model,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ENDINGS = (".png", ".svg", ".pdf")
 WIDE_FONTS = (
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
@@ -32,8 +33,8 @@ WIDE_FONTS = (
 
 
 def save_picture(figure: Figure, path: str | Path) -> None:
-    """Writes a figure, of the type that the path ends with. Letters that no font of this machine
-    has are boxes, and named by one line in the log."""
+    """Writes a figure, of the type that the path ends with, one of ENDINGS. Letters that no font of
+    this machine has are boxes, and a line in the log says how many."""
     _spell(figure)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -47,6 +48,11 @@ def save_picture(figure: Figure, path: str | Path) -> None:
             path,
             len(set(missing)),
         )
+
+
+def plain(text: str) -> str:
+    """A name as it is: between two dollars matplotlib would read a formula."""
+    return text.replace("$", r"\$")
 
 
 def _spell(figure: Figure) -> None:

@@ -106,8 +106,17 @@ def test_axes_show_the_change_and_not_a_first_jump() -> None:
     axis = Figure().subplots()
     losses = [1000.0, *(1 + math.exp(-step / 20) for step in range(200))]
     axis.plot(losses)
-    report.show_change(axis, losses)
+    report.show_change(axis, losses, [])
     assert axis.get_ylim()[1] < 10
+
+
+def test_axes_keep_a_rising_validation_and_all_of_a_short_run() -> None:
+    for training, held_out in (([0.7, 0.1, 0.02] * 40, [0.6, 1.5]), ([2.0, 0.5], [])):
+        axis = Figure().subplots()
+        axis.plot(training)
+        axis.plot(held_out)
+        report.show_change(axis, training, held_out)
+        assert axis.get_ylim()[1] >= max(*training, *held_out)
 
 
 def test_letters_that_no_font_has_are_said_once(

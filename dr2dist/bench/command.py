@@ -56,7 +56,17 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Measures, writing the files anew after each case, and prints the table."""
+    """Measures, writing the files anew after each case, and prints the table. Raises UserError for
+    what all need and one case's process ended in."""
+    from dr2dist.bench.process import CaseError
+
+    try:
+        return _run(given)
+    except CaseError as error:
+        raise UserError(f"bench: {error}") from None
+
+
+def _run(given: argparse.Namespace) -> int:
     from dr2dist.bench import measure
     from dr2dist.bench.cases import Spec
     from dr2dist.config.coefficients import Conserve

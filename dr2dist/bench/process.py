@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import tempfile
 import threading
@@ -32,7 +33,9 @@ class Process:
     def __enter__(self) -> Process:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([worker.__name__])
-        self._errors = tempfile.NamedTemporaryFile(encoding="utf-8", mode="r")
+        self._errors = tempfile.NamedTemporaryFile(  # which the process opens by its name
+            mode="r", encoding="utf-8", errors="replace"
+        )
         self._ours, theirs = context.Pipe()
         given = (theirs, asdict(self.spec), self.exact_memory, self._errors.name)
         self._process = context.Process(target=worker.serve, args=given, daemon=True)
@@ -62,7 +65,8 @@ class Process:
         if seconds is not None:
             limit.start()
         try:
-            self._ours.send({"measure": measure, **values})
+            with contextlib.suppress(BrokenPipeError):  # it has ended, and may have said why
+                self._ours.send({"measure": measure, **values})
             answer: dict[str, Any] = self._ours.recv()
         except (EOFError, OSError):
             self._process.join()

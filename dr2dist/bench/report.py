@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dr2dist.bench.measure import Found, largest
+from dr2dist.bench.measure import Found, error_of, largest
 from dr2dist.pictures import save_picture
 
 MIB = 2**20
@@ -71,7 +71,7 @@ def _depth_column(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     both = {
         case: {
             "slope": last[case]["slope"] - first[case]["slope"],
-            "error": last[case]["error"] + first[case]["error"],
+            "error": error_of(last[case]) + error_of(first[case]),
         }
         for case in known
     }
@@ -99,7 +99,7 @@ def _resolution_columns(results: dict[str, Any]) -> list[tuple[str, dict[str, st
 
 def _slope(line: Found, unit: float, digits: int) -> str:
     """In bytes a unit; below its own error it says nothing but that."""
-    slope, error = line["slope"] / unit, line["error"] / unit
+    slope, error = line["slope"] / unit, error_of(line) / unit
     return f"{slope:.{digits}f}" if slope > error else f"under {error:.{digits}f}"
 
 

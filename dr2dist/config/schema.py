@@ -74,6 +74,10 @@ class Model(Section):
         """As `build_model` takes them: None for random ones."""
         return None if self.weights == "random" else self.weights
 
+    def idle(self) -> dict[str, str]:
+        """See Section."""
+        return {} if self.lora is None else {"freeze": "lora, which trains adapters and the head"}
+
     @model_validator(mode="after")
     def _one_place_for_each(self) -> Self:
         for name in self.options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     Raises UserError with file, key, what was found and what is allowed.
     """
     try:
-        text = Path(path).read_text("utf-8")
+        text = Path(os.path.expanduser(path)).read_text("utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -6,9 +6,10 @@ import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from dr2dist.data.index import INDEX_NAME, Sample, Shard, read_index
-from dr2dist.errors import UserError
+from dr2dist.data.index import INDEX_NAME, Shard, read_index
+from dr2dist.errors import UserError, one_line
 
 LOOKED_AT = 16
 """Samples of a shard whose headers are read at most."""
@@ -26,40 +27,46 @@ def compare_with_index(pattern: str | Path) -> None:
         more = f" and {len(missing) - 1} more of {len(index.shards)}" if len(missing) > 1 else ""
         raise UserError(f"{folder}: {missing[0]}{more} is missing, which {INDEX_NAME} names")
     for shard in index.shards:
-        _compare(folder / shard.name, shard)
+        try:
+            _compare(folder / shard.name, shard)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / shard.name}: cannot be read: {one_line(error)}") from None
 
 
 def _compare(path: Path, shard: Shard) -> None:
     size = path.stat().st_size
     if size != shard.bytes:
         raise UserError(f"{path}: has {size} bytes, {INDEX_NAME} says {shard.bytes}")
-    step = max(1, len(shard.samples) // LOOKED_AT)
+    step = max(1, -(-len(shard.samples) // LOOKED_AT))
     for sample in shard.samples[::step]:
-        name, offset = _first_member(sample)
-        found = _name_at(path, offset - tarfile.BLOCKSIZE)
-        if found is not None and found != name:
+        extension, (offset, length) = next(iter(sample.members.items()))
+        name, found = f"{sample.key}.{extension}", _header_at(path, offset - tarfile.BLOCKSIZE)
+        if (found.name, found.length) not in ((name, length), (None, length)):
             raise UserError(
-                f"{path}: holds {found} where {INDEX_NAME} says {name}: it is a shard of another "
-                "making; 'dr2dist shards verify' tells more"
+                f"{path}: holds {found.name or 'another file'} of {found.length} bytes where "
+                f"{INDEX_NAME} says {name} of {length}: it is a shard of another making; 'dr2dist "
+                "shards verify' tells more"
             )
 
 
-def _first_member(sample: Sample) -> tuple[str, int]:
-    extension, (offset, _) = next(iter(sample.members.items()))
-    return f"{sample.key}.{extension}", offset
+class _Header(NamedTuple):
+    """name: None where it is not whole in the header: a long one, or not ASCII."""
+
+    name: str | None
+    length: int
 
 
-def _name_at(path: Path, offset: int) -> str | None:
-    """The name in a header; None for one that is not whole in it: a long one, or not ASCII."""
+def _header_at(path: Path, offset: int) -> _Header:
     with path.open("rb") as file:
         file.seek(offset)
         header = file.read(tarfile.BLOCKSIZE)
     try:
-        name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        return "no file"
+        return _Header("no file", 0)
+    name = found.name
     whole = len(name) < tarfile.LENGTH_NAME and name.isascii() and "?" not in name
-    return name if whole else None
+    return _Header(name if whole else None, found.size)
 
 
 def compare_all(patterns: Sequence[str | None]) -> None:

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from dr2dist.errors import one_line
+
 _FORMATS = {
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
     *("SGI", "TGA", "TIFF", "WEBP"),
@@ -42,8 +44,8 @@ def open_image(source: Path | BinaryIO) -> Image.Image:
             with Image.open(source) as image:
                 image.load()
                 return _over_range(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from None
+    except Exception as error:  # Pillow's readers raise anything on damaged files
+        raise ValueError(one_line(str(error) or type(error).__name__)) from None
 
 
 _CHANNELS, _BITS, _SIGN, _PHOTOMETRIC = 277, 258, 339, 262

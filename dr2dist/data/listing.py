@@ -45,8 +45,8 @@ def list_files(folder: Path, why: Why = lambda path: None) -> Listing:
     """All files under a folder and under the folders that links lead to.
 
     Left out are hidden files and folders (their names begin with a dot), links that lead nowhere or
-    in a circle, what may not be read, and files for which `why` gives a reason. Raises UserError
-    for a folder that cannot be read.
+    in a circle, folders that may not be read, and files for which `why` gives a reason. Raises
+    UserError for a folder that cannot be read.
     """
     left: dict[str, list[Path]] = {}
     try:

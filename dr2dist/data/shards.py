@@ -60,13 +60,16 @@ def make_shards(
     if samples_per_shard < 1:
         raise UserError(f"samples-per-shard is {samples_per_shard}, allowed is 1 and more")
     parts = split(records, shares, seed, group_by, split_by)
-    plan = (samples_per_shard, shares, group_by, split_by, seed, list(classes))
+    keys = {name: [record.key for record in chosen] for name, chosen in parts.items()}
+    plan = (samples_per_shard, keys, seed, list(classes))
+    run = _Run(workers, progress, skip_unreadable)
     with unfinished(output, _digest(records, plan)) as folder:
         made = [
             _write_part(folder / name, chosen, classes, samples_per_shard, seed, run)
-            for run in [_Run(workers, progress, skip_unreadable)]
             for name, chosen in parts.items()
         ]
+        for note in folder.rglob(NOTES):
+            note.unlink()
     return Made(
         sum(part.samples for part in made),
         sum((part.left for part in made), ()),
@@ -127,17 +130,18 @@ def _write_part(
     left = tuple(line for _, lines in made for line in lines)
     if not shards:
         raise UserError(f"{folder.name}: no sample can be read, such as {left[0]}")
-    for path in paths:
-        _note_of(path).unlink()
-        if path.name not in {shard.name for shard in shards}:
-            path.unlink()
+    for path in {path.name: path for path in paths}.keys() - {shard.name for shard in shards}:
+        (folder / path).unlink(missing_ok=True)
     index = Index(classes=tuple(classes), streams=STREAMS, shards=shards)
     (folder / INDEX_NAME).write_text(index.model_dump_json(), "utf-8")
     return Made(index.num_samples, left)
 
 
+NOTES = "shard-*.json"
+
+
 def _note_of(path: Path) -> Path:
-    """What is remembered of a finished shard until all are."""
+    """What is remembered of a finished shard until all are; one of NOTES."""
     return path.with_suffix(".json")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,24 +14,21 @@ from dr2dist.data.decoders import IMAGE_TYPES
 from dr2dist.data.fields import split_name
 from dr2dist.data.listing import Listing, list_files, shown
 from dr2dist.data.tables import read_table
-from dr2dist.errors import UserError, nearest
+from dr2dist.errors import UserError, nearest, one_line
 
 
 @dataclass(frozen=True)
 class Record:
     """One sample: a key that is unique in its source, its files by extension, further members, its
-    class where it has one, and what a table says of it by column."""
+    class where it has one, where it lies under the source, and what a table says of it by column.
+    """
 
     key: str
     files: dict[str, Path]
     members: dict[str, bytes] = field(default_factory=dict)
     label: int | None = None
+    place: str = ""
     columns: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        """Its first file."""
-        return next(iter(self.files.values()))
 
 
 Source = tuple[list[Record], list[str]]
@@ -78,7 +76,7 @@ def _tell_empty(path: Path, classes: Sequence[str]) -> None:
     empty = [
         entry
         for entry in sorted(path.iterdir())
-        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in classes
+        if os.path.isdir(entry) and not entry.name.startswith(".") and entry.name not in classes
     ]
     Listing([], {"folders without images, which are no classes": empty} if empty else {}).tell()
 
@@ -109,9 +107,9 @@ def csv_table(path: Path) -> Source:
 
 def _file_of(table: Path, row: int, text: str) -> Path:
     """The image of a row, relative to the table."""
-    for name in (text, text.strip()):
-        file = table.parent / Path(name).expanduser()
-        if name and file.is_file():
+    for name in (text, text.strip(), os.path.expanduser(text.strip())):
+        file = table.parent / name
+        if name and os.path.isfile(file):
             ending = file.suffix.lower().lstrip(".")
             if ending in IMAGE_TYPES:
                 return file
@@ -195,7 +193,7 @@ def folder_of_files(path: Path) -> Source:
         raise UserError(f"{path}: holds no files with extensions")
     taken: set[str] = set()
     records = [
-        Record(_new_key(inner, taken), files, {}, _class_of(files))
+        Record(_new_key(inner, taken), files, {}, _class_of(files), inner.as_posix())
         for inner, files in samples.items()
     ]
     count = max((record.label + 1 for record in records if record.label is not None), default=0)
@@ -207,8 +205,8 @@ def _class_of(files: dict[str, Path]) -> int | None:
         return None
     try:
         return int(files["cls"].read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{files['cls']}: is no class's number: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{files['cls']}: is no class's number: {one_line(error)}") from None
 
 
 SOURCES: dict[str, Callable[[Path], Source]] = {
@@ -239,5 +237,5 @@ def _records(root: Path, found: list[tuple[Path, Members]]) -> list[Record]:
         inner = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
         key = _new_key(inner.with_suffix(""), taken)
         extension = path.suffix.lower().lstrip(".")
-        records.append(Record(key, {extension: path}, members, label))
+        records.append(Record(key, {extension: path}, members, label, inner.as_posix()))
     return records

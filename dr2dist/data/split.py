@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -27,9 +28,9 @@ def split(
     under the name "" where nothing is held out.
 
     shares: of val and test; what is left is train. group_by: a column of the table, or a regular
-    expression that is looked for in a file's path: what it finds (its first group, if it has one)
-    is a group, such as a patient, which is in one part alone. split_by: a column that says train,
-    val or test. Raises UserError for what contradicts each other, a part without samples, and a
+    expression that is looked for in a file's path under the source: what it finds (its first group,
+    if it has one) is a group, such as a patient, which is in one part alone. split_by: a column
+    that says train, val or test. Raises UserError for what contradicts each other, a part without samples, and a
     record of which a column or path says nothing.
     """
     held = any(shares.values())
@@ -85,7 +86,7 @@ def _parts(records: Sequence[Record], names: Sequence[str]) -> Parts:
 def _by_groups(
     records: Sequence[Record], held: Mapping[str, float], seed: int, group_by: str
 ) -> Parts:
-    """Each group, the largest first, goes where most of its classes are missing."""
+    """Each group, the largest first, goes where it brings the classes nearest to their shares."""
     names = [_group_of(record, group_by) for record in records]
     groups: dict[str, Counter[int | None]] = defaultdict(Counter)
     for name, record in zip(names, records, strict=True):
@@ -95,20 +96,27 @@ def _by_groups(
         raise UserError(f"--group-by: finds {len(groups)} group(s) for {len(shares)} parts")
     totals = Counter(record.label for record in records)
     missing = {part: {c: share * n for c, n in totals.items()} for part, share in shares.items()}
-    whole = {part: dict(counts) for part, counts in missing.items()}
     mixed = np.random.default_rng(seed).permutation(sorted(groups)).tolist()
     place: dict[str, str] = {}
     for name in sorted(mixed, key=lambda name: -groups[name].total()):
         own = groups[name]
-        place[name] = max(
-            shares,
-            key=lambda part: sum(
-                count * missing[part][c] / whole[part][c] for c, count in own.items()
-            ),
-        )
+        place[name] = min(shares, key=partial(_off, own, missing, totals))
         for c, count in own.items():
             missing[place[name]][c] -= count
     return _parts(records, [place[name] for name in names])
+
+
+def _off(
+    group: Counter[int | None],
+    missing: Mapping[str, Mapping[int | None, float]],
+    totals: Mapping[int | None, int],
+    part: str,
+) -> float:
+    """How much further a part is from its share with a group than without: of squared differences,
+    those of each class and of all samples."""
+    lacks, size, count = missing[part], group.total(), sum(totals.values())
+    by_class = sum(n * (n - 2 * lacks[c]) / totals[c] for c, n in group.items())
+    return by_class + size * (size - 2 * sum(lacks.values())) / count
 
 
 def _group_of(record: Record, group_by: str) -> str:
@@ -118,19 +126,20 @@ def _group_of(record: Record, group_by: str) -> str:
             raise UserError(f"--group-by: {_named(record)} has nothing in the column '{group_by}'")
         return value
     try:
-        found = re.search(group_by, str(record.path))
+        found = re.search(group_by, record.place)
     except re.error as error:
         hint = nearest(group_by, record.columns)
         raise UserError(
             f"--group-by: '{group_by}' is no column{hint} and no regular expression: {error}"
         ) from None
-    if found is None:
+    group = None if found is None else found[1] if found.re.groups else found[0]
+    if not group:
         raise UserError(f"--group-by: '{group_by}' finds nothing in {_named(record)}")
-    return found[1] if found.re.groups else found[0]
+    return group
 
 
 def _named(record: Record) -> str:
-    return shown(record.path)
+    return shown(record.place)
 
 
 def _by_column(records: Sequence[Record], column: str) -> Parts:
@@ -159,10 +168,11 @@ def describe_parts(parts: Mapping[str, Sequence[Record]], classes: Sequence[str]
     lines = []
     for part, records in parts.items():
         counts = Counter(record.label for record in records)
-        by_class = sorted((counts[label], name) for label, name in enumerate(classes))
+        known = [] if None in counts else classes  # of many labels an image has no one class
+        by_class = sorted((counts[label], name) for label, name in enumerate(known))
         listed = ", ".join(f"{name} {count}" for count, name in by_class[:SHOWN])
         more = f", and {len(by_class) - SHOWN} more classes" if len(by_class) > SHOWN else ""
-        lines.append(f"{part}: {len(records)} samples" + (f": {listed}{more}" if classes else ""))
+        lines.append(f"{part}: {len(records)} samples" + (f": {listed}{more}" if known else ""))
     return lines
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dr2dist.data.listing import shown
 from dr2dist.errors import UserError
 
 
@@ -45,10 +46,11 @@ def read_table(path: Path) -> tuple[list[Row], Sequence[str]]:
 
 
 def _lines(path: Path, text: str) -> list[tuple[int, list[str]]]:
-    """(row, cells) of all that are not empty."""
+    """(row, cells) of all in which anything stands."""
     try:
         reader = csv.reader(io.StringIO(text, newline=""))
-        return [(number, cells) for number, cells in enumerate(reader, 1) if cells]
+        rows = enumerate(reader, 1)
+        return [(number, cells) for number, cells in rows if any(map(str.strip, cells))]
     except csv.Error as error:
         raise UserError(f"{path}: is no table of CSV: {error}") from None
 
@@ -77,6 +79,6 @@ def _check_cells(path: Path, data: bytes) -> None:
             except UnicodeDecodeError:
                 column = header[place].strip() if place < len(header) else f"column {place + 1}"
                 raise UserError(
-                    f"{path}: row {number}: {column}: '{cell}' (read as Latin-1) is not of UTF-8: "
-                    "save the table as UTF-8"
+                    f"{path}: row {number}: {column}: '{shown(cell)}' (read as Latin-1) is not of "
+                    "UTF-8: save the table as UTF-8"
                 ) from None

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from dr2dist.errors import UserError
 from dr2dist.files import check_can_be_made
@@ -40,15 +41,17 @@ def unfinished(output: Path, digest: str) -> Iterator[Path]:
     """A folder OUTPUT.part that becomes the output at the end.
 
     What is in it when the work breaks off stays, and is there again when the same is made; what
-    another digest has begun is deleted. Raises UserError if another process is at work there.
+    another digest has begun is deleted. Raises UserError if another process is at work there, or
+    the folder cannot be made.
     """
     folder = output.with_name(f"{output.name}.part")
-    _begin(folder, digest)
-    with (folder / PLAN).open("r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{output}: another process is making it") from None
+    with _locked(folder) as plan:
+        plan.seek(0)
+        if plan.read() != digest:
+            _empty(folder)
+            plan.truncate(0)
+            plan.write(digest)
+            plan.flush()
         try:
             yield folder
         except BaseException:
@@ -57,23 +60,43 @@ def unfinished(output: Path, digest: str) -> Iterator[Path]:
             else:
                 shutil.rmtree(folder)
             raise
-        (folder / PLAN).unlink()
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
+        try:
+            if output.exists():
+                output.rmdir()
+            folder.rename(output)
+        except OSError as error:
+            raise UserError(f"{output}: {error.strerror}; what is made is {folder}") from None
+        (output / PLAN).unlink()
 
 
-def _begin(folder: Path, digest: str) -> None:
-    plan = folder / PLAN
-    if folder.exists() and not plan.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is in the way: it holds something else; move it")
-    if plan.exists() and plan.read_text("utf-8") != digest:
-        with plan.open("r+") as lock:
+@contextmanager
+def _locked(folder: Path) -> Iterator[TextIO]:
+    """The plan of a folder, which no other process has. The folder is made."""
+    path = folder / PLAN
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists() and any(folder.iterdir()):
+                raise UserError(f"{folder}: is in the way: it holds something else; move it")
+            plan = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+        with plan:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{folder}: another process is making another one there") from None
-            shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not plan.exists():
-        plan.write_text(digest, "utf-8")
+                fcntl.flock(plan, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another process is at work there") from None
+            except OSError as error:
+                raise UserError(f"{path}: cannot be locked: {error.strerror}") from None
+            # Who had it before may have ended the work, and taken the file away.
+            if path.exists() and path.stat().st_ino == os.fstat(plan.fileno()).st_ino:
+                yield plan
+                return
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != PLAN:
+            entry.unlink()

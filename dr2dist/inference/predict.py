@@ -55,8 +55,9 @@ def _files(path: Path, fields: Sequence[Field]) -> Iterable[Path]:
         raise UserError(f"{shown(path)}: does not exist")
 
     def why(file: Path) -> str | None:
-        ending = "".join(file.suffixes).lower()
-        return None if _taken(_known(file, fields), fields) else f"of the ending '{ending}'"
+        if _taken(_known(file, fields), fields):
+            return None
+        return f"of the ending {file.suffix.lower()}" if file.suffix else "without an ending"
 
     found = list_files(path, why)
     found.tell()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -38,6 +38,7 @@ def save(
     classes: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    orientation: Literal["exif", "stored"] = "exif",
     **options: bool | int | float | str,
 ) -> None:
     """Writes a converted network as an exported file, aside and renamed; it stays as it is.
@@ -45,7 +46,8 @@ def save(
     net: what `convert` made of a model of `timm.create_model`, or a copy of it, on any device.
     task: a configuration's section `task`, by default the usual one with as many classes as there
     are logits. classes: their names, by default those in pretrained_cfg, or "0", "1", and so on.
-    mean, std: of each channel, by default pretrained_cfg's. options: of timm.create_model, beside
+    mean, std: of each channel, by default pretrained_cfg's. orientation: whether images are turned
+    as their files say ("exif"), or not, as in a loop that does not turn them. options: of timm.create_model, beside
     those that can be read off the network (depth, embed_dim, num_heads and the like). Weights are
     written in fp32, and an existing file is replaced.
 
@@ -59,7 +61,8 @@ def save(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         sample = random_inputs(net, 1)
         wanted = _outputs(net, sample)
-        facts = _facts(net, wanted[-1], task, classes, mean, std, options)
+        prepared = {"mean": mean, "std": std, "orientation": orientation}
+        facts = _facts(net, wanted[-1], task, classes, prepared, options)
         tensors = _tensors(net, path, facts)
         with atomic_write(path) as aside:
             write_tensors(aside, tensors, facts.metadata())
@@ -114,8 +117,7 @@ def _facts(
     output: Tensor,
     task: Mapping[str, Any] | None,
     classes: Sequence[str] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    prepared: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> ExportMetadata:
     for key, value in options.items():
@@ -129,7 +131,11 @@ def _facts(
     if task is None and (len(set(names)) != count or len(names) != count):
         raise UserError(f"save: classes are {len(names)} names, {len(set(names))} of them "
                         f"different; the network has {count} outputs")  # fmt: skip
-    said = {name: list(v) for name, v in (("mean", mean), ("std", std)) if v is not None}
+    said = {
+        name: value if isinstance(value, str) else list(value)
+        for name, value in prepared.items()
+        if value is not None
+    }
     facts = metadata_of(net, task, names, said, options)
     found = arguments_of(net, assemble(facts.blueprint(), "meta").model)
     return facts.model_copy(update={"options": {**found, **options}})

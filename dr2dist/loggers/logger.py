@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 class Logger(Protocol):
     """A place that a run's values are sent to, by rank 0 alone.
 
-    One that raises is told nothing more, and the run goes on.
+    One that raises is told nothing more, and the run goes on; but a new run whose logger cannot
+    start is refused.
     """
 
     def start(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
@@ -28,4 +29,5 @@ class Logger(Protocol):
         """What the task draws of held-out samples."""
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """How the run ended: what summary.json holds."""
+        """How the run ended: what summary.json holds; of one that ended by a mistake its status
+        alone, "failed"."""

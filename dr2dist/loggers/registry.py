@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 
-from dr2dist.errors import UserError, nearest
+from dr2dist.errors import UserError, nearest, one_line
 from dr2dist.loggers.logger import Logger
 from dr2dist.loggers.mlflow import Mlflow
 from dr2dist.loggers.tensorboard import TensorBoard
@@ -45,5 +45,12 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def make_loggers(names: Sequence[str]) -> list[Logger]:
-    """One of each name, in their order."""
-    return [_loggers[name]() for name in names]
+    """One of each name, in their order. Raises UserError for one that cannot be made."""
+    found = []
+    for name in names:
+        try:
+            found.append(_loggers[name]())
+        except Exception as error:  # of whatever one's own does
+            reason = one_line(f"{type(error).__name__}: {error}")
+            raise UserError(f"train.loggers: {name}: {reason}") from None
+    return found

@@ -38,6 +38,9 @@ class TensorBoard:
     def end(self, summary: Mapping[str, Any]) -> None:
         """See Logger."""
         settings = {key: str(value) for key, value in flat(self._settings).items()}
-        reached = {f"reached/{key}": value for key, value in (summary["last"] or {}).items()}
-        self._board.add_hparams(settings, reached, run_name=".", global_step=summary["steps"])
-        self._board.close()
+        last = summary.get("last") or {}
+        reached = {f"reached/{key}": value for key, value in last.items()}
+        try:
+            self._board.add_hparams(settings, reached, run_name=".", global_step=last.get("step"))
+        finally:
+            self._board.close()

@@ -45,4 +45,5 @@ class Wandb:
     def end(self, summary: Mapping[str, Any]) -> None:
         """See Logger."""
         self._run.summary.update(dict(summary))
-        self._run.finish()
+        done = summary["status"] in ("finished", "interrupted")
+        self._run.finish(exit_code=0 if done else 1)

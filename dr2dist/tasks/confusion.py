@@ -9,6 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dr2dist.pictures import plain
+
 SHOWN = 40
 """Classes of the matrix at most; of more, those that are confused most."""
 LISTED = 40
@@ -24,7 +26,7 @@ def draw_confusion(report: Mapping[str, Any]) -> Figure:
     title.
     """
     counts = torch.tensor(report["confusion"], dtype=torch.float64)
-    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in report["classes"]]
+    names = [plain(n if len(n) <= 24 else f"{n[:23]}…") for n in report["classes"]]
     chosen = _most_confused(counts)
     pairs = _pairs_outside(counts, chosen)
     side = max(4.0, 1 + len(chosen) / 3)

@@ -13,6 +13,7 @@ from dr2dist.data.batch import Batch
 from dr2dist.data.decoders import IMAGE_TYPES
 from dr2dist.data.stream import Values
 from dr2dist.errors import UserError
+from dr2dist.pictures import plain
 from dr2dist.tasks.task import Task
 from dr2dist.tasks.transforms import (
     EVALUATION,
@@ -87,8 +88,8 @@ class ImageTask(Task):
             scaled = (image - least) / (most - least).clamp(min=1e-6)
             seen = scaled if len(scaled) == 3 else scaled[:1].expand(3, -1, -1)
             axes.imshow(seen.permute(1, 2, 0).numpy())
-            axes.set_title(predicted, color="black" if right else "red")
-            axes.set_xlabel(true)
+            axes.set_title(plain(predicted), color="black" if right else "red")
+            axes.set_xlabel(plain(true))
             axes.set_xticks([], [])
             axes.set_yticks([], [])
         return figure

@@ -49,7 +49,9 @@ class ImageData(Data):
         (0.7, 1.0), description="range of the share of the area that a random crop keeps"
     )
     orientation: Literal["exif", "stored"] = Field(
-        "exif", description="exif: images are turned as their files say; stored: as they lie there"
+        "exif",
+        description="exif: images are turned as their files say; stored: only those that are "
+        "turned while they are read, as TIFF",
     )
     rand_augment: RandAugment | None = Field(None, description="null: none; {}: the defaults")
     erase: Unit = Field(0.0, description="probability that noise replaces a random rectangle")

@@ -156,7 +156,8 @@ def _completed(before: Any, config: Config) -> Any:
     for section, settings in BEFORE.items():
         known = type(getattr(config, section)).model_fields
         did = {name: value for name, value in settings.items() if name in known}
-        moved[section] = {**did, **(moved.get(section) or {})}
+        if isinstance(moved.get(section), dict):
+            moved[section] = {**did, **moved[section]}
     try:
         values: Any = type(config).model_validate(moved)
     except ValidationError:  # of another task, or not a configuration at all

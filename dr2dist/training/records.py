@@ -42,7 +42,7 @@ class Records:
         self.write_text(CONFIG, config)
         self._cut_back(step)
         self._lines = (folder / METRICS).open("a", encoding="utf-8")
-        self._loggers = list(loggers)
+        self._loggers, self._ended = list(loggers), False
         self._tell("start", folder, yaml.safe_load(config), step, strict=step == 0)
 
     def _cut_back(self, step: int) -> None:
@@ -74,11 +74,17 @@ class Records:
         """summary.json: how the run ended."""
         plain = {name: _plain(value) for name, value in values.items()}
         self.write_text(SUMMARY, json.dumps(plain, indent=2) + "\n")
-        self._tell("end", plain)
+        self._end(plain)
 
     def close(self) -> None:
-        """Ends the files."""
+        """Ends the files; loggers hear of a run that has no summary, too."""
+        self._end({"status": "failed"})
         self._lines.close()
+
+    def _end(self, summary: dict[str, Any]) -> None:
+        if not self._ended:
+            self._ended = True
+            self._tell("end", summary)
 
     def _tell(self, what: str, *values: Any, strict: bool = False) -> None:
         for logger in tuple(self._loggers):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dr2dist.arguments import path
 from dr2dist.errors import UserError
 from dr2dist.files import check_file_output
-from dr2dist.pictures import save_picture
+from dr2dist.pictures import ENDINGS, plain, save_picture
 from dr2dist.training.run_files import METRICS, SUMMARY, read_metrics
 
 Cell = Callable[[Mapping[str, Any]], str]
@@ -35,6 +35,8 @@ COSTS: dict[str, Cell] = {
     "seconds": lambda run: f"{run['seconds']:.0f}",
 }
 """Lines of the table, before and after the metrics. One that is empty for all runs is left out."""
+MANY = 50
+"""Steps from which on a picture may leave some of them outside."""
 LEFT_OUT = ("step", "samples", "skipped")
 """What a validation says beside its metrics."""
 
@@ -66,6 +68,8 @@ def report(given: argparse.Namespace) -> int:
     common = Path(os.path.commonpath([os.path.relpath(folder) for folder in given.runs]))
     picture = given.picture or common / "curves.png"
     check_file_output(picture)
+    if picture.suffix.lower() not in ENDINGS:
+        raise UserError(f"--picture: {picture}: allowed endings are {', '.join(ENDINGS)}")
     names = _names(given.runs)
     runs = [read_run(folder, name) for folder, name in zip(given.runs, names, strict=True)]
     print(table(runs))
@@ -76,7 +80,7 @@ def report(given: argparse.Namespace) -> int:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of paths that tell runs apart."""
-    parts = [folder.absolute().parts for folder in folders]
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(path[-length:]) for path in parts]
         if len(set(names)) == len(names):
@@ -105,7 +109,8 @@ def table(runs: Sequence[Run]) -> str:
     metrics = {
         f"held-out {key.replace('_', ' ')}": _last(key) for run in runs for key in _metrics(run)
     }
-    lines = ["| | " + " | ".join(run.name for run in runs) + " |", "|---" * (len(runs) + 1) + "|"]
+    names = [run.name.replace("|", "\\|") for run in runs]
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(runs) + 1) + "|"]
     for name, cell in {**COURSE, **metrics, **COSTS}.items():
         cells = [_text(cell, run) for run in runs]
         if any(cells):
@@ -148,7 +153,7 @@ def draw(runs: Sequence[Run], picture: Path) -> None:
             axis.plot(*run.curve(f"val_{metric}"), color=color, marker="o", markersize=4)
         path.plot(*run.curve("alpha"), color=color)
         path.plot(*run.curve("beta"), color=color, linestyle=":")
-    show_change(loss, [value for run in runs for value in run.curve("loss")[1]])
+    show_change(loss, *([v for run in runs for v in run.curve(k)[1]] for k in ("loss", "val_loss")))
     loss.set_title("loss: of training, and held out (dashed)")
     for axis in middle:
         axis.set_title(f"held-out {metric.replace('_', ' ')}")
@@ -156,7 +161,7 @@ def draw(runs: Sequence[Run], picture: Path) -> None:
     for axis in (loss, *middle, path):
         axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.3)
-    names = [run.name for run in runs]
+    names = [plain(run.name) for run in runs]
     figure.legend(loss.get_lines()[::2], names, loc="outside lower center", ncols=4)
     save_picture(figure, picture)
 
@@ -172,10 +177,12 @@ def _common_metric(runs: Sequence[Run]) -> str:
     return ""
 
 
-def show_change(axis: Any, values: list[float]) -> None:
-    """Leaves what is beyond nearly all values, as first steps often are, outside of the picture."""
-    ordered = sorted(values)
-    high = ordered[int(0.98 * (len(ordered) - 1))] if ordered else 1.0
+def show_change(axis: Any, training: list[float], held_out: list[float]) -> None:
+    """Leaves the few training losses of a long run that are far beyond all others, as first steps'
+    often are, outside of the picture."""
+    if len(training) < MANY:
+        return
+    high = max(sorted(training)[int(0.98 * (len(training) - 1))], *held_out, 0.0)
     bottom, top = axis.get_ylim()
     if top > 2 * high - bottom:
         axis.set_ylim(top=high + 0.1 * (high - bottom))

@@ -101,6 +101,7 @@ def _run(
         if rank == 0:
             loggers = make_loggers(config.train.loggers)
             records = Records(folder, dump_config(config), engine.applied, loggers)
+            stack.callback(records.close)
     watchdog = Watchdog(heartbeat.name, config.train.step_limit, heartbeat.tell)
     trainer = _trainer(config, plan, engine, lr_scales, records, manager, progress, asked, watchdog)
     return _train(config, plan, trainer)
@@ -124,7 +125,6 @@ def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
     summary["seconds"] = time.monotonic() - start
     if trainer.records is not None:
         trainer.records.write_summary(summary)
-        trainer.records.close()
     dist.barrier()
     if failure is not None:
         raise failure
