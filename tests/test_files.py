@@ -356,7 +356,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda one, other: (one / "shard-000000.tar").write_bytes(
             bytes((one / "shard-000000.tar").stat().st_size)
         ),
-        "holds no file where index.json says",
+        "holds no file of 0 bytes where index.json says",
     ),
 }
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dr2dist.cli import main
+from dr2dist.data.decoders import decode
 from dr2dist.data.index import read_index
 
 
@@ -95,3 +96,39 @@ def test_splits_that_cannot_be_are_refused(
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not (table.parent / "shards").exists()
+
+
+def test_a_share_is_kept_where_each_group_has_classes_of_its_own(tmp_path: Path) -> None:
+    """Ten patients of four pictures, two of each of five classes: 0.2 are two patients."""
+    lines = ["path,label,patient"]
+    for number in range(40):
+        patient = number // 4
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,class {patient % 5},{patient}")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    assert make(tmp_path / "table.csv", "--val-fraction", "0.2", "--group-by", "patient") == 0
+    assert {part: len(own) for part, own in samples(tmp_path / "table.csv").items()} == {
+        "train": 32,
+        "val": 8,
+    }
+
+
+def test_other_parts_are_not_gone_on_with(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(1000))
+
+    def breaks(extension: str, data: bytes) -> object:
+        if next(calls) == 110:
+            raise KeyboardInterrupt
+        return decode(extension, data)
+
+    monkeypatch.setattr("dr2dist.data.shards.decode", breaks)
+    options = ("--split-by", "part", "--samples-per-shard", "10", "--workers", "1")
+    assert make(table, *options) == 130
+    assert (table.parent / "shards.part").exists()
+    text = table.read_text()
+    table.write_text(text.replace("Test", "val").replace("train ", "Test", 30))
+    assert make(table, *options) == 0
+    found = samples(table)
+    keys = [key for own in found.values() for key, _ in own]
+    assert len(keys) == len(set(keys)) == 120
+    assert {part: len(own) for part, own in found.items()} == {"train": 50, "val": 40, "test": 30}

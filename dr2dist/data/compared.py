@@ -29,6 +29,8 @@ def compare_with_index(pattern: str | Path) -> None:
     for shard in index.shards:
         try:
             _compare(folder / shard.name, shard)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / shard.name}: cannot be read: {one_line(error)}") from None
 

@@ -30,8 +30,8 @@ def split(
     shares: of val and test; what is left is train. group_by: a column of the table, or a regular
     expression that is looked for in a file's path under the source: what it finds (its first group,
     if it has one) is a group, such as a patient, which is in one part alone. split_by: a column
-    that says train, val or test. Raises UserError for what contradicts each other, a part without samples, and a
-    record of which a column or path says nothing.
+    that says train, val or test. Raises UserError for what contradicts each other, a part without
+    samples, and a record of which a column or path says nothing.
     """
     held = any(shares.values())
     if split_by is not None:
@@ -113,10 +113,10 @@ def _off(
     part: str,
 ) -> float:
     """How much further a part is from its share with a group than without: of squared differences,
-    those of each class and of all samples."""
+    those of each class, and that of all samples as often as there are classes."""
     lacks, size, count = missing[part], group.total(), sum(totals.values())
     by_class = sum(n * (n - 2 * lacks[c]) / totals[c] for c, n in group.items())
-    return by_class + size * (size - 2 * sum(lacks.values())) / count
+    return by_class + len(totals) * size * (size - 2 * sum(lacks.values())) / count
 
 
 def _group_of(record: Record, group_by: str) -> str:

@@ -46,10 +46,10 @@ def save(
     net: what `convert` made of a model of `timm.create_model`, or a copy of it, on any device.
     task: a configuration's section `task`, by default the usual one with as many classes as there
     are logits. classes: their names, by default those in pretrained_cfg, or "0", "1", and so on.
-    mean, std: of each channel, by default pretrained_cfg's. orientation: whether images are turned
-    as their files say ("exif"), or not, as in a loop that does not turn them. options: of timm.create_model, beside
-    those that can be read off the network (depth, embed_dim, num_heads and the like). Weights are
-    written in fp32, and an existing file is replaced.
+    mean, std: of each channel, by default pretrained_cfg's. orientation: whether samples are turned
+    as their files say ("exif"), or lie as they are stored, as in a loop that does not turn them.
+    options: of timm.create_model, beside those that can be read off the network (depth, embed_dim,
+    num_heads and the like). Weights are written in fp32, and an existing file is replaced.
 
     The file is loaded again and run on a random sample first. Raises UserError if that is not what
     the network computes, or if it is none that `load` could build.
