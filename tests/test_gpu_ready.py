@@ -155,11 +155,11 @@ def test_workers_start_from_a_clean_process_where_there_is_a_gpu(
     data = ImageData(train="", scale=(1, 1))
     dataset = ShardDataset(shards, FIELDS, train_transform((8, 8), [0.5] * 3, [0.5] * 3, data))
     items = [[(0, 0), (0, 1)], [(0, 2)]]
-    plain: Any = batches(dataset, items, 0)
+    plain: Any = batches(dataset, items, 0).batches
     here = list(plain)
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: True)
-        there: Any = batches(dataset, items, 1)
+        there: Any = batches(dataset, items, 1).batches
     assert there.pin_memory and not plain.pin_memory
     assert there.multiprocessing_context.get_start_method() == "forkserver"
     with pytest.warns(UserWarning, match="pin_memory"):  # there is no GPU to pin it for
