@@ -44,9 +44,12 @@ def test_four_stages_train_as_one_does(kind: str, one_rank: Pool, four_ranks: Po
     assert found[0] == pytest.approx(wanted[0], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("stages", "zero"), [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (4, 0)]
-)
+MORE = [
+    pytest.param(*layout, marks=pytest.mark.slow) for layout in ((1, 1), (1, 2), (2, 0), (4, 0))
+]
+
+
+@pytest.mark.parametrize(("stages", "zero"), [(1, 0), (1, 3), (2, 1), *MORE])
 def test_scales_follow_states_that_grow_on_all_ranks_alike(
     stages: int, zero: int, four_ranks: Pool
 ) -> None:
