@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm import tqdm
 
 import dr2dist
-from dr2dist.bench.worker import peak, start_peak
+from dr2dist.bench.worker import peak, return_at_once, start_peak
 from dr2dist.launching.launcher import free_port
 from dr2dist.parallel.deepspeed_json import deepspeed_config
 from dr2dist.parallel.engine import StepBatches
@@ -308,6 +308,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.memory_of:
+        return_at_once()
         with tempfile.TemporaryDirectory() as folder:
             found = memory(given.memory_of[0], int(given.memory_of[1]), Path(folder))
         return print(json.dumps(found))

@@ -12,11 +12,6 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def shards(text: str) -> str:
-    """A folder of shards or a brace pattern, as `path`."""
-    return os.path.expanduser(text)
-
-
 def positive(text: str) -> int:
     """A whole number that is 1 or more."""
     try:

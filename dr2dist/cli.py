@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from dr2dist.arguments import path, positive
-from dr2dist.arguments import shards as shards_text
 from dr2dist.bench.command import add_bench_arguments
 from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
@@ -142,7 +141,7 @@ def _add_shards(commands: _Commands) -> None:
         "Compare shards with their index: sizes, checksums, members, classes.",
         "dr2dist shards verify 'demo/elpv/train/shard-{000000..000003}.tar'",
     )
-    verify.add_argument("shards", type=shards_text, help="a folder, or a brace pattern")
+    verify.add_argument("shards", type=os.path.expanduser, help="a folder, or a brace pattern")
     verify.set_defaults(command=_shards_verify)
 
 
@@ -151,7 +150,7 @@ def _shards_make(given: argparse.Namespace) -> int:
     from dr2dist.data.sources import SOURCES
     from dr2dist.data.unfinished import check_output
 
-    check_output(Path(os.path.abspath(given.output)))
+    check_output(given.output)
     records, classes = SOURCES[given.kind](given.source)
     made = make_shards(
         records,
@@ -254,7 +253,7 @@ def _add_evaluate(commands: _Commands) -> None:
         "dr2dist evaluate photos.safetensors shards/photos/val --output report.json",
     )
     evaluate.add_argument("model", type=path, help="a file of 'dr2dist export'")
-    evaluate.add_argument("shards", type=shards_text, help="a folder, or a brace pattern")
+    evaluate.add_argument("shards", type=os.path.expanduser, help="a folder, or a brace pattern")
     evaluate.add_argument("--output", type=path, help="report as JSON; a PNG is put beside it")
     evaluate.add_argument("--batch", type=positive, default=32)
     evaluate.add_argument("--workers", type=int, default=0, help="loader processes")

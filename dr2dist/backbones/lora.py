@@ -34,11 +34,10 @@ def targets_of(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         layer.register_forward_hook(lambda layer, *_: called.add(id(layer)))
     measure(net)
     known = [name for name, layer in linear.items() if id(layer) in called & inside]
-    found = {name for pattern in patterns for name in known if fnmatchcase(name, pattern)}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise UserError(f"model.lora.targets: '{pattern}' {_why_none(pattern, linear, known)}")
-    return [name for name in known if name in found]
+    return [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _why_none(pattern: str, linear: Mapping[str, Any], known: Sequence[str]) -> str:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dr2dist.data.index import INDEX_NAME, Shard, read_index
+from dr2dist.data.index import INDEX_NAME, Index, Shard, folder_of
 from dr2dist.errors import UserError, one_line
 
 LOOKED_AT = 16
 """Samples of a shard whose headers are read at most."""
 
 
-def compare_with_index(pattern: str | Path) -> None:
+def compare_with_index(pattern: str | Path, index: Index) -> None:
     """Raises UserError for a shard that is missing, has another size, or other samples.
 
     Of each shard the size is asked for, and the headers of some samples are read where the index
     says that they lie; `verify_shards` reads all of it.
     """
-    folder, index = read_index(pattern)
+    folder = folder_of(pattern)
     missing = [shard.name for shard in index.shards if not (folder / shard.name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more of {len(index.shards)}" if len(missing) > 1 else ""
@@ -69,10 +67,3 @@ def _header_at(path: Path, offset: int) -> _Header:
     name = found.name
     whole = len(name) < tarfile.LENGTH_NAME and name.isascii() and "?" not in name
     return _Header(name if whole else None, found.size)
-
-
-def compare_all(patterns: Sequence[str | None]) -> None:
-    """`compare_with_index` for each that is not None."""
-    for pattern in patterns:
-        if pattern is not None:
-            compare_with_index(os.fspath(pattern))

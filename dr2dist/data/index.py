@@ -75,13 +75,19 @@ class Index(BaseModel):
         return [labels[label] for label in range(len(self.classes))]
 
 
+def folder_of(pattern: str | Path) -> Path:
+    """The folder that shards lie in: the pattern itself, unless it names some of them."""
+    text = str(pattern)
+    return Path(text).parent if "{" in text or text.endswith(".tar") else Path(text)
+
+
 def read_index(pattern: str | Path) -> tuple[Path, Index]:
     """(folder, index) for a folder of shards or a brace pattern that names some of them.
 
     Raises UserError if there is no valid index or a named shard is not in it.
     """
     text = str(pattern)
-    folder = Path(text).parent if "{" in text or text.endswith(".tar") else Path(text)
+    folder = folder_of(text)
     try:
         index = Index.model_validate_json((folder / INDEX_NAME).read_text("utf-8"))
     except OSError:

@@ -54,8 +54,7 @@ def make_shards(
     cannot be read are left out, and named. Raises UserError for an unreadable one (named), an
     output that cannot be made, or a value outside its range.
     """
-    output = Path(os.path.abspath(output))
-    check_output(output)
+    output = check_output(output)
     shares = {"val": val_fraction, "test": test_fraction}
     if samples_per_shard < 1:
         raise UserError(f"samples-per-shard is {samples_per_shard}, allowed is 1 and more")
@@ -130,8 +129,9 @@ def _write_part(
     left = tuple(line for _, lines in made for line in lines)
     if not shards:
         raise UserError(f"{folder.name}: no sample can be read, such as {left[0]}")
-    for path in {path.name: path for path in paths}.keys() - {shard.name for shard in shards}:
-        (folder / path).unlink(missing_ok=True)
+    for shard, _ in made:
+        if not shard.samples:
+            (folder / shard.name).unlink(missing_ok=True)
     index = Index(classes=tuple(classes), streams=STREAMS, shards=shards)
     (folder / INDEX_NAME).write_text(index.model_dump_json(), "utf-8")
     return Made(index.num_samples, left)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dr2dist.data.decoders import IMAGE_TYPES
 from dr2dist.data.fields import split_name
-from dr2dist.data.listing import Listing, list_files, shown
+from dr2dist.data.listing import list_files, shown
 from dr2dist.data.tables import read_table
 from dr2dist.errors import UserError, nearest, one_line
 
@@ -47,17 +47,18 @@ Cells = list[tuple[int, str]]
 def image_folder(path: Path) -> Source:
     """PATH/class name/**/image: classes in the order of their names. What is left out is said."""
     found = list_files(path, partial(_why_no_image, root=path))
-    found.tell()
     own: dict[str, list[Path]] = {}
     for file in found.files:
         own.setdefault(file.relative_to(path).parts[0], []).append(file)
     classes = sorted(own)
+    if empty := _empty_classes(path, classes):
+        found.left["folders without images, which are no classes"] = empty
+    found.tell()
     if not classes and BESIDE in found.left:
         raise UserError(
             f"{shown(path)}: holds images but no folders of them; allowed is "
             f"{shown(path)}/CLASS/IMAGE"
         )
-    _tell_empty(path, classes)
     images = [(image, _classified(n)) for n, name in enumerate(classes) for image in own[name]]
     return _records(path, images), list(map(shown, classes))
 
@@ -72,13 +73,12 @@ def _why_no_image(file: Path, root: Path) -> str | None:
     return BESIDE if file.parent == root else None
 
 
-def _tell_empty(path: Path, classes: Sequence[str]) -> None:
-    empty = [
+def _empty_classes(path: Path, classes: Sequence[str]) -> list[Path]:
+    return [
         entry
         for entry in sorted(path.iterdir())
         if os.path.isdir(entry) and not entry.name.startswith(".") and entry.name not in classes
     ]
-    Listing([], {"folders without images, which are no classes": empty} if empty else {}).tell()
 
 
 def csv_table(path: Path) -> Source:

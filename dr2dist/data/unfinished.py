@@ -20,11 +20,10 @@ PLAN = ".plan"
 """Says what is being made, and is locked by who makes it."""
 
 
-def check_output(output: Path) -> None:
-    """Raises UserError for a folder that could not be made, before the work that it is for.
-
-    output: absolute; an empty folder is replaced.
-    """
+def check_output(output: Path) -> Path:
+    """The folder as an absolute path; an empty one is replaced. Raises UserError for one that could
+    not be made, before the work that it is for."""
+    output = Path(os.path.abspath(output))
     if output.is_symlink():
         raise UserError(f"{output}: is a link; name the folder itself")
     if output.is_dir() and os.path.ismount(output):
@@ -34,6 +33,7 @@ def check_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists already and is not empty")
     check_can_be_made(output.parent)
+    return output
 
 
 @contextmanager

@@ -6,8 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dr2dist.files import atomic_write
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def known_run(folder: Path, name: str, step: int) -> str | None:
+    """By what a run that goes on is known elsewhere: what `remember_run` wrote to a file of its
+    folder; None for a new run."""
+    path = folder / name
+    return path.read_text("utf-8").strip() if step and path.exists() else None
+
+
+def remember_run(folder: Path, name: str, run_id: str) -> None:
+    """See `known_run`."""
+    with atomic_write(folder / name) as aside:
+        aside.write_text(f"{run_id}\n", "utf-8")
+
+
+def ended_well(summary: Mapping[str, Any]) -> bool:
+    """Whether a run has done what it was asked to, or may go on."""
+    return summary["status"] in ("finished", "interrupted")
 
 
 class Logger(Protocol):

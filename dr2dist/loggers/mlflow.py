@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dr2dist.config.text import flat
-from dr2dist.files import atomic_write
+from dr2dist.loggers.logger import ended_well, known_run, remember_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,30 +25,22 @@ class Mlflow:
         """See Logger."""
         import mlflow
 
-        known = folder / ID
-        run_id = known.read_text("utf-8").strip() if step and known.exists() else None
+        self._mlflow: Any = mlflow
+        run_id = known_run(folder, ID, step)
         run: Any = mlflow.start_run(run_id=run_id, run_name=None if run_id else folder.name)
         if run_id is None:
             mlflow.log_params({key: str(v)[:LONGEST] for key, v in flat(settings).items()})
-        with atomic_write(known) as aside:
-            aside.write_text(f"{run.info.run_id}\n", "utf-8")
+        remember_run(folder, ID, run.info.run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See Logger."""
-        import mlflow
-
-        mlflow.log_metrics(dict(values), step=step)
+        self._mlflow.log_metrics(dict(values), step=step)
 
     def show(self, step: int, picture: Figure) -> None:
         """See Logger."""
-        import mlflow
-
-        mlflow.log_figure(picture, f"held_out/{step:08d}.png")
+        self._mlflow.log_figure(picture, f"held_out/{step:08d}.png")
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """See Logger."""
-        import mlflow
-
-        mlflow.log_dict(dict(summary), "summary.json")
-        done = summary["status"] in ("finished", "interrupted")
-        mlflow.end_run("FINISHED" if done else "FAILED")
+        self._mlflow.log_dict(dict(summary), "summary.json")
+        self._mlflow.end_run("FINISHED" if ended_well(summary) else "FAILED")

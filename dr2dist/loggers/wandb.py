@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dr2dist.files import atomic_write
+from dr2dist.loggers.logger import ended_well, known_run, remember_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,13 +22,11 @@ class Wandb:
         """See Logger."""
         import wandb
 
-        known = folder / ID
-        run_id = known.read_text("utf-8").strip() if step and known.exists() else None
+        run_id = known_run(folder, ID, step)
         self._run: Any = wandb.init(
             dir=str(folder), name=folder.name, id=run_id, resume="allow", config=dict(settings)
         )
-        with atomic_write(known) as aside:
-            aside.write_text(f"{self._run.id}\n", "utf-8")
+        remember_run(folder, ID, self._run.id)
         # Its own count of steps cannot go back to a checkpoint's.
         self._run.define_metric("*", step_metric="step")
 
@@ -45,5 +43,4 @@ class Wandb:
     def end(self, summary: Mapping[str, Any]) -> None:
         """See Logger."""
         self._run.summary.update(dict(summary))
-        done = summary["status"] in ("finished", "interrupted")
-        self._run.finish(exit_code=0 if done else 1)
+        self._run.finish(exit_code=0 if ended_well(summary) else 1)

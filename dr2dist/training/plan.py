@@ -19,7 +19,7 @@ from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.backbones.weights import check_file
 from dr2dist.coefficients import Schedule
 from dr2dist.config import Config
-from dr2dist.data.compared import compare_all
+from dr2dist.data.compared import compare_with_index
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, read_index
 from dr2dist.errors import UserError
@@ -81,7 +81,7 @@ class Plan:
 
         fetch: timm's own weights are fetched now, before all ranks would at once.
         """
-        compare_all((config.data.train, config.data.val))
+        self.compare_shards(config)
         for dataset in filter(None, datasets(config, self.task)):
             dataset[0, 0]
         if self.blueprint.weights == "hub":
@@ -89,6 +89,12 @@ class Plan:
                 assemble(self.blueprint)
         elif self.blueprint.weights is not None:
             assemble(self.blueprint, "in parts")
+
+    def compare_shards(self, config: Config) -> None:
+        """Raises UserError for shards that are not those of their index."""
+        for pattern, index in ((config.data.train, self.train), (config.data.val, self.val)):
+            if pattern is not None and index is not None:
+                compare_with_index(pattern, index)
 
     def describe_longer(self, config: Config, done: int) -> str:
         """What the schedules do when a run that has ended after `done` steps goes on."""

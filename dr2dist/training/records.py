@@ -19,7 +19,7 @@ from torch import Tensor
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 from dr2dist.loggers.logger import Logger
-from dr2dist.training.run_files import CONFIG, METRICS, SUMMARY
+from dr2dist.training.run_files import CONFIG, METRICS, SUMMARY, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,8 @@ class Records:
     def _cut_back(self, step: int) -> None:
         path = self.folder / METRICS
         if path.exists():
-            # The last line may be cut off.
-            whole = path.read_text("utf-8").rpartition("\n")[0].splitlines()
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            self.write_text(path.name, "".join(f"{line}\n" for line in kept))
+            kept = [line for line in read_metrics(path) if line["step"] <= step]
+            self.write_text(path.name, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def log(self, step: int, **values: Any) -> None:
         """One object in metrics.jsonl, its numbers to loggers too. NaN becomes null."""

@@ -42,10 +42,10 @@ LEFT_OUT = ("step", "samples", "skipped")
 
 
 class Run(NamedTuple):
-    """A run's folder. summary: None of one that goes on. lines: of its metrics.jsonl."""
+    """A run's folder. summary: of one that goes on it says little. lines: of its metrics.jsonl."""
 
     name: str
-    summary: dict[str, Any] | None
+    summary: dict[str, Any]
     lines: list[dict[str, Any]]
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
@@ -98,7 +98,7 @@ def read_run(folder: Path, name: str) -> Run:
     try:
         summary = json.loads((folder / SUMMARY).read_text("utf-8"))
     except FileNotFoundError:
-        summary = None
+        summary = {"status": "not ended", "stopped_early": False, "steps": lines[-1]["step"]}
     except (OSError, ValueError):
         raise UserError(f"{folder / SUMMARY}: is damaged") from None
     return Run(name, summary, lines)
@@ -120,7 +120,7 @@ def table(runs: Sequence[Run]) -> str:
 
 def _metrics(run: Run) -> list[str]:
     """Names of what its last validation measured."""
-    last = (run.summary or {}).get("last") or {}
+    last = run.summary.get("last") or {}
     return [key for key in last if key not in LEFT_OUT]
 
 
@@ -129,9 +129,6 @@ def _last(key: str) -> Cell:
 
 
 def _text(cell: Cell, run: Run) -> str:
-    if run.summary is None:
-        lasting = {"status": "not ended", "stopped_early": False, "steps": run.lines[-1]["step"]}
-        return _text(cell, run._replace(summary=lasting))
     try:
         return cell(run.summary)
     except (KeyError, TypeError, ZeroDivisionError):  # not there, or null

@@ -17,7 +17,6 @@ from dr2dist.assembly import assemble
 from dr2dist.backbones.convert import convert
 from dr2dist.config import Config, dump_config
 from dr2dist.config.coefficients import Guarded
-from dr2dist.data.compared import compare_all
 from dr2dist.errors import UserError
 from dr2dist.loggers.registry import make_loggers
 from dr2dist.parallel.agreement import AgreedError, agree, from_first
@@ -80,7 +79,7 @@ def _run(
         found = find_start(config, plan.global_batch, plan.steps)
         if found.finished is None:
             stack.enter_context(RunLock(folder))
-            compare_all((config.data.train, config.data.val))
+            plan.compare_shards(config)
         return found
 
     start = from_first(look)
