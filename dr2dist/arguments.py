@@ -21,3 +21,16 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"found '{text}', allowed is a whole number from 1 on")
     return value
+
+
+class Commands:
+    """A choice of commands that a parser is given."""
+
+    def __init__(self, parser: argparse.ArgumentParser, what: str) -> None:
+        self._choice = parser.add_subparsers(required=True, metavar=what)
+
+    def add(self, name: str, text: str, example: str) -> argparse.ArgumentParser:
+        """A command's own parser."""
+        return self._choice.add_parser(
+            name, help=text, description=text, epilog=f"example: {example}"
+        )

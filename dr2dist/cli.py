@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dr2dist.arguments import path, positive
+from dr2dist.arguments import Commands, path, positive
 from dr2dist.bench.command import add_bench_arguments
+from dr2dist.data.command import add_shards_arguments
 from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write, check_file_output
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dr2dist", description=__doc__)
     parser.add_argument("--version", action="version", version=f"dr2dist {__version__}")
-    commands = _Commands(parser, "COMMAND")
+    commands = Commands(parser, "COMMAND")
     add_train_arguments(
         commands.add(
             "train",
@@ -71,7 +72,11 @@ def _parser() -> argparse.ArgumentParser:
             "dr2dist report runs/photos runs/other --picture curves.png",
         )
     )
-    _add_shards(commands)
+    add_shards_arguments(
+        commands.add(
+            "shards", "Make, index or verify shards.", "dr2dist shards verify demo/elpv/train"
+        )
+    )
     _add_export(commands)
     _add_evaluate(commands)
     _add_predict(commands)
@@ -92,97 +97,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Commands:
-    """A choice of commands that a parser is given."""
-
-    def __init__(self, parser: argparse.ArgumentParser, what: str) -> None:
-        self._choice = parser.add_subparsers(required=True, metavar=what)
-
-    def add(self, name: str, text: str, example: str) -> argparse.ArgumentParser:
-        """A command's own parser."""
-        return self._choice.add_parser(
-            name, help=text, description=text, epilog=f"example: {example}"
-        )
-
-
-def _add_shards(commands: _Commands) -> None:
-    from dr2dist.data.sources import SOURCES
-
-    shards = commands.add(
-        "shards", "Make or verify shards.", "dr2dist shards verify demo/elpv/train"
-    )
-    actions = _Commands(shards, "ACTION")
-    make = actions.add(
-        "make",
-        "Write webdataset shards and their index from files.",
-        "dr2dist shards make --from imagefolder --source photos --output shards/photos "
-        "--val-fraction 0.1",
-    )
-    make.add_argument("--from", dest="kind", required=True, choices=tuple(SOURCES))
-    make.add_argument("--source", type=path, required=True, help="folder, or CSV file")
-    make.add_argument("--output", type=path, required=True, help="folder to make")
-    make.add_argument("--samples-per-shard", type=positive, default=256)
-    make.add_argument("--val-fraction", type=float, default=0.0, help="held out as OUTPUT/val")
-    make.add_argument("--test-fraction", type=float, default=0.0, help="held out as OUTPUT/test")
-    make.add_argument(
-        "--group-by",
-        metavar="COLUMN|REGEX",
-        help="what is never in two parts: a column of the table, or what is found in files' paths",
-    )
-    make.add_argument("--split-by", metavar="COLUMN", help="a column with train, val or test")
-    make.add_argument("--seed", type=int, default=0, help="of the mixing and the split")
-    make.add_argument("--workers", type=positive, help="files at a time; default: all cores")
-    make.add_argument(
-        "--skip-unreadable", action="store_true", help="leave such samples out, and name them"
-    )
-    make.set_defaults(command=_shards_make)
-    verify = actions.add(
-        "verify",
-        "Compare shards with their index: sizes, checksums, members, classes.",
-        "dr2dist shards verify 'demo/elpv/train/shard-{000000..000003}.tar'",
-    )
-    verify.add_argument("shards", type=os.path.expanduser, help="a folder, or a brace pattern")
-    verify.set_defaults(command=_shards_verify)
-
-
-def _shards_make(given: argparse.Namespace) -> int:
-    from dr2dist.data.shards import make_shards
-    from dr2dist.data.sources import SOURCES
-    from dr2dist.data.unfinished import check_output
-
-    check_output(given.output)
-    records, classes = SOURCES[given.kind](given.source)
-    made = make_shards(
-        records,
-        classes,
-        given.output,
-        samples_per_shard=given.samples_per_shard,
-        val_fraction=given.val_fraction,
-        test_fraction=given.test_fraction,
-        group_by=given.group_by,
-        split_by=given.split_by,
-        seed=given.seed,
-        workers=given.workers,
-        skip_unreadable=given.skip_unreadable,
-    )
-    for line in made.left:
-        say(f"left out: {line}")
-    for line in made.parts:
-        print(line)
-    kinds = f" of {len(classes)} classes" if classes else ""
-    more = f", {len(made.left)} left out as unreadable" if made.left else ""
-    print(f"{given.output}: {made.samples} samples{kinds}{more}")
-    return 0
-
-
-def _shards_verify(given: argparse.Namespace) -> int:
-    from dr2dist.data.shards import verify_shards
-
-    index = verify_shards(given.shards)
-    print(f"{given.shards}: {index.num_samples} samples in {len(index.shards)} shards are sound")
-    return 0
-
-
 def _add_plugin(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--plugin",
@@ -199,7 +113,7 @@ def _import(plugins: Sequence[str]) -> None:
     import_plugins(plugins)
 
 
-def _add_export(commands: _Commands) -> None:
+def _add_export(commands: Commands) -> None:
     export = commands.add(
         "export",
         "Write a run's best or last checkpoint as one file: safetensors for dr2dist, ONNX or a "
@@ -246,7 +160,7 @@ def _export(given: argparse.Namespace) -> int:
     return 0
 
 
-def _add_evaluate(commands: _Commands) -> None:
+def _add_evaluate(commands: Commands) -> None:
     evaluate = commands.add(
         "evaluate",
         "Measure an exported model on all samples of shards that say what is right.",
@@ -301,7 +215,7 @@ def _report_lines(report: dict[str, Any]) -> Iterator[str]:
                 yield f"  {key:16} {'no sample' if number is None else f'{number:.4f}'}"
 
 
-def _add_predict(commands: _Commands) -> None:
+def _add_predict(commands: Commands) -> None:
     predict = commands.add(
         "predict",
         "Predict for files by an exported model.",

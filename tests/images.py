@@ -10,6 +10,9 @@ from PIL import Image
 
 from dr2dist.data.batch import Batch
 from dr2dist.data.fields import Fields
+from dr2dist.data.index import Index
+from dr2dist.data.members import Sample
+from dr2dist.data.order import Order
 from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import image_folder
 from dr2dist.data.stream import ShardDataset, loader
@@ -36,6 +39,18 @@ def make_small_shards(root: Path, count: int = 60, size: int = 40) -> Path:
     output = root / "shards"
     make_shards(records, classes, output, samples_per_shard=16, val_fraction=0.3, progress=False)
     return output
+
+
+def samples_of(index: Index) -> list[Sample]:
+    """Of all shards, in order."""
+    members = [index.members(shard) for shard in index.shards]
+    return [each[number] for each in members for number in range(len(each))]
+
+
+def place_of(index: Index, position: int, seed: int = 0) -> int:
+    """Which of `samples_of` a run of the usual order takes at a position."""
+    order = Order([shard.samples for shard in index.shards], index.digest(), seed=seed)
+    return order.items(np.array([position]))[0][1]
 
 
 FIELDS = Fields({"image": IMAGE, "label": "cls"})

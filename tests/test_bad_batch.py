@@ -12,7 +12,7 @@ import torch
 
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.data.index import read_index
-from tests.images import make_small_shards
+from tests.images import make_small_shards, place_of, samples_of
 from tests.pool import Pool
 
 CONFIG = """
@@ -35,9 +35,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bad(shards: Path) -> str:
-    """A sample's key."""
-    index = read_index(shards / "train")[1]
-    return index.shards[1].samples[3].key
+    """The key of a sample of the fifth step of 12."""
+    index = read_index(shards / "train")
+    return samples_of(index)[place_of(index, 50)].key
 
 
 def _write(folder: Path, shards: Path, zero: int = 2) -> str:
@@ -85,8 +85,8 @@ def test_a_skipped_batch_is_named_and_the_run_goes_on_alike(
 
 
 def test_too_many_in_a_row_stop_the_run(shards: Path, tmp_path: Path, two_ranks: Pool) -> None:
-    path, index = _write(tmp_path, shards), read_index(shards / "train")[1]
-    everything = [sample.key for shard in index.shards for sample in shard.samples]
+    path, index = _write(tmp_path, shards), read_index(shards / "train")
+    everything = [sample.key for sample in samples_of(index)]
     overrides = [SKIP, "train.bad_batches=3"]
     results = two_ranks.run("tests.bad_cases:run", path=path, overrides=overrides, bad=everything)
     assert all("is not finite" in told for told in results)

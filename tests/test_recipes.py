@@ -17,7 +17,8 @@ import dr2dist
 from dr2dist.backbones.parameters import freeze
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.config.optim import Group, Optim
-from dr2dist.data.order import train_batches
+from dr2dist.data.order import Order
+from dr2dist.data.order import batches as training_batches
 from dr2dist.data.randomness import seeded
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
@@ -77,7 +78,9 @@ def plain_loop(shards: Path) -> tuple[dict[str, Any], dict[str, Any], list[float
     model = timm.create_model(MODEL, num_classes=2, **SIZE)
     net = dr2dist.convert(model, 0.9, 0.1, memory="store").train()
     dataset = ShardDataset(shards / "train", FIELDS, eval_transform((32, 32), *NORMAL))
-    items = train_batches(len(dataset), 64, 0, micro_batch=BATCH, accumulate=1, rank=0, ranks=1)
+    index = dataset.index
+    order = Order([shard.samples for shard in index.shards], index.digest())
+    items = training_batches(order, micro_batch=BATCH, accumulate=1, replica=0, replicas=1)
     named = dict(net.named_parameters())
     average = {name: value.detach().clone() for name, value in named.items()}
     speed: dict[str, torch.Tensor] = {}

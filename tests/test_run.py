@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dr2dist.data.index import read_index
 from dr2dist.training.progress import ProgressLine
 from tests.commands import ROOT, dr2dist
-from tests.images import make_small_shards
+from tests.images import make_small_shards, place_of
 from tests.pool import Pool
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -89,7 +90,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], sh
     assert all(keys <= line.keys() for line in logged)
     held_out = [line for line in lines(folder) if "val_loss" in line]
     assert [line["step"] for line in held_out] == [5, 10, 12]
-    num_samples = read_index(shards / "val")[1].num_samples
+    num_samples = read_index(shards / "val").num_samples
     assert all(line["val_samples"] == num_samples for line in held_out)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert len(events.Scalars("train/loss")) == 12
@@ -276,9 +277,16 @@ def test_sizes_skipping_profiler_and_a_batch_that_is_not_finite(
 ) -> None:
     copied = tmp_path / "shards"
     shutil.copytree(shards, copied)
-    _, index = read_index(copied / "train")
-    with (copied / "train" / index.shards[0].name).open("r+b") as file:
-        members = index.shards[0].samples[0].members
+    index = read_index(copied / "train")
+    first = place_of(index, 0)
+    number, place = next(
+        (number, first - before)
+        for number, before in enumerate(accumulate((s.samples for s in index.shards), initial=0))
+        if before <= first < before + index.shards[number].samples
+    )
+    shard = index.shards[number]
+    with (copied / "train" / shard.name).open("r+b") as file:
+        members = index.members(shard)[place].members
         file.seek(next(place for kind, (place, _) in members.items() if kind != "cls"))
         file.write(b"x" * 50)
     path = write_config(tmp_path, copied)

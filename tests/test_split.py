@@ -6,11 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import webdataset
 from PIL import Image
 
 from dr2dist.cli import main
 from dr2dist.data.decoders import decode
-from dr2dist.data.index import read_index
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def samples(table: Path) -> dict[str, list[tuple[str, int | None]]]:
     """(key, label) of all samples by part."""
     return {
         folder.name: [
-            (sample.key, sample.label)
-            for shard in read_index(folder)[1].shards
-            for sample in shard.samples
+            (sample["__key__"], int(sample["cls"]))
+            for path in sorted(folder.glob("*.tar"))
+            for sample in webdataset.WebDataset(str(path), shardshuffle=False)
         ]
         for folder in (table.parent / "shards").iterdir()
     }

@@ -23,11 +23,11 @@ from dr2dist.data.batch import Batch
 from dr2dist.data.decoders import decode
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import read_index
+from dr2dist.data.labels import class_index
 from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import SOURCES
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import export
-from dr2dist.tasks.classes import class_index
 from dr2dist.tasks.multilabel import Multilabel, MultilabelOptions
 from dr2dist.tasks.registry import make_task
 from dr2dist.tasks.regression import Regression, RegressionOptions
@@ -261,7 +261,7 @@ def test_files_of_one_name_in_one_folder_are_a_sample(tmp_path: Path) -> None:
     assert found == {"a-b-c": ["txt"], "a-b-c-1": ["cls", "json"], "v1_0-d": ["txt"]}
     assert classes == ["0", "1"]
     make_shards(records, classes, tmp_path / "s", progress=False)
-    assert read_index(tmp_path / "s")[1].num_samples == 3
+    assert read_index(tmp_path / "s").num_samples == 3
     (tmp_path / "t.csv").write_text("path,labels\nx.png\n")
     with pytest.raises(UserError, match="row 2 has no value in the column 'labels'"):
         SOURCES["csv"](tmp_path / "t.csv")

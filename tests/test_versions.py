@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.pool import Pool
 CONFIG = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 1}}
 task: {name: classification, num_classes: 2}
-data: {train: SHARDS/train, val: SHARDS/val, orientation: stored}
+data: {train: SHARDS/train, val: SHARDS/val, orientation: stored, order: dealt}
 optim: {lr: 1.0e-3}
 train: {steps: 4, micro_batch: 4}
 checkpoint: {steps: 2}
@@ -33,21 +34,32 @@ output: OUTPUT
 
 def as_format_1(folder: Path) -> None:
     """An index as version 0.1 wrote it: one image a sample, with its class."""
-    path = folder / "index.json"
-    index = json.loads(path.read_text())
-    index["format"] = 1
-    for shard in index["shards"]:
-        for number, (key, members, label) in enumerate(shard["samples"]):
-            ((extension, place),) = ((e, p) for e, p in members.items() if e != "cls")
-            shard["samples"][number] = [key, extension, *place, label]
-    path.write_text(json.dumps(index))
+    index = read_index(folder)
+    shards = []
+    for shard in index.shards:
+        members, data = index.members(shard), (folder / shard.name).read_bytes()
+        samples: list[Any] = []
+        for key, places, _ in (members[number] for number in range(shard.samples)):
+            start, size = places.pop("cls")
+            ((extension, place),) = places.items()
+            samples.append([key, extension, *place, int(data[start : start + size])])
+        said = {"name": shard.name, "bytes": shard.bytes, "sha256": shard.sha256}
+        shards.append({**said, "samples": samples})
+    shutil.rmtree(folder / "index.members")
+    file = {"format": 1, "classes": index.classes, "streams": 64, "shards": shards}
+    (folder / "index.json").write_text(json.dumps(file))
 
 
 def as_before(run: Path) -> None:
     """A run's folder as version 0.1 wrote it."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     del config["plugins"], config["data"]["fields"], config["model"]["in_channels"]
-    del config["data"]["orientation"], config["model"]["lora"], config["train"]["loggers"]
+    del (
+        config["data"]["orientation"],
+        config["data"]["order"],
+        config["model"]["lora"],
+        config["train"]["loggers"],
+    )
     config["train"] |= {"checkpoint_every": 2, "keep": config.pop("checkpoint")["keep"]}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     for folder in checkpoints(run):
@@ -60,6 +72,7 @@ def _as_before(state: dict[str, Any]) -> None:
         del state[name]
     state |= {"input_size": said["size"], "mean": said["mean"], "std": said["std"]}
     state["resize"] = "timm"
+    del state["progress"]["consumed"]
 
 
 def run(pool: Pool, path: Path, case: str = "run_config", **more: Any) -> Any:
@@ -94,7 +107,7 @@ def test_a_run_of_the_version_before_goes_on(
     one, other = (Checkpoint(checkpoints(tmp_path / n)[-1]) for n in ("whole", "broken"))
     for name in one.names("master"):
         assert torch.equal(one.tensor("master", name), other.tensor("master", name)), name
-    assert read_index(tmp_path / "shards/val")[1].class_counts() is not None
+    assert read_index(tmp_path / "shards/val").class_counts() is not None
 
 
 def test_a_checkpoint_of_the_version_before_is_exported(

@@ -5,7 +5,7 @@ from __future__ import annotations
 MOVED = {"train.checkpoint_every": "checkpoint.steps", "train.keep": "checkpoint.keep"}
 """Settings of earlier versions, and what they are called now."""
 
-BEFORE = {"data": {"orientation": "stored"}}
+BEFORE = {"data": {"orientation": "stored", "order": "dealt"}}
 """What runs of earlier versions did where there was no setting, and the default does otherwise."""
 
 OWN_SETTINGS = {

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, create_model
 
-from dr2dist.config.section import Place, Section
+from dr2dist.config.section import Place, Positive, Section
 from dr2dist.config.text import shown_value
 from dr2dist.errors import UserError, nearest
 
@@ -36,12 +36,26 @@ class Data(Section):
     train: Place = Field(description="a folder of shards, or a brace pattern of shards")
     val: Place | None = Field(None, description="the same for validation; null: none")
     num_workers: int = Field(0, ge=0, description="loader processes of each rank")
+    order: Literal["streams", "dealt"] = Field(
+        "streams", description="of training samples; dealt: as runs of versions before 0.3 had it"
+    )
+    streams: Positive = Field(
+        64, description="that the shards are cut into; nodes read different ones, so divide them"
+    )
+    shuffle_window: Positive | None = Field(
+        None, description="samples within which a stream is mixed; null: ten shards"
+    )
     unreadable: Literal["fail", "skip"] = Field(
         "fail", description="samples that cannot be read; skip: counted, the next one instead"
     )
     fields: dict[str, str] = Field(
         {}, description="members of a sample instead of the task's, such as {label: json#category}"
     )
+
+    def idle(self) -> dict[str, str]:
+        """See Section."""
+        dealt = self.order == "dealt"
+        return dict.fromkeys(("streams", "shuffle_window"), "order dealt") if dealt else {}
 
     def preprocessing(self) -> dict[str, Any]:
         """What is said here of how samples are prepared, in place of what the model says."""

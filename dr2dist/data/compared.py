@@ -2,51 +2,74 @@
 
 from __future__ import annotations
 
+import logging
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-from dr2dist.data.index import INDEX_NAME, Index, Shard, folder_of
+from dr2dist.data.index import Index
+from dr2dist.data.members import ShardMembers
+from dr2dist.data.scan import member_name
 from dr2dist.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
 
 LOOKED_AT = 16
 """Samples of a shard whose headers are read at most."""
+LOOKED_AT_TOGETHER = 4096
+"""Of all shards."""
 
 
-def compare_with_index(pattern: str | Path, index: Index) -> None:
+def compare_with_index(index: Index, skip: bool = False) -> None:
     """Raises UserError for a shard that is missing, has another size, or other samples.
 
-    Of each shard the size is asked for, and the headers of some samples are read where the index
-    says that they lie; `verify_shards` reads all of it.
+    skip: those that are missing are only named: their samples count as unreadable. Of each shard
+    the size is asked for, and the headers of some samples are read where the index says that they
+    lie; `verify_shards` reads all of it.
     """
-    folder = folder_of(pattern)
-    missing = [shard.name for shard in index.shards if not (folder / shard.name).is_file()]
+    said = f"{index.stem}.json"
+    gone = [shard.name for shard in index.shards if not index.path(shard).is_file()]
+    missing = dict.fromkeys(gone)
     if missing:
         more = f" and {len(missing) - 1} more of {len(index.shards)}" if len(missing) > 1 else ""
-        raise UserError(f"{folder}: {missing[0]}{more} is missing, which {INDEX_NAME} names")
+        fault = f"{index.folder}: {gone[0]}{more} is missing, which {said} names"
+        if not skip:
+            raise UserError(fault)
+        log.warning("%s: what they hold counts as unreadable", fault)
+    looked_at = max(1, min(LOOKED_AT, LOOKED_AT_TOGETHER // max(1, len(index.shards))))
     for shard in index.shards:
+        path = index.path(shard)
+        if shard.name in missing:
+            continue
         try:
-            _compare(folder / shard.name, shard)
+            size = path.stat().st_size
+            if shard.bytes is not None and size != shard.bytes:
+                raise UserError(f"{path}: has {size} bytes, {said} says {shard.bytes}")
+            _compare_headers(path, index.members(shard), said, looked_at)
         except UserError:
             raise
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder / shard.name}: cannot be read: {one_line(error)}") from None
+            raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
-def _compare(path: Path, shard: Shard) -> None:
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise UserError(f"{path}: has {size} bytes, {INDEX_NAME} says {shard.bytes}")
-    step = max(1, -(-len(shard.samples) // LOOKED_AT))
-    for sample in shard.samples[::step]:
+def _compare_headers(path: Path, members: ShardMembers, said: str, looked_at: int) -> None:
+    step = max(1, -(-len(members) // looked_at))
+    for number in range(0, len(members), step):
+        sample = members[number]
         extension, (offset, length) = next(iter(sample.members.items()))
         name, found = f"{sample.key}.{extension}", _header_at(path, offset - tarfile.BLOCKSIZE)
-        if (found.name, found.length) not in ((name, length), (None, length)):
+        if (_lower(found.name), found.length) not in ((name, length), (None, length)):
             raise UserError(
                 f"{path}: holds {found.name or 'another file'} of {found.length} bytes where "
-                f"{INDEX_NAME} says {name} of {length}: it is a shard of another making; 'dr2dist "
+                f"{said} says {name} of {length}: it is a shard of another making; 'dr2dist "
                 "shards verify' tells more"
             )
+
+
+def _lower(name: str | None) -> str | None:
+    """With its extension in small letters, as an index has it."""
+    named = member_name(name) if name else None
+    return ".".join(named) if named else name
 
 
 class _Header(NamedTuple):

@@ -106,15 +106,13 @@ class Fields:
     def check(self, index: Index, source: str) -> None:
         """Raises UserError if a shard's first sample lacks one. source: the shards' name."""
         for shard in index.shards:
-            for sample in shard.samples[:1]:
-                extensions = sample.extensions
-                for field in self.all:
-                    if field.choose(extensions) is None:
-                        found = ", ".join(f".{name}" for name in extensions)
-                        raise UserError(
-                            f"{source}: sample '{sample.key}' has no {field.name} ({field.text}), "
-                            f"only {found}; data.fields says what else carries it"
-                        )
+            for field in self.all if shard.extensions else ():
+                if field.choose(shard.extensions) is None:
+                    found = ", ".join(f".{name}" for name in shard.extensions)
+                    raise UserError(
+                        f"{source}: the first sample of {shard.name} has no {field.name} "
+                        f"({field.text}), only {found}; data.fields says what else carries it"
+                    )
 
     def decode(self, members: Members) -> dict[str, Any]:
         """All fields by name. Raises ValueError for one that is not there or cannot be read."""

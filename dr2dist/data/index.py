@@ -1,111 +1,287 @@
-"""The index of a folder of shards: what fixes the order of samples and lets any one be read."""
+"""The index of shards: what fixes the order of samples and lets any one be read."""
 
 from __future__ import annotations
 
-from collections import Counter
+import base64
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 from braceexpand import braceexpand
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dr2dist.data.members import Sample, ShardMembers, load_members
+from dr2dist.data.scan import scan
+from dr2dist.data.usable import only_usable
 from dr2dist.errors import UserError, nearest
+from dr2dist.files import atomic_write
 
 INDEX_NAME = "index.json"
+STREAMS_BEFORE = 64
+"""Virtual streams of the order before format 3, see `dealt`."""
+
+Count = Annotated[int, Field(ge=0)]
 
 
-class Sample(NamedTuple):
-    """Where a sample's members lie in its shard: (byte offset, size) by extension. label: its
-    class, where it has one."""
+class Shard(NamedTuple):
+    """A tar file. number: in the index's file. name: relative to the index, or absolute. samples:
+    how many. bytes, sha256: None where they are not known. extensions: of its first sample."""
 
-    key: str
-    members: dict[str, tuple[int, int]]
-    label: int | None = None
-
-    @property
-    def extensions(self) -> list[str]:
-        """Of what can be read of it: an index of format 1 says its class, not where it lies."""
-        said = [] if self.label is None or "cls" in self.members else ["cls"]
-        return [*self.members, *said]
-
-
-class Shard(BaseModel):
-    """A tar file of the folder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    number: int
     name: str
-    bytes: int
-    sha256: str
-    samples: tuple[Sample, ...]
-
-    @field_validator("samples", mode="before")
-    @classmethod
-    def _of_format_1(cls, samples: Any) -> Any:
-        """Format 1 had [key, extension, offset, size, label] for an image with a class."""
-        return [
-            (s[0], {s[1]: (s[2], s[3])}, s[4]) if isinstance(s, list) and len(s) == 5 else s
-            for s in samples
-        ]
+    samples: int
+    bytes: int | None
+    sha256: str | None
+    extensions: tuple[str, ...]
 
 
-class Index(BaseModel):
-    """All shards of a folder.
+@dataclass(frozen=True)
+class Index:
+    """Shards in order, and the classes of their samples.
 
-    classes: names by label, none where samples have no classes. streams:
-    virtual streams that the order is dealt over, fixed when the shards are made, so
-    that the order does not depend on ranks or workers.
+    folder: that names are relative to. stem: of the index's file. classes: names by label, none
+    where samples have no classes. needs: kinds of members that every sample has. unique_keys:
+    whether no two shards have a key in common.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal[1, 2] = 2
+    folder: Path
+    stem: str
     classes: tuple[str, ...]
-    streams: int
     shards: tuple[Shard, ...]
+    needs: tuple[str, ...] = ()
+    unique_keys: bool = True
+    streams: int = STREAMS_BEFORE
+    counts: str | None = field(default=None, repr=False)
+    given: tuple[ShardMembers, ...] | None = field(default=None, repr=False)
 
     @property
     def num_samples(self) -> int:
         """Samples in all shards."""
-        return sum(len(shard.samples) for shard in self.shards)
+        return sum(shard.samples for shard in self.shards)
+
+    def path(self, shard: Shard) -> Path:
+        """Where a shard lies."""
+        return self.folder / shard.name
+
+    def members(self, shard: Shard) -> ShardMembers:
+        """Where a shard's samples lie: as the index says it, or else as its headers do.
+
+        Raises UserError for a shard that does not hold as many as the index says, OSError or
+        ValueError for one that cannot be read.
+        """
+        if self.given is not None:
+            return self.given[shard.number]
+        try:
+            found = load_members(sidecar(self.folder / f"{self.stem}.json", shard.number))[0]
+        except FileNotFoundError:
+            with self.path(shard).open("rb") as file:
+                found = ShardMembers.of(only_usable(scan(file), self.needs).samples)
+        if len(found) != shard.samples:
+            raise UserError(
+                f"{self.path(shard)}: holds {len(found)} samples, {self.stem}.json says "
+                f"{shard.samples}"
+            )
+        return found
 
     def class_counts(self) -> list[int] | None:
-        """Samples of each class; None where some have no class."""
-        labels = Counter(sample.label for shard in self.shards for sample in shard.samples)
-        if None in labels:
+        """Samples of each class; None where some have no class, or nobody has counted."""
+        if self.given is not None:
+            return self._counted_before()
+        if self.counts is None:
             return None
-        return [labels[label] for label in range(len(self.classes))]
+        numbers, labels, counts = unpack_counts(self.counts)
+        own = np.isin(numbers, [shard.number for shard in self.shards])
+        totals = np.bincount(labels[own], counts[own], minlength=len(self.classes)).astype(int)
+        return None if totals.sum() < self.num_samples else [int(total) for total in totals]
+
+    def _counted_before(self) -> list[int] | None:
+        labels = [(self.given or ())[shard.number].labels for shard in self.shards]
+        if any(each is None for each in labels):
+            return None
+        whole = np.concatenate([each for each in labels if each is not None])
+        return [int(count) for count in np.bincount(whole, minlength=len(self.classes))]
+
+    def digest(self) -> str:
+        """Of what the order of samples depends on: the same wherever the shards lie."""
+        said = [[os.path.basename(shard.name), shard.samples] for shard in self.shards]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
-def folder_of(pattern: str | Path) -> Path:
-    """The folder that shards lie in: the pattern itself, unless it names some of them."""
+def sidecar(index: Path, number: int) -> Path:
+    """Where it is kept how the samples of a shard lie."""
+    return index.with_suffix(".members") / f"{number:06d}.safetensors"
+
+
+def pack_counts(rows: Sequence[tuple[int, int, int]]) -> str:
+    """(shard, label, samples) as a text."""
+    table = np.array(rows, "<i4").reshape(-1, 3).T
+    return base64.b64encode(zlib.compress(table.tobytes())).decode()
+
+
+def unpack_counts(text: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Shards, labels and samples of them, int32 each."""
+    table = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i4").reshape(3, -1)
+    return table[0], table[1], table[2]
+
+
+class _Columns(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: list[str]
+    samples: list[Count]
+    bytes: list[Count | None]
+    sha256: list[str | None]
+    extensions: list[str]
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> _Columns:
+        lengths = {len(getattr(self, name)) for name in type(self).model_fields}
+        if len(lengths) > 1:
+            raise ValueError(f"columns have {', '.join(map(str, sorted(lengths)))} rows each")
+        return self
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[3] = 3
+    classes: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    unique_keys: bool = True
+    class_counts: str | None = None
+    shards: _Columns
+
+
+class _ShardBefore(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    bytes: int
+    sha256: str
+    samples: tuple[tuple[Any, ...], ...]
+
+    def all(self) -> list[Sample]:
+        """Format 1 had [key, extension, offset, size, label] for an image with a class, format 2
+        [key, members, label]."""
+        return [
+            Sample(s[0], {s[1]: (s[2], s[3])}, s[4])
+            if len(s) == 5
+            else Sample(s[0], {name: (int(o), int(n)) for name, (o, n) in s[1].items()}, s[2])
+            for s in self.samples
+        ]
+
+
+class _FileBefore(BaseModel):
+    """Formats 1 and 2: an object a sample."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1, 2] = 2
+    classes: tuple[str, ...]
+    streams: int
+    shards: tuple[_ShardBefore, ...]
+
+
+def write_index(
+    path: Path,
+    classes: Sequence[str],
+    shards: Sequence[Shard],
+    counts: str | None,
+    needs: Sequence[str] = (),
+    unique_keys: bool = True,
+) -> None:
+    """Writes an index of format 3."""
+    columns = {
+        name: [getattr(shard, name) for shard in shards]
+        for name in ("name", "samples", "bytes", "sha256")
+    }
+    extensions = [" ".join(shard.extensions) for shard in shards]
+    file = _File(
+        classes=tuple(classes),
+        needs=tuple(needs),
+        unique_keys=unique_keys,
+        class_counts=counts,
+        shards=_Columns(**columns, extensions=extensions),
+    )
+    with atomic_write(path) as aside:
+        aside.write_text(file.model_dump_json(), "utf-8")
+
+
+def index_of(pattern: str | Path) -> Path:
+    """The index of shards that a pattern names: its own file, or the one of their folder."""
     text = str(pattern)
-    return Path(text).parent if "{" in text or text.endswith(".tar") else Path(text)
+    if text.endswith(".json"):
+        return Path(text)
+    folder = Path(text).parent if "{" in text or text.endswith(".tar") else Path(text)
+    return folder / INDEX_NAME
 
 
-def read_index(pattern: str | Path) -> tuple[Path, Index]:
-    """(folder, index) for a folder of shards or a brace pattern that names some of them.
+def read_index(pattern: str | Path) -> Index:
+    """The index of a folder of shards, of a brace pattern that names some of them, or of a file.
 
     Raises UserError if there is no valid index or a named shard is not in it.
     """
-    text = str(pattern)
-    folder = folder_of(text)
+    text, path = str(pattern), index_of(pattern)
     try:
-        index = Index.model_validate_json((folder / INDEX_NAME).read_text("utf-8"))
+        index = _parse(path, path.read_bytes())
     except OSError:
         raise UserError(
-            f"{text}: no {INDEX_NAME} in {folder}; make shards with 'dr2dist shards make'"
+            f"{text}: no {path.name} in {path.parent}; 'dr2dist shards make' makes shards of "
+            "files, 'dr2dist shards index' an index of shards"
         ) from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{folder / INDEX_NAME}: {place}: {first['msg']}") from None
-    if folder == Path(text):
-        return folder, index
-    return folder, _only(index, [Path(name).name for name in braceexpand(text)], folder)
+        raise UserError(f"{path}: {place}: {first['msg']}") from None
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{path}: is no index: {type(error).__name__} {error}") from None
+    if text in (str(path), str(path.parent)):
+        return index
+    return _only(index, [Path(name).name for name in braceexpand(text)])
 
 
-def _only(index: Index, names: list[str], folder: Path) -> Index:
-    known = {shard.name: shard for shard in index.shards}
+def _parse(path: Path, data: bytes) -> Index:
+    values = json.loads(data)
+    if not isinstance(values, dict):
+        raise ValueError("holds no object")
+    if values.get("format", 2) in (1, 2):
+        return _of_before(path, _FileBefore.model_validate(values))
+    file = _File.model_validate(values)
+    rows = zip(
+        *(file.shards.name, file.shards.samples, file.shards.bytes, file.shards.sha256),
+        file.shards.extensions,
+        strict=True,
+    )
+    shards = tuple(Shard(k, *row[:4], tuple(row[4].split())) for k, row in enumerate(rows))
+    return Index(
+        path.parent,
+        path.stem,
+        file.classes,
+        shards,
+        needs=file.needs,
+        unique_keys=file.unique_keys,
+        counts=file.class_counts,
+    )
+
+
+def _of_before(path: Path, file: _FileBefore) -> Index:
+    samples = [shard.all() for shard in file.shards]
+    shards = tuple(
+        Shard(k, s.name, len(all_), s.bytes, s.sha256, tuple(all_[0].extensions if all_ else ()))
+        for k, (s, all_) in enumerate(zip(file.shards, samples, strict=True))
+    )
+    given = tuple(ShardMembers.of(all_) for all_ in samples)
+    return Index(path.parent, path.stem, file.classes, shards, streams=file.streams, given=given)
+
+
+def _only(index: Index, names: list[str]) -> Index:
+    known = {os.path.basename(shard.name): shard for shard in index.shards}
     for name in names:
         if name not in known:
-            raise UserError(f"{folder}: {name} is not in {INDEX_NAME}{nearest(name, known)}")
-    return index.model_copy(update={"shards": tuple(known[name] for name in names)})
+            raise UserError(
+                f"{index.folder}: {name} is not in {index.stem}.json{nearest(name, known)}"
+            )
+    return replace(index, shards=tuple(known[name] for name in names))

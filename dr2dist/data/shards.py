@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +17,17 @@ import webdataset
 from tqdm import tqdm
 
 from dr2dist.data.decoders import decode
-from dr2dist.data.index import INDEX_NAME, Index, Sample, Shard, read_index
+from dr2dist.data.described import Described, describe, finish, read_note
+from dr2dist.data.index import INDEX_NAME, Index, Shard, read_index
 from dr2dist.data.listing import shown
+from dr2dist.data.members import ShardMembers
+from dr2dist.data.scan import Scanned, scan
 from dr2dist.data.sources import Record
 from dr2dist.data.split import describe_parts, split
 from dr2dist.data.unfinished import check_output, unfinished
+from dr2dist.data.usable import only_usable
 from dr2dist.errors import UserError, one_line
-from dr2dist.files import atomic_write, sha256
-
-STREAMS = 64
+from dr2dist.files import atomic_write
 
 
 def make_shards(
@@ -67,8 +68,6 @@ def make_shards(
             _write_part(folder / name, chosen, classes, samples_per_shard, seed, run)
             for name, chosen in parts.items()
         ]
-        for note in folder.rglob(NOTES):
-            note.unlink()
     return Made(
         sum(part.samples for part in made),
         sum((part.left for part in made), ()),
@@ -124,43 +123,46 @@ def _write_part(
     groups = [mixed[k : k + samples_per_shard] for k in range(0, len(mixed), samples_per_shard)]
     paths = [folder / f"shard-{number:06d}.tar" for number in range(len(groups))]
     task = partial(_shard_of, skip=run.skip)
-    made = _in_parallel(task, list(zip(paths, groups, strict=True)), run.workers, run.progress)
-    shards = tuple(shard for shard, _ in made if shard.samples)
-    left = tuple(line for _, lines in made for line in lines)
-    if not shards:
+    made: list[Described] = _in_parallel(
+        task, list(zip(paths, groups, strict=True)), run.workers, run.progress
+    )
+    left = tuple(line for shard in made for _, line in shard.left)
+    samples = sum(shard.samples for shard in made)
+    if not samples:
         raise UserError(f"{folder.name}: no sample can be read, such as {left[0]}")
-    for shard, _ in made:
+    for path, shard in zip(paths, made, strict=True):
         if not shard.samples:
-            (folder / shard.name).unlink(missing_ok=True)
-    index = Index(classes=tuple(classes), streams=STREAMS, shards=shards)
-    (folder / INDEX_NAME).write_text(index.model_dump_json(), "utf-8")
-    return Made(index.num_samples, left)
-
-
-NOTES = "shard-*.json"
+            path.unlink(missing_ok=True)
+    finish(folder / INDEX_NAME, [_note_of(path) for path in paths], classes)
+    return Made(samples, left)
 
 
 def _note_of(path: Path) -> Path:
-    """What is remembered of a finished shard until all are; one of NOTES."""
-    return path.with_suffix(".json")
+    """What is remembered of a finished shard until all are."""
+    return path.with_suffix(".safetensors")
 
 
-def _shard_of(item: tuple[Path, list[Record]], skip: bool) -> tuple[Shard, list[str]]:
-    """A shard, and what was left out of it; one that is there already is taken as it is."""
+def _shard_of(item: tuple[Path, list[Record]], skip: bool) -> Described:
+    """Writes a shard and describes it; one that is there already is taken as it is."""
     path, records = item
     note = _note_of(path)
-    if note.exists():
-        shard, left = json.loads(note.read_text("utf-8"))
-        if left and not skip:
-            raise UserError(left[0])
-        return Shard.model_validate(shard), left
-    left = []
+    known = read_note(note)
+    if known is not None:
+        if known.left and not skip:
+            raise UserError(known.left[0][1])
+        return known
+    left: list[str] = []
     with atomic_write(path) as aside:
         _write_shard(aside, records, left if skip else None)
-        shard = _described(aside, path.name, records)
-    with atomic_write(note) as aside:
-        aside.write_text(json.dumps([shard.model_dump(), left]), "utf-8")
-    return shard, left
+        with aside.open("rb") as file:
+            found = scan(file)
+    found.left = [("", line) for line in left]
+    return describe(
+        path.name,
+        found,
+        {record.key: record.label for record in records if record.label is not None},
+        note,
+    )
 
 
 def _in_parallel(
@@ -190,12 +192,6 @@ def _write_shard(path: Path, records: list[Record], left: list[str] | None) -> N
             writer.write({"__key__": record.key, **files, **record.members})
 
 
-def _described(path: Path, name: str, records: list[Record]) -> Shard:
-    labels = {record.key: record.label for record in records}
-    samples = tuple(Sample(key, members, labels[key]) for key, members in _members(path).items())
-    return Shard(name=name, bytes=path.stat().st_size, sha256=sha256(path), samples=samples)
-
-
 def _readable(extension: str, path: Path) -> bytes:
     try:
         data = path.read_bytes()
@@ -205,52 +201,58 @@ def _readable(extension: str, path: Path) -> bytes:
         raise UserError(f"{shown(path)}: cannot be read: {one_line(error)}") from None
 
 
-def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """(offset, size) of each sample's members, by key and extension."""
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            found.setdefault(key, {})[extension] = member.offset_data, member.size
-    return found
-
-
 def verify_shards(pattern: str | Path, workers: int | None = None, progress: bool = True) -> Index:
     """Compares every shard with the index: size, checksum, members, labels, keys.
 
     Returns the index. Raises UserError that names the first faulty shard.
     """
-    folder, index = read_index(pattern)
-    items = [(folder / shard.name, shard) for shard in index.shards]
-    faults = _in_parallel(_fault, items, workers, progress)
-    for fault in faults:
-        if fault:
+    index = read_index(pattern)
+    found = _in_parallel(partial(_fault, index), list(index.shards), workers, progress)
+    for fault in found:
+        if isinstance(fault, str):
             raise UserError(fault)
-    samples = [sample for shard in index.shards for sample in shard.samples]
-    key, count = Counter(sample.key for sample in samples).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{folder}: key '{key}' is there {count} times")
-    for sample in samples:
-        if sample.label is not None and not 0 <= sample.label < len(index.classes):
-            raise UserError(
-                f"{folder}: sample '{sample.key}' has label {sample.label}, allowed is 0 to "
-                f"{len(index.classes) - 1}"
-            )
+    keys = Counter(key for names in found for key in names)
+    key, count = keys.most_common(1)[0] if keys else ("", 0)
+    if count > 1 and index.unique_keys:
+        raise UserError(f"{index.folder}: key '{key}' is there {count} times")
     return index
 
 
-def _fault(item: tuple[Path, Shard]) -> str | None:
-    """What is wrong with a shard, in a line; None if nothing is."""
-    path, shard = item
+def _fault(index: Index, shard: Shard) -> str | list[str]:
+    """What is wrong with a shard, in a line; its keys if nothing is."""
+    path = index.path(shard)
     if not path.is_file():
         return f"{path}: is missing"
-    if path.stat().st_size != shard.bytes:
+    if shard.bytes is not None and path.stat().st_size != shard.bytes:
         return f"{path}: has {path.stat().st_size} bytes, the index says {shard.bytes}"
-    if sha256(path) != shard.sha256:
+    try:
+        with path.open("rb") as file:
+            found = scan(file, lambda extension: extension == "cls")
+        known = index.members(shard)
+    except UserError as error:
+        return str(error)
+    except (OSError, ValueError) as error:
+        return f"{path}: {one_line(error)}"
+    if shard.sha256 is not None and found.sha256 != shard.sha256:
         return f"{path}: checksum differs from the index"
-    found = _members(path)
-    same = all(
-        sample.members.items() <= found.get(sample.key, {}).items() for sample in shard.samples
-    )
-    keys = found.keys() == {sample.key for sample in shard.samples}
-    return None if same and keys else f"{path}: members differ from the index"
+    return _fault_of_members(path, found, known, index)
+
+
+def _fault_of_members(
+    path: Path, found: Scanned, known: ShardMembers, index: Index
+) -> str | list[str]:
+    there = {sample.key: sample.members for sample in only_usable(found, index.needs).samples}
+    samples = [known[number] for number in range(len(known))]
+    same = all(sample.members.items() <= there.get(sample.key, {}).items() for sample in samples)
+    if not same or there.keys() != {sample.key for sample in samples}:
+        return f"{path}: members differ from the index"
+    for sample in samples:
+        label = sample.label
+        if label is None and f"{sample.key}.cls" in found.contents:
+            label = int(found.contents[f"{sample.key}.cls"])
+        if label is not None and not 0 <= label < max(len(index.classes), 1):
+            return (
+                f"{path}: sample '{sample.key}' has label {label}, allowed is 0 to "
+                f"{len(index.classes) - 1}"
+            )
+    return [sample.key for sample in samples]

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from dr2dist.data.batch import Batch
 from dr2dist.data.fields import Fields
-from dr2dist.data.index import Sample, read_index
-from dr2dist.data.order import Item
+from dr2dist.data.index import Shard, read_index
+from dr2dist.data.opened import OpenShards
+from dr2dist.data.order import Item, stand_in
 from dr2dist.data.randomness import seeded
 from dr2dist.errors import UserError
 from dr2dist.status import STOP_SIGNALS
@@ -29,7 +30,9 @@ log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
 """A sample's fields by name."""
-Unreadable = Literal["fail", "next", "drop"]
+Unreadable = Literal["fail", "other", "drop"]
+ATTEMPTS = 1000
+"""Samples that are tried instead of one that cannot be read."""
 Transform = Callable[[Values], Values]
 Collate = Callable[[Sequence[Values]], tuple[dict[str, torch.Tensor], Any]]
 """Samples to inputs of the network, by name, and targets."""
@@ -38,7 +41,7 @@ Collate = Callable[[Sequence[Values]], tuple[dict[str, torch.Tensor], Any]]
 @dataclass(frozen=True)
 class Read:
     """A sample that was read. values: after its transform. count: whether it counts. skipped:
-    samples that were left out as unreadable before it was."""
+    1 where it stands for one that was left out as unreadable."""
 
     key: str
     values: Values
@@ -47,12 +50,12 @@ class Read:
 
 
 class ShardDataset(Dataset[Read]):
-    """Samples of a folder of shards by (epoch, index), read by seeking: nothing is unpickled.
+    """Samples of shards by (epoch, index), read by seeking: nothing is unpickled.
 
     pattern: see read_index. fields: what is decoded. transform: of a sample's fields. Randomness in
     it is keyed by (seed, epoch, sample), whatever rank or worker reads the sample. unreadable: what
-    becomes of a sample that cannot be read: "fail" raises UserError, "next" takes the next readable
-    one, "drop" too, but it does not count.
+    becomes of a sample that cannot be read: "fail" raises UserError, "other" takes one from
+    anywhere, "drop" the one before, which does not count.
     """
 
     def __init__(
@@ -63,70 +66,78 @@ class ShardDataset(Dataset[Read]):
         seed: int = 0,
         unreadable: Unreadable = "fail",
     ) -> None:
-        self.folder, self.index = read_index(pattern)
+        self.index = read_index(pattern)
         self.fields, self.transform = fields, transform
         self.seed = seed
         self.unreadable = unreadable
         self._stand_in: Read | None = None
-        self._ends = list(accumulate(len(shard.samples) for shard in self.index.shards))
+        self._ends = list(accumulate(shard.samples for shard in self.index.shards))
+        self._open = OpenShards(self.index)
 
     def __len__(self) -> int:
-        return self.index.num_samples
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, item: Item) -> Read:
         """A sample; one of a negative epoch does not count.
 
         Raises UserError naming shard and sample if it cannot be read and must be.
         """
-        epoch, first = item
-        for skipped in range(len(self)):
-            index = (first + skipped) % len(self)
-            path, sample = self._locate(index)
+        epoch, index = item
+        for attempt in range(min(len(self), ATTEMPTS)):
             try:
-                values = self._read(path, sample)
+                key, values = self._read(index)
             except UserError as error:
                 if self.unreadable == "fail":
                     raise
                 log.warning("left out: %s", error)
                 if self._stand_in is not None:
                     return replace(self._stand_in, skipped=int(epoch >= 0))
+                index = self._another(item, attempt)
                 continue
-            values = self._transformed(values, path, sample.key, epoch, index)
-            found = Read(sample.key, values, count=epoch >= 0, skipped=skipped)
+            found = self._transformed(key, values, epoch, index)
+            skipped = int(attempt > 0 and epoch >= 0)
             if self.unreadable == "drop":
                 self._stand_in = replace(found, count=False)
-                return replace(self._stand_in, skipped=int(epoch >= 0)) if skipped else found
-            return found
-        raise UserError(f"{self.folder}: no sample can be read")
+                return replace(self._stand_in, skipped=skipped) if attempt else found
+            return replace(found, skipped=skipped)
+        raise UserError(f"{self.index.folder}: no sample can be read")
 
-    def _transformed(self, values: Values, path: Path, key: str, epoch: int, index: int) -> Values:
+    def _another(self, item: Item, attempt: int) -> int:
+        if self.unreadable == "drop":  # any readable one does, so look at all
+            return (item[1] + attempt + 1) % len(self)
+        return stand_in(self.seed, item, attempt, len(self))
+
+    def _transformed(self, key: str, values: Values, epoch: int, index: int) -> Read:
         try:
             with seeded(self.seed, epoch, index):
-                return self.transform(values)
+                return Read(key, self.transform(values), count=epoch >= 0, skipped=0)
         except ValueError as error:
+            path = self.index.path(self._locate(index)[0])
             raise UserError(f"{path}: sample '{key}': {error}") from None
 
-    def _locate(self, index: int) -> tuple[Path, Sample]:
+    def _locate(self, index: int) -> tuple[Shard, int]:
+        """A sample's shard, and its number there."""
         number = bisect.bisect_right(self._ends, index)
         shard = self.index.shards[number]
-        start = self._ends[number] - len(shard.samples)
-        return self.folder / shard.name, shard.samples[index - start]
+        return shard, index - (self._ends[number] - shard.samples)
 
-    def _read(self, path: Path, sample: Sample) -> Values:
-        wanted = self.fields.wanted(sample.extensions)
+    def _read(self, index: int) -> tuple[str, Values]:
+        shard, number = self._locate(index)
+        opened = self._open[shard]
+        sample = opened.members[number]
         try:
-            with path.open("rb") as file:
-                members = {}
-                for extension in wanted:
-                    if extension in sample.members:
-                        offset, size = sample.members[extension]
-                        file.seek(offset)
-                        members[extension] = file.read(size)
-                    else:  # what the index alone says
-                        members[extension] = str(sample.label).encode()
-            return self.fields.decode(members or dict.fromkeys(sample.members, b""))
+            members = {}
+            for extension in self.fields.wanted(sample.extensions):
+                if extension in sample.members:
+                    members[extension] = opened.read(*sample.members[extension])
+                else:  # what the index alone says
+                    members[extension] = str(sample.label).encode()
+            values = self.fields.decode(members or dict.fromkeys(sample.members, b""))
         except (OSError, ValueError) as error:
+            path = self.index.path(shard)
             raise UserError(f"{path}: sample '{sample.key}' cannot be read: {error}") from None
+        unique = self.index.unique_keys
+        return (sample.key if unique else f"{Path(shard.name).stem}/{sample.key}"), values
 
 
 def loader(

@@ -58,6 +58,13 @@ def ranks_of_node(rank: int, ranks: int) -> range:
     return range(max(0, first), min(ranks, first + _local_ranks()))
 
 
+def nodes_of(replicas: int) -> int:
+    """Nodes that replicas are spread over evenly, a node's one after another; 1 where they are not.
+    Every rank must call it."""
+    most, least = largest(_local_ranks()), -largest(-_local_ranks())
+    return max(1, replicas // int(most)) if most == least and not replicas % int(most) else 1
+
+
 def share_cores() -> None:
     """Splits this node's cores among its ranks, unless the user has set the number of threads."""
     if "OMP_NUM_THREADS" not in os.environ:

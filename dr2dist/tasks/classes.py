@@ -70,18 +70,3 @@ def mean_of_present(values: Mapping[str, float | None]) -> float:
     """Over classes that there are samples of; NaN if there are none."""
     own = [value for value in values.values() if value is not None]
     return sum(own) / len(own) if own else float("nan")
-
-
-def class_index(label: Any, classes: Sequence[str]) -> int:
-    """A label, a number or a name, as its class's number. Raises ValueError for another one."""
-    if isinstance(label, str) and label in classes:
-        return classes.index(label)
-    whole = not isinstance(label, bool) and not (isinstance(label, float) and label % 1)
-    try:
-        number = int(label) if whole else -1
-    except (TypeError, ValueError):
-        number = -1
-    if not 0 <= number < len(classes):
-        names = ", ".join(classes[:10])
-        raise ValueError(f"label {label!r}, allowed is 0 to {len(classes) - 1} or one of {names}")
-    return number

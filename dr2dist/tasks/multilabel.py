@@ -18,10 +18,11 @@ from torchmetrics.classification import (
 
 from dr2dist.data.batch import Batch
 from dr2dist.data.index import Index
+from dr2dist.data.labels import class_index
 from dr2dist.data.stream import Values
 from dr2dist.errors import UserError
 from dr2dist.reversible.transfer import to_device
-from dr2dist.tasks.classes import ClassOptions, ClassTask, Weight, class_index, mean_of_present
+from dr2dist.tasks.classes import ClassOptions, ClassTask, Weight, mean_of_present
 from dr2dist.tasks.images import IMAGE, SHOWN
 from dr2dist.tasks.metrics import GatheredMetrics
 from dr2dist.tasks.task import Loss, Row, loss_of_samples, words_of

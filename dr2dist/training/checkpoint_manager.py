@@ -39,7 +39,8 @@ class Progress:
     loss: of the last step. best, last: validations, each with its step; stale: how many there
     were since the metric has improved. worst_drift: of float arithmetic, over all steps. skipped:
     unreadable training samples that were left out, on all ranks. bad_batches: steps' batches that
-    were not
+    were skipped. consumed: training samples that steps and skipped batches have used, of all ranks,
+    since the start: the position in the order.
     """
 
     loss: float | None = None
@@ -49,6 +50,7 @@ class Progress:
     stale: int = 0
     skipped: int = 0
     bad_batches: int = 0
+    consumed: int = 0
     guard: Memory = field(default_factory=Memory)
 
     def note_validation(self, found: dict[str, Any], metric: str, wanted: str) -> bool:
@@ -74,8 +76,8 @@ class CheckpointManager:
     """The checkpoints of a run's folder: the last `keep`, and the best one.
 
     facts: what every checkpoint says of the run (model, classes, preprocessing, ...). The
-    order of samples and all randomness are functions of the run's seed and the applied step, so
-    the step is their whole state.
+    order of samples is a function of the run's seed and of how many were consumed, and all other
+    randomness of the seed and the applied step, so these are their whole state.
     """
 
     def __init__(self, run: Path, keep: int, facts: Mapping[str, Any]) -> None:
@@ -145,8 +147,10 @@ class CheckpointManager:
             engine.net.set_scales(saved.state.get("scales", {}))
         engine.take_layouts(saved.state["layouts"])
         values = saved.state["progress"]
-        # Runs of earlier versions have none.
-        return Progress(**{**values, "guard": Memory(**values.get("guard", {}))})
+        # Runs of earlier versions have neither guard nor position.
+        batches = saved.state["step"] + values.get("bad_batches", 0)
+        before = {"consumed": batches * saved.state["global_batch"]}
+        return Progress(**{**before, **values, "guard": Memory(**values.get("guard", {}))})
 
 
 def _damage(folder: Path) -> str | None:

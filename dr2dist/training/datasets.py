@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dr2dist.config import Config
 from dr2dist.data.fields import Fields
+from dr2dist.data.index import Index
+from dr2dist.data.order import Order
 from dr2dist.data.stream import ShardDataset
 from dr2dist.tasks.task import Task
 
@@ -14,7 +16,7 @@ def datasets(config: Config, task: Task) -> tuple[ShardDataset, ShardDataset | N
     data = config.data
     skip, fields = data.unreadable == "skip", Fields(task.fields, data.fields)
     train = ShardDataset(
-        data.train, fields, task.transform(data), config.train.seed, "next" if skip else "fail"
+        data.train, fields, task.transform(data), config.train.seed, "other" if skip else "fail"
     )
     if data.val is None:
         return train, None
@@ -22,3 +24,10 @@ def datasets(config: Config, task: Task) -> tuple[ShardDataset, ShardDataset | N
         data.val, fields, task.transform(), unreadable="drop" if skip else "fail"
     )
     return train, held_out
+
+
+def order_of(config: Config, index: Index) -> Order:
+    """The order of a run's training samples."""
+    data = config.data
+    counts = [shard.samples for shard in index.shards]
+    return Order(counts, index.digest(), data.streams, data.shuffle_window, config.train.seed)

@@ -22,6 +22,7 @@ from dr2dist.config import Config
 from dr2dist.data.compared import compare_with_index
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, read_index
+from dr2dist.data.order import Order
 from dr2dist.errors import UserError
 from dr2dist.loggers.registry import check_loggers
 from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
@@ -31,7 +32,7 @@ from dr2dist.parallel.pipeline.partition import partition
 from dr2dist.reversible import Setting
 from dr2dist.reversible.trees import tree_leaves
 from dr2dist.tasks.task import Task
-from dr2dist.training.datasets import datasets
+from dr2dist.training.datasets import datasets, order_of
 from dr2dist.training.groups import parameter_groups
 from dr2dist.training.schedule import learning_rate
 
@@ -42,7 +43,8 @@ class Plan:
 
     grid: stages and data-parallel replicas. layers: of the network if it is cut into stages;
     parts: which are each stage's.
-    steps: optimiser steps. steps_per_epoch: whole global batches of an epoch. blueprint: of the
+    steps: optimiser steps. steps_per_epoch: until all samples have been seen. order: of training
+    samples; None where they are dealt as versions before did. blueprint: of the
     network and its task; task: that has seen the training data. deepspeed: DeepSpeed's
     configuration. lengths: functions of each chain. adapted: layers with adapters. parameters,
     trained: of the model, in numbers.
@@ -55,6 +57,7 @@ class Plan:
     parts: tuple[range, ...]
     steps: int
     steps_per_epoch: int
+    order: Order | None
     schedule: Schedule
     train: Index
     val: Index | None
@@ -92,9 +95,8 @@ class Plan:
 
     def compare_shards(self, config: Config) -> None:
         """Raises UserError for shards that are not those of their index."""
-        for pattern, index in ((config.data.train, self.train), (config.data.val, self.val)):
-            if pattern is not None and index is not None:
-                compare_with_index(pattern, index)
+        for index in filter(None, (self.train, self.val)):
+            compare_with_index(index, config.data.unreadable == "skip")
 
     def describe_longer(self, config: Config, done: int) -> str:
         """What the schedules do when a run that has ended after `done` steps goes on."""
@@ -121,6 +123,7 @@ class Plan:
                 f"samples       {self.train.num_samples} for training, {held_out} for validation",
                 f"steps         {self.steps} of {self.global_batch} samples on "
                 f"{self.grid.stages * self.grid.replicas} rank(s), {self.steps_per_epoch} an epoch",
+                *self._describe_order(),
                 *self._describe_best(),
                 *self._describe_states(),
                 f"ZeRO          {self.deepspeed['zero_optimization']['stage']}",
@@ -134,6 +137,9 @@ class Plan:
         kinds = sorted({re.sub(r"\d+", "*", name) for name in self.adapted})
         rank, count = self.blueprint.lora.rank, len(self.adapted)
         return [f"adapters      rank {rank} on {count} linear layers: {', '.join(kinds)}"]
+
+    def _describe_order(self) -> list[str]:
+        return [] if self.order is None else [f"order         {self.order.describe()}"]
 
     def _describe_best(self) -> list[str]:
         if self.val is None:
@@ -233,13 +239,17 @@ def make_plan(config: Config, ranks: int) -> Plan:
     train, val = _indices(config)
     grid = Grid.of(ranks, config.parallel.stages)
     batch = config.train.micro_batch * config.train.accumulate * grid.replicas
-    per_epoch = train.num_samples // batch
-    if not per_epoch:
+    dealt = config.data.order == "dealt"
+    if train.num_samples < batch:
         raise UserError(
             f"{config.data.train}: holds {train.num_samples} samples, fewer than a global batch "
             f"of {batch} (train.micro_batch x train.accumulate x {grid.replicas} replicas)"
         )
-    steps = config.train.steps or max(1, round((config.train.epochs or 0) * per_epoch))
+    # Dealt batches end with an epoch; those of streams cross into the next one.
+    per_epoch = train.num_samples // batch if dealt else -(-train.num_samples // batch)
+    passes = config.train.epochs or 0
+    of_epochs = passes * per_epoch if dealt else passes * train.num_samples / batch
+    steps = config.train.steps or max(1, round(of_epochs) if dealt else math.ceil(of_epochs))
     schedule = config.coefficients.schedule(steps)
     blueprint = Blueprint.of(config, train.classes)
     _check_weights(config.model.given_weights)
@@ -261,6 +271,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
         parts=partition([layer.flops for layer in layers], grid.stages) if layers else (),
         steps=steps,
         steps_per_epoch=per_epoch,
+        order=None if dealt else order_of(config, train),
         schedule=schedule,
         train=train,
         val=val,
@@ -303,9 +314,8 @@ def _check_precision(precision: str) -> None:
 
 
 def _indices(config: Config) -> tuple[Index, Index | None]:
-    train = read_index(config.data.train)[1]
-    val = None if config.data.val is None else read_index(config.data.val)[1]
-    return train, val
+    train = read_index(config.data.train)
+    return train, None if config.data.val is None else read_index(config.data.val)
 
 
 def _check_data(config: Config, task: Task, train: Index, val: Index | None) -> None:

@@ -214,6 +214,7 @@ def _trainer(
     pace = Pace(
         steps=plan.steps,
         accumulate=config.train.accumulate,
+        batch=plan.global_batch,
         log_every=config.train.log_every,
         validate_every=config.train.validate_every or plan.steps_per_epoch,
         checkpoint_every=config.checkpoint.steps,
@@ -225,7 +226,7 @@ def _trainer(
         lr_scales=lr_scales,
         limits=config.coefficients.limits() if isinstance(config.coefficients, Guarded) else None,
     )
-    train, val = streams(config, plan.task, engine, progress.bad_batches)
+    train, val = streams(config, plan.task, engine, progress.consumed)
     return Trainer(
         engine,
         plan.task,

@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from dr2dist.config import Config
-from dr2dist.data.order import train_batches, validation_batches
+from dr2dist.data.dealt import dealt_batches
+from dr2dist.data.index import Index
+from dr2dist.data.order import Item, batches, fitting_nodes, validation_batches
 from dr2dist.data.stream import loader
 from dr2dist.parallel.engine import ReversibleEngine
+from dr2dist.parallel.processes import nodes_of
 from dr2dist.tasks.task import Task
-from dr2dist.training.datasets import datasets
+from dr2dist.training.datasets import datasets, order_of
 
 
-def streams(config: Config, task: Task, engine: ReversibleEngine, passed: int) -> Any:
+def streams(config: Config, task: Task, engine: ReversibleEngine, start: int) -> Any:
     """(training, validation): endless micro-batches of this replica, and its share of the held-out
-    samples, None without any. passed: steps' batches that were skipped."""
+    samples, None without any. start: samples that the run has consumed so far."""
     data, train = config.data, config.train
     dataset, held_out = datasets(config, task)
-    batches = train_batches(
-        len(dataset),
-        dataset.index.streams,
-        train.seed,
-        micro_batch=train.micro_batch,
-        accumulate=train.accumulate,
-        rank=engine.replica,
-        ranks=engine.replicas,
-        start=engine.applied + passed,
-    )
     needed = engine.first or engine.last
     collate = task.collate
-    stream = iter(loader(dataset, batches, data.num_workers, collate) if needed else ())
+    items = _training_items(config, dataset.index, engine, start)
+    stream = iter(loader(dataset, items, data.num_workers, collate) if needed else ())
     if held_out is None:
         return stream, None
     own = validation_batches(
         len(held_out), batch=train.micro_batch, rank=engine.replica, ranks=engine.replicas
     )
-    items = [[(0, index) for index in batch] for batch in own]
-    return stream, loader(held_out, items, data.num_workers, collate) if needed else items
+    found = [[(0, index) for index in batch] for batch in own]
+    return stream, loader(held_out, found, data.num_workers, collate) if needed else found
+
+
+def _training_items(
+    config: Config, index: Index, engine: ReversibleEngine, start: int
+) -> Iterator[list[Item]]:
+    train = config.train
+    ways = {"micro_batch": train.micro_batch, "accumulate": train.accumulate}
+    if config.data.order == "dealt":
+        size = train.micro_batch * train.accumulate * engine.replicas
+        return dealt_batches(
+            index.num_samples,
+            index.streams,
+            train.seed,
+            rank=engine.replica,
+            ranks=engine.replicas,
+            start=start // size,
+            **ways,
+        )
+    order = order_of(config, index)
+    nodes = fitting_nodes(nodes_of(engine.replicas), order, config.data.streams)
+    place = {"replica": engine.replica, "replicas": engine.replicas, "nodes": nodes}
+    return batches(order, start=start, **place, **ways)

@@ -46,6 +46,7 @@ NAMED = 8
 class Pace:
     """When things happen, in optimiser steps; all pure functions of the applied step.
 
+    batch: samples of a step, over all ranks.
     checkpoint_every, checkpoint_minutes: None: never for that. bad_batches: in a row that are
     skipped at most. lr_scales: of each parameter group. patience: validations without a better one
     after which the run ends; None: never. limits: of coefficients that are guarded.
@@ -53,6 +54,7 @@ class Pace:
 
     steps: int
     accumulate: int
+    batch: int
     log_every: int
     validate_every: int
     checkpoint_every: int | None
@@ -195,6 +197,7 @@ class Trainer:
             self._skip(named)
             return named
         self._bad_in_row = 0
+        self.progress.consumed += self.pace.batch
         self.progress.loss = verdict.loss
         if self.engine.last:  # stages see the same samples
             self._skipped += sum(batch.skipped for batch in batches)
@@ -217,6 +220,7 @@ class Trainer:
             raise UnprovenStepError(verdict) from None
         self._bad_in_row += 1
         self.progress.bad_batches += 1
+        self.progress.consumed += self.pace.batch
         self._counted, self._next = verdict.counted_next, self._next or None
         reason, step = "; ".join(verdict.messages), self.engine.applied
         if self.records is not None:

@@ -1,0 +1,333 @@
+"""An index of shards that people have: each is read once, by as many processes as wanted."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from braceexpand import braceexpand
+from tqdm import tqdm
+
+from dr2dist.data.described import Described, describe, finish, read_note
+from dr2dist.data.fields import Field
+from dr2dist.data.index import INDEX_NAME, Index, read_index, sidecar
+from dr2dist.data.labels import classes_of, read_labels
+from dr2dist.data.listing import shown
+from dr2dist.data.scan import scan
+from dr2dist.data.usable import needed_kinds, only_usable
+from dr2dist.errors import UserError, one_line
+from dr2dist.files import atomic_write, check_can_be_made
+
+log = logging.getLogger(__name__)
+
+LABELS = ("cls", "json#label")
+"""What is taken for a label where nothing is said."""
+NO_LABEL = "none"
+SPEED = 200e6
+"""Bytes a second and process that are expected before any is measured."""
+NAMED = 8
+"""Samples that a line names at most."""
+GATHERED = "PLAN.json"
+
+
+class Part(NamedTuple):
+    """A share of the work: every of-th shard from number on, from 0."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """From `i/n`, i from 1 on. Raises UserError for another text."""
+        number, _, of = text.partition("/")
+        if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
+            return cls(int(number) - 1, int(of))
+        raise UserError(f"--part is '{text}', allowed is such as 1/4: the first of four shares")
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """index: None where shards are left to other parts. left: how many of those are. unusable:
+    (shard, member or key, reason). notes: what a training run must know, a line each."""
+
+    index: Index | None
+    left: int
+    unusable: list[tuple[str, str, str]]
+    notes: list[str]
+
+    def describe(self) -> list[str]:
+        """What cannot be used, a line for each reason, and the notes."""
+        reasons: dict[str, list[str]] = {}
+        for shard, name, reason in self.unusable:
+            reasons.setdefault(reason, []).append(shown(f"{shard}: {name}" if name else shard))
+        lines = []
+        for reason, names in reasons.items():
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            lines.append(f"left out, {reason}: {len(names)}: {', '.join(names[:NAMED])}{more}")
+        return [*lines, *self.notes]
+
+
+def find_shards(sources: Sequence[str]) -> list[Path]:
+    """The shards that sources name, in order: folders, brace patterns, globs, `::` between several.
+
+    Raises UserError for what is not there, is no .tar file, or is named twice.
+    """
+    found: dict[str, Path] = {}
+    for source in (part for text in sources for part in text.split("::") if part):
+        for path in _of_source(os.path.expanduser(source)):
+            same = os.path.realpath(path)
+            if same in found:
+                raise UserError(f"{shown(path)}: is named twice")
+            found[same] = path
+    if not found:
+        raise UserError(f"{' '.join(sources) or 'no source'}: names no shards")
+    return list(found.values())
+
+
+def _of_source(source: str) -> list[Path]:
+    if os.path.isdir(source):
+        tars = sorted(path for path in Path(source).iterdir() if path.suffix == ".tar")
+        if not tars:
+            raise UserError(f"{source}: holds no .tar files")
+        return tars
+    try:
+        names = list(braceexpand(source))
+    except ValueError:
+        raise UserError(f"{source}: its braces are not balanced") from None
+    paths: list[Path] = []
+    for name in names:
+        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        if not matches:
+            raise UserError(f"{name}: matches no file")
+        paths += map(Path, matches)
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{shown(path)}: is not there")
+        if not path.name.endswith(".tar"):
+            kind = "is compressed: unpack it" if path.name.endswith((".gz", ".tgz")) else ""
+            raise UserError(f"{shown(path)}: {kind or 'is no .tar file'}")
+    return paths
+
+
+class _Plan(NamedTuple):
+    """What is done to every shard alike. label: where it is, none without one. needs: kinds of
+    members that every sample must have."""
+
+    label: str | None
+    needs: tuple[str, ...]
+
+
+def index_shards(
+    sources: Sequence[str],
+    output: Path,
+    *,
+    label: str | None = None,
+    classes: Path | None = None,
+    part: Part | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Indexed:
+    """Writes an index of shards, each read once from its first byte to its last.
+
+    sources: see `find_shards`. label: the member that holds it, such as cls, txt or json#KEY; none:
+    there is none; by default cls, or the key label of a .json. classes: a file with a name for each
+    number, a line each. part: a share of the work; whoever has the last one, or calls without,
+    makes the index. overwrite: an index that is there; one of an earlier version always is.
+
+    What is done when the work breaks off is kept in a folder beside the output, and the same call
+    goes on there. Raises UserError for a shard that cannot be read, and what else cannot be.
+    """
+    output = Path(os.path.abspath(output))
+    _check_output(output, overwrite)
+    shards = find_shards(sources)
+    work = output.with_suffix(".members.part")
+    plan = _begin(work, shards, label)
+    notes = [work / f"{number:06d}.safetensors" for number in range(len(shards))]
+    names = [_relative(path, output.parent) for path in shards]
+    todo = [
+        number
+        for number, (path, note) in enumerate(zip(shards, notes, strict=True))
+        if (part is None or number % part.of == part.number) and not _is_done(path, note)
+    ]
+    jobs = [(shards[number], names[number], notes[number], plan) for number in todo]
+    _tell_cost([job[0] for job in jobs], workers)
+    _describe_all(jobs, workers, progress)
+    left = [number for number, note in enumerate(notes) if not note.exists()]
+    described = [found for note in notes if (found := read_note(note)) is not None]
+    unusable = [(each.name, *fault) for each in described for fault in each.left]
+    if left:
+        return Indexed(None, len(left), unusable, [])
+    return _finished(output, work, notes, described, plan, classes, unusable)
+
+
+def _finished(
+    output: Path,
+    work: Path,
+    notes: list[Path],
+    described: list[Described],
+    plan: _Plan,
+    classes: Path | None,
+    unusable: list[tuple[str, str, str]],
+) -> Indexed:
+    if not sum(each.samples for each in described):
+        fault = ": ".join(unusable[0]) if unusable else "they are empty"
+        raise UserError(f"{output}: the shards hold no sample that can be used, such as {fault}")
+    labels = {json.loads(text) for each in described for text in each.labels}
+    names = classes_of(labels, classes) if labels else classes_of((), classes)
+    for each in described:  # before anything is moved
+        each.class_rows(0, names)
+    empty = [(each.name, "", "holds no samples") for each in described if not each.samples]
+    shutil.rmtree(sidecar(output, 0).parent, ignore_errors=True)
+    finish(output, notes, names, plan.needs)
+    shutil.rmtree(work)
+    index = read_index(output)
+    return Indexed(index, 0, [*unusable, *empty], list(_remarks(described, index)))
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.suffix != ".json":
+        raise UserError(f"{output}: is no name of an index, allowed is such as {INDEX_NAME}")
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; name a file in it")
+    if output.exists() and not overwrite and _is_current(output):
+        raise UserError(f"{output}: exists already, --overwrite replaces it; or name another file")
+    check_can_be_made(output.parent)
+
+
+def _is_current(path: Path) -> bool:
+    """Whether a file is anything else than an index of an earlier version."""
+    try:
+        return read_index(path).given is None
+    except UserError:
+        return True
+
+
+def _begin(work: Path, shards: Sequence[Path], label: str | None) -> _Plan:
+    """What was begun there, or a new plan, from the first shard."""
+    listed = hashlib.sha256(json.dumps([[os.fsdecode(p) for p in shards], label]).encode())
+    path = work / GATHERED
+    try:
+        digest, *values = json.loads(path.read_text("utf-8"))
+        if digest == listed.hexdigest():
+            return _Plan(values[0], tuple(values[1]))
+        shutil.rmtree(work)  # of other shards
+    except (OSError, ValueError):
+        pass
+    plan = _plan_of(shards, label)
+    with atomic_write(path) as aside:
+        aside.write_text(json.dumps([listed.hexdigest(), *plan]), "utf-8")
+    return plan
+
+
+def _plan_of(shards: Sequence[Path], label: str | None) -> _Plan:
+    for path in shards:
+        samples = _scanned(path, None).samples
+        if samples:
+            break
+    else:
+        raise UserError(f"{shown(shards[0])}: holds no samples, nor does any other shard")
+    needs = needed_kinds(samples)
+    if label is None:
+        fields = [Field("label", text) for text in LABELS]
+        chosen = (field.text for field in fields if field.extensions[0] in needs)
+        label = next(chosen, NO_LABEL)
+    elif label != NO_LABEL and not set(Field("label", label).extensions) & set(needs):
+        raise UserError(
+            f"--label is {label}, but most samples of {shown(path)} have only "
+            f"{', '.join(f'.{kind}' for kind in needs)}"
+        )
+    return _Plan(None if label == NO_LABEL else label, needs)
+
+
+def _scanned(path: Path, label: Field | None) -> Any:
+    wanted = () if label is None else label.extensions
+    try:
+        with path.open("rb") as file:
+            return scan(file, lambda extension: extension in wanted)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path)}: {one_line(error)}") from None
+
+
+def _is_done(path: Path, note: Path) -> bool:
+    """Whether a shard has been described as it is now."""
+    if not note.exists():
+        return False
+    known = read_note(note)
+    info = path.stat()
+    fresh = info.st_mtime <= note.stat().st_mtime
+    return known is not None and known.bytes == info.st_size and fresh
+
+
+def _describe_all(jobs: list[Any], workers: int | None, progress: bool) -> None:
+    count = min(workers or os.cpu_count() or 1, len(jobs))
+    bar = tqdm(total=len(jobs), unit="shard", disable=not progress or not jobs)
+    with bar:
+        if count <= 1:
+            for job in jobs:
+                _describe_one(job)
+                bar.update()
+            return
+        # A process of its own: parsing headers holds the interpreter's lock.
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(count, context) as pool:
+            try:
+                for _ in pool.map(_describe_one, jobs):
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _describe_one(job: tuple[Path, str, Path, _Plan]) -> None:
+    path, name, note, plan = job
+    label = None if plan.label is None else Field("label", plan.label)
+    found = only_usable(_scanned(path, label), plan.needs)
+    describe(name, found, {} if label is None else read_labels(found, label), note)
+
+
+def _tell_cost(paths: Sequence[Path], workers: int | None) -> None:
+    size = sum(path.stat().st_size for path in paths)
+    seconds = size / SPEED / (workers or os.cpu_count() or 1)
+    if seconds > 2:
+        log.info(
+            "%d shards, %.1f GiB are read once: about %s",
+            len(paths),
+            size / 2**30,
+            time.strftime("%H:%M:%S", time.gmtime(seconds)),
+        )
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """As the index has it: relative where it lies beside or below it."""
+    absolute = os.path.abspath(path)
+    inner = os.path.relpath(absolute, folder)
+    return absolute if inner.startswith("..") else inner
+
+
+def _remarks(described: Sequence[Described], index: Index) -> Iterator[str]:
+    """What a training run must know."""
+    kinds = [len(each.labels) for each in described if each.samples]
+    classes = len(index.classes)
+    if classes > 1 and kinds and sum(kinds) / len(kinds) < min(classes, 8) / 2:
+        yield (
+            f"sorted by class: {sum(kinds) / len(kinds):.1f} of {classes} classes in a shard, so "
+            "a batch mixes as many as it has streams"
+        )
+    if not index.unique_keys:
+        yield "keys are there in several shards: samples are called SHARD/KEY"
+    counts = index.class_counts()
+    if counts is not None and 0 in counts:
+        empty = [name for name, count in zip(index.classes, counts, strict=True) if not count]
+        yield f"classes without samples: {', '.join(empty[:8])} ({len(empty)})"

@@ -1,0 +1,162 @@
+"""A shard read from its first byte to its last: its samples, what cannot be used, its checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from dr2dist.data.members import Sample
+from dr2dist.errors import one_line
+
+BLOCK = 2**20
+"""Bytes that are read at a time."""
+KEPT = 2**20
+"""Bytes of a label at most."""
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+"""How files of gzip, bzip2, xz and zstd begin."""
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+def member_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a tar's member by webdataset's rule: the key ends at the first dot after
+    the last slash, extensions are in small letters. None for what belongs to no sample."""
+    match = None if _META.match(name) else _NAME.match(name)
+    return None if match is None else (match[1], match[2].lower())
+
+
+@dataclass
+class Scanned:
+    """What a shard holds.
+
+    samples: in order, as webdataset groups them. left: (member or key, reason) of what cannot be
+    used. contents: of the members that were asked for, by `KEY.EXTENSION`. sha256, bytes: of the
+    whole file.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    contents: dict[str, bytes] = field(default_factory=dict)
+    sha256: str = ""
+    bytes: int = 0
+
+
+def scan(file: BinaryIO, keep: Callable[[str], bool] = lambda extension: False) -> Scanned:
+    """Reads a shard, seekable or not. keep: extensions whose contents are wanted.
+
+    A sample is the members of one key that follow each other. Raises ValueError where the tar is
+    damaged, cut off or compressed.
+    """
+    reader, found = _Reader(file), Scanned()
+    try:
+        kind: Any = {"fileobj": reader, "mode": "r|", "tarinfo": _Strict}
+        with tarfile.open(**kind, bufsize=BLOCK, errorlevel=2) as tar:
+            _group(tar, keep, found)
+    except tarfile.ReadError as error:
+        reason = f"is no sound tar file: {one_line(error)}"
+        if reader.start.startswith(_COMPRESSED):
+            reason = "is compressed: samples are read by their place, so unpack it"
+        raise ValueError(reason if reader.bytes else "is empty") from None
+    reader.drain()
+    _drop_repeated(found)
+    found.sha256, found.bytes = reader.digest.hexdigest(), reader.bytes
+    return found
+
+
+def _group(tar: tarfile.TarFile, keep: Callable[[str], bool], found: Scanned) -> None:
+    key = ""
+    members: dict[str, tuple[int, int] | None] = {}
+    for name, extension, member in _members(tar, found):
+        if name != key:
+            _add(key, members, found)
+            key, members = name, {}
+        if extension in members:
+            members[extension] = None
+        else:
+            members[extension] = member.offset_data, member.size
+            if keep(extension) and member.size <= KEPT:
+                found.contents[f"{name}.{extension}"] = tar.extractfile(member).read()  # type: ignore[union-attr]
+        tar.members.clear()  # type: ignore[attr-defined]  # which it would keep for ever
+    _add(key, members, found)
+
+
+def _members(tar: tarfile.TarFile, found: Scanned) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    for member in tar:
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            kind = "a sparse file" if member.issparse() else "no regular file"
+            found.left.append((member.name, kind))
+            continue
+        named = member_name(member.name)
+        if named is not None:
+            yield *named, member
+        elif not _META.match(member.name):
+            found.left.append((member.name, "a name without an ending"))
+
+
+def _add(key: str, members: dict[str, Any], found: Scanned) -> None:
+    twice = [extension for extension, place in members.items() if place is None]
+    if twice:
+        found.left.append((key, f"holds .{twice[0]} twice"))
+    elif members:
+        found.samples.append(Sample(key, members))
+
+
+def _drop_repeated(found: Scanned) -> None:
+    """Leaves out samples whose key has been there: a second one, or parts of one."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in found.samples:
+        groups.setdefault(sample.key, []).append(sample)
+    if len(groups) == len(found.samples):
+        return
+    torn = {
+        key
+        for key, samples in groups.items()
+        if len({frozenset(sample.members) for sample in samples}) > 1
+    }
+    kept: dict[str, Sample] = {}
+    for sample in found.samples:
+        if sample.key in torn:
+            found.left.append((sample.key, "its members do not follow each other"))
+        elif sample.key in kept:
+            found.left.append((sample.key, "the key is there already"))
+        else:
+            kept[sample.key] = sample
+    found.samples = list(kept.values())
+
+
+class _Strict(tarfile.TarInfo):
+    """Damaged headers are errors: tarfile takes them for the end, except for the first one."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            place = tar.offset
+            raise tarfile.ReadError(f"at byte {place}: {error}") from None
+
+
+class _Reader:
+    """Sums up what is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.bytes, self.start = file, hashlib.sha256(), 0, b""
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.start = self.start or data[:8]
+        self.digest.update(data)
+        self.bytes += len(data)
+        return data
+
+    def drain(self) -> None:
+        while self.read(BLOCK):
+            pass
