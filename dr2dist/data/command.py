@@ -81,11 +81,11 @@ def _shards_index(given: argparse.Namespace) -> int:
     for line in found.describe():
         say(line)
     if found.index is None:
-        print(f"{found.left} shards are left to other parts")
+        print(f"{found.left} shard(s) are left to other parts")
         return 0
     index = found.index
     kinds = f" of {len(index.classes)} classes" if index.classes else ""
-    print(f"{given.output}: {index.num_samples} samples{kinds} in {len(index.shards)} shards")
+    print(f"{given.output}: {index.num_samples} samples{kinds} in {len(index.shards)} shard(s)")
     return 0
 
 

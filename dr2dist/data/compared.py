@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index
 from dr2dist.data.members import ShardMembers
 from dr2dist.data.scan import member_name
@@ -50,6 +51,18 @@ def compare_with_index(index: Index, skip: bool = False) -> None:
             raise
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+
+
+def check_fields(index: Index, fields: Fields, source: str) -> None:
+    """Raises UserError if a shard's first sample lacks a field. source: the shards' name."""
+    for shard in index.shards:
+        for field in fields.all if shard.extensions else ():
+            if field.choose(shard.extensions) is None:
+                found = ", ".join(f".{name}" for name in shard.extensions)
+                raise UserError(
+                    f"{source}: the first sample of {shard.name} has no {field.name} "
+                    f"({field.text}), only {found}; data.fields says what else carries it"
+                )
 
 
 def _compare_headers(path: Path, members: ShardMembers, said: str, looked_at: int) -> None:

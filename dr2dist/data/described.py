@@ -79,10 +79,12 @@ def finish(
     notes: Sequence[Path],
     classes: Sequence[str],
     needs: Sequence[str] = (),
+    label: str | None = None,
 ) -> list[Shard]:
     """Makes the notes of shards, in order, an index. Shards without samples are left out.
 
-    classes: names by label; a label is one of them or its number. Raises UserError for another.
+    classes: names by label; a label is one of them or its number. needs, label: see `usable`.
+    Raises UserError for another label.
     """
     shards: list[Shard] = []
     rows: list[tuple[int, int, int]] = []
@@ -102,7 +104,7 @@ def finish(
         note.replace(sidecar(index, number))
     every = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
     unique = len(np.unique(every)) == len(every)
-    write_index(index, classes, shards, pack_counts(rows) if rows else None, needs, unique)
+    write_index(index, classes, shards, pack_counts(rows) if rows else None, needs, label, unique)
     return shards
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dr2dist.data.decoders import decode
-from dr2dist.data.index import Index
 from dr2dist.errors import UserError, nearest
 
 Members = Mapping[str, bytes]
@@ -92,6 +91,7 @@ class Fields:
                     f"data.fields: {name} is not a field of the task, allowed are "
                     f"{', '.join(usual)}{nearest(name, usual)}"
                 )
+        self._usual, self._said = usual, overrides or {}
         self.all = [Field(name, text) for name, text in {**usual, **(overrides or {})}.items()]
 
     def only(self, names: Sequence[str]) -> list[Field]:
@@ -103,16 +103,10 @@ class Fields:
         chosen = [field.choose(extensions) for field in self.all]
         return [each.extension for each in chosen if each is not None]
 
-    def check(self, index: Index, source: str) -> None:
-        """Raises UserError if a shard's first sample lacks one. source: the shards' name."""
-        for shard in index.shards:
-            for field in self.all if shard.extensions else ():
-                if field.choose(shard.extensions) is None:
-                    found = ", ".join(f".{name}" for name in shard.extensions)
-                    raise UserError(
-                        f"{source}: the first sample of {shard.name} has no {field.name} "
-                        f"({field.text}), only {found}; data.fields says what else carries it"
-                    )
+    def as_told(self, told: Mapping[str, str]) -> Fields:
+        """The same, with fields where an index says that they are, unless it was said otherwise."""
+        more = {name: text for name, text in told.items() if name in self._usual}
+        return Fields(self._usual, {**more, **self._said}) if more else self
 
     def decode(self, members: Members) -> dict[str, Any]:
         """All fields by name. Raises ValueError for one that is not there or cannot be read."""

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dr2dist.data.members import Sample, ShardMembers, load_members
-from dr2dist.data.scan import scan
-from dr2dist.data.usable import only_usable
+from dr2dist.data.usable import usable
 from dr2dist.errors import UserError, nearest
 from dr2dist.files import atomic_write
 
@@ -47,8 +46,9 @@ class Index:
     """Shards in order, and the classes of their samples.
 
     folder: that names are relative to. stem: of the index's file. classes: names by label, none
-    where samples have no classes. needs: kinds of members that every sample has. unique_keys:
-    whether no two shards have a key in common.
+    where samples have no classes. needs, label: see `usable`. unique_keys: whether no two shards
+    have a key in common. streams: of the order before format 3. counts: see `pack_counts`. given:
+    where samples lie, as an index before format 3 says it.
     """
 
     folder: Path
@@ -56,6 +56,7 @@ class Index:
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
     needs: tuple[str, ...] = ()
+    label: str | None = None
     unique_keys: bool = True
     streams: int = STREAMS_BEFORE
     counts: str | None = field(default=None, repr=False)
@@ -65,6 +66,11 @@ class Index:
     def num_samples(self) -> int:
         """Samples in all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Where fields of samples are, of those that an index knows."""
+        return {} if self.label is None else {"label": self.label}
 
     def path(self, shard: Shard) -> Path:
         """Where a shard lies."""
@@ -82,7 +88,7 @@ class Index:
             found = load_members(sidecar(self.folder / f"{self.stem}.json", shard.number))[0]
         except FileNotFoundError:
             with self.path(shard).open("rb") as file:
-                found = ShardMembers.of(only_usable(scan(file), self.needs).samples)
+                found = ShardMembers.of(usable(file, self.needs, self.label)[0].samples)
         if len(found) != shard.samples:
             raise UserError(
                 f"{self.path(shard)}: holds {len(found)} samples, {self.stem}.json says "
@@ -152,6 +158,7 @@ class _File(BaseModel):
     format: Literal[3] = 3
     classes: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    label: str | None = None
     unique_keys: bool = True
     class_counts: str | None = None
     shards: _Columns
@@ -191,9 +198,10 @@ def write_index(
     shards: Sequence[Shard],
     counts: str | None,
     needs: Sequence[str] = (),
+    label: str | None = None,
     unique_keys: bool = True,
 ) -> None:
-    """Writes an index of format 3."""
+    """Writes an index of format 3; see Index."""
     columns = {
         name: [getattr(shard, name) for shard in shards]
         for name in ("name", "samples", "bytes", "sha256")
@@ -202,6 +210,7 @@ def write_index(
     file = _File(
         classes=tuple(classes),
         needs=tuple(needs),
+        label=label,
         unique_keys=unique_keys,
         class_counts=counts,
         shards=_Columns(**columns, extensions=extensions),
@@ -262,6 +271,7 @@ def _parse(path: Path, data: bytes) -> Index:
         file.classes,
         shards,
         needs=file.needs,
+        label=file.label,
         unique_keys=file.unique_keys,
         counts=file.class_counts,
     )

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from dr2dist.data.described import Described, describe, finish, read_note
 from dr2dist.data.fields import Field
 from dr2dist.data.index import INDEX_NAME, Index, read_index, sidecar
-from dr2dist.data.labels import classes_of, read_labels
+from dr2dist.data.labels import classes_of
 from dr2dist.data.listing import shown
-from dr2dist.data.scan import scan
-from dr2dist.data.usable import needed_kinds, only_usable
+from dr2dist.data.scan import Scanned
+from dr2dist.data.usable import needed_kinds, usable
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write, check_can_be_made
 
@@ -190,7 +190,7 @@ def _finished(
         each.class_rows(0, names)
     empty = [(each.name, "", "holds no samples") for each in described if not each.samples]
     shutil.rmtree(sidecar(output, 0).parent, ignore_errors=True)
-    finish(output, notes, names, plan.needs)
+    finish(output, notes, names, plan.needs, plan.label)
     shutil.rmtree(work)
     index = read_index(output)
     return Indexed(index, 0, [*unusable, *empty], list(_remarks(described, index)))
@@ -232,30 +232,33 @@ def _begin(work: Path, shards: Sequence[Path], label: str | None) -> _Plan:
 
 
 def _plan_of(shards: Sequence[Path], label: str | None) -> _Plan:
+    """What most samples of the first shard that has any have, and their label."""
     for path in shards:
-        samples = _scanned(path, None).samples
+        samples = _read(path, _Plan(None, ()))[0].samples
         if samples:
             break
     else:
         raise UserError(f"{shown(shards[0])}: holds no samples, nor does any other shard")
     needs = needed_kinds(samples)
+    if label == NO_LABEL:
+        return _Plan(None, needs)
+    for text in LABELS if label is None else (label,):
+        if set(Field("label", text).extensions) & set(needs):
+            labels = _read(path, _Plan(text, needs))[1]
+            if 2 * len(labels) > len(samples) or label is not None:
+                return _Plan(text, needs)
     if label is None:
-        fields = [Field("label", text) for text in LABELS]
-        chosen = (field.text for field in fields if field.extensions[0] in needs)
-        label = next(chosen, NO_LABEL)
-    elif label != NO_LABEL and not set(Field("label", label).extensions) & set(needs):
-        raise UserError(
-            f"--label is {label}, but most samples of {shown(path)} have only "
-            f"{', '.join(f'.{kind}' for kind in needs)}"
-        )
-    return _Plan(None if label == NO_LABEL else label, needs)
+        return _Plan(None, needs)
+    raise UserError(
+        f"--label is {label}, but most samples of {shown(path)} have only "
+        f"{', '.join(f'.{kind}' for kind in needs)}"
+    )
 
 
-def _scanned(path: Path, label: Field | None) -> Any:
-    wanted = () if label is None else label.extensions
+def _read(path: Path, plan: _Plan) -> tuple[Scanned, dict[str, Any]]:
     try:
         with path.open("rb") as file:
-            return scan(file, lambda extension: extension in wanted)
+            return usable(file, plan.needs, plan.label)
     except (OSError, ValueError) as error:
         raise UserError(f"{shown(path)}: {one_line(error)}") from None
 
@@ -292,9 +295,7 @@ def _describe_all(jobs: list[Any], workers: int | None, progress: bool) -> None:
 
 def _describe_one(job: tuple[Path, str, Path, _Plan]) -> None:
     path, name, note, plan = job
-    label = None if plan.label is None else Field("label", plan.label)
-    found = only_usable(_scanned(path, label), plan.needs)
-    describe(name, found, {} if label is None else read_labels(found, label), note)
+    describe(name, *_read(path, plan), note)
 
 
 def _tell_cost(paths: Sequence[Path], workers: int | None) -> None:

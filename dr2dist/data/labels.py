@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dr2dist.data.fields import Field
-from dr2dist.data.scan import Scanned
 from dr2dist.errors import UserError, one_line
 
 
@@ -25,25 +22,6 @@ def class_index(label: Any, classes: Sequence[str]) -> int:
         names = ", ".join(classes[:10])
         raise ValueError(f"label {label!r}, allowed is 0 to {len(classes) - 1} or one of {names}")
     return number
-
-
-def read_labels(found: Scanned, field: Field) -> dict[str, Any]:
-    """The labels of a shard's samples by key, each a number or a text; a sample whose label cannot
-    be read is left out, and named."""
-    labels, kept = {}, []
-    for sample in found.samples:
-        members = {name: found.contents.get(f"{sample.key}.{name}", b"") for name in sample.members}
-        try:
-            label = field.decode(members)
-            if isinstance(label, bool) or not isinstance(label, (int, str)):
-                raise ValueError(f"is {json.dumps(label)[:40]}, allowed is a number or a text")
-        except ValueError as error:
-            found.left.append((sample.key, f"its label cannot be read: {one_line(error)}"))
-            continue
-        labels[sample.key] = label
-        kept.append(sample)
-    found.samples = kept
-    return labels
 
 
 def classes_of(labels: Iterable[Any], names: Path | None) -> list[str]:

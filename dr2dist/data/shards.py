@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,14 @@ from tqdm import tqdm
 from dr2dist.data.decoders import decode
 from dr2dist.data.described import Described, describe, finish, read_note
 from dr2dist.data.index import INDEX_NAME, Index, Shard, read_index
+from dr2dist.data.labels import class_index
 from dr2dist.data.listing import shown
 from dr2dist.data.members import ShardMembers
 from dr2dist.data.scan import Scanned, scan
 from dr2dist.data.sources import Record
 from dr2dist.data.split import describe_parts, split
 from dr2dist.data.unfinished import check_output, unfinished
-from dr2dist.data.usable import only_usable
+from dr2dist.data.usable import usable
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 
@@ -133,7 +134,8 @@ def _write_part(
     for path, shard in zip(paths, made, strict=True):
         if not shard.samples:
             path.unlink(missing_ok=True)
-    finish(folder / INDEX_NAME, [_note_of(path) for path in paths], classes)
+    label = None if any(record.label is None for record in records) else "cls"
+    finish(folder / INDEX_NAME, [_note_of(path) for path in paths], classes, label=label)
     return Made(samples, left)
 
 
@@ -227,7 +229,7 @@ def _fault(index: Index, shard: Shard) -> str | list[str]:
         return f"{path}: has {path.stat().st_size} bytes, the index says {shard.bytes}"
     try:
         with path.open("rb") as file:
-            found = scan(file, lambda extension: extension == "cls")
+            found, labels = usable(file, index.needs, index.label)
         known = index.members(shard)
     except UserError as error:
         return str(error)
@@ -235,24 +237,26 @@ def _fault(index: Index, shard: Shard) -> str | list[str]:
         return f"{path}: {one_line(error)}"
     if shard.sha256 is not None and found.sha256 != shard.sha256:
         return f"{path}: checksum differs from the index"
-    return _fault_of_members(path, found, known, index)
+    return (
+        _fault_of_members(path, found, known)
+        or _fault_of_labels(path, labels, index)
+        or [known[number].key for number in range(len(known))]
+    )
 
 
-def _fault_of_members(
-    path: Path, found: Scanned, known: ShardMembers, index: Index
-) -> str | list[str]:
-    there = {sample.key: sample.members for sample in only_usable(found, index.needs).samples}
+def _fault_of_members(path: Path, found: Scanned, known: ShardMembers) -> str | None:
+    there = {sample.key: sample.members for sample in found.samples}
     samples = [known[number] for number in range(len(known))]
     same = all(sample.members.items() <= there.get(sample.key, {}).items() for sample in samples)
     if not same or there.keys() != {sample.key for sample in samples}:
         return f"{path}: members differ from the index"
-    for sample in samples:
-        label = sample.label
-        if label is None and f"{sample.key}.cls" in found.contents:
-            label = int(found.contents[f"{sample.key}.cls"])
-        if label is not None and not 0 <= label < max(len(index.classes), 1):
-            return (
-                f"{path}: sample '{sample.key}' has label {label}, allowed is 0 to "
-                f"{len(index.classes) - 1}"
-            )
-    return [sample.key for sample in samples]
+    return None
+
+
+def _fault_of_labels(path: Path, labels: Mapping[str, Any], index: Index) -> str | None:
+    for key, label in labels.items():
+        try:
+            class_index(label, index.classes)
+        except ValueError as error:
+            return f"{path}: sample '{key}' has {error}"
+    return None

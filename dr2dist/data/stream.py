@@ -67,7 +67,7 @@ class ShardDataset(Dataset[Read]):
         unreadable: Unreadable = "fail",
     ) -> None:
         self.index = read_index(pattern)
-        self.fields, self.transform = fields, transform
+        self.fields, self.transform = fields.as_told(self.index.fields), transform
         self.seed = seed
         self.unreadable = unreadable
         self._stand_in: Read | None = None

@@ -1,13 +1,17 @@
-"""Which samples of a shard have what the others have."""
+"""Which samples of a shard can be used: they have what the others have, and a label."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any, BinaryIO
 
 from dr2dist.data.decoders import IMAGE_TYPES
+from dr2dist.data.fields import Field
 from dr2dist.data.members import Sample
-from dr2dist.data.scan import Scanned
+from dr2dist.data.scan import Scanned, scan
+from dr2dist.errors import one_line
 
 
 def kind_of(extension: str) -> str:
@@ -27,14 +31,39 @@ def needed_kinds(samples: Sequence[Sample]) -> tuple[str, ...]:
     return tuple(sorted(kind for kind, count in counts.items() if 2 * count > len(samples)))
 
 
-def only_usable(found: Scanned, needs: Sequence[str]) -> Scanned:
-    """The same without samples that lack a needed kind, which are named."""
-    wanted, kept = set(needs), []
+def usable(
+    file: BinaryIO, needs: Sequence[str], label: str | None
+) -> tuple[Scanned, dict[str, Any]]:
+    """What a shard holds that can be used, and the labels by key, each a number or a text.
+
+    needs: kinds of members that a sample must have. label: where its label is, such as cls or
+    json#KEY; None: it has none. What lacks either is left out, and named. Raises ValueError for a
+    shard that cannot be read.
+    """
+    field = None if label is None else Field("label", label)
+    wanted = () if field is None else field.extensions
+    found, kept = scan(file, lambda extension: extension in wanted), []
+    labels = {}
     for sample in found.samples:
-        lacking = sorted(wanted - kinds_of(sample))
+        lacking = sorted(set(needs) - kinds_of(sample))
         if lacking:
             found.left.append((sample.key, f"has no {' and no '.join(lacking)}"))
-        else:
-            kept.append(sample)
+            continue
+        if field is not None:
+            try:
+                labels[sample.key] = read_label(sample, found, field)
+            except ValueError as error:
+                found.left.append((sample.key, f"its label cannot be read: {one_line(error)}"))
+                continue
+        kept.append(sample)
     found.samples = kept
-    return found
+    return found, labels
+
+
+def read_label(sample: Sample, found: Scanned, field: Field) -> int | str:
+    """Raises ValueError for one that is neither a number nor a text, or not there."""
+    members = {name: found.contents.get(f"{sample.key}.{name}", b"") for name in sample.members}
+    label = field.decode(members)
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise ValueError(f"is {json.dumps(label)[:40]}, allowed is a number or a text")
+    return label

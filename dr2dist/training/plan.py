@@ -19,7 +19,7 @@ from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.backbones.weights import check_file
 from dr2dist.coefficients import Schedule
 from dr2dist.config import Config
-from dr2dist.data.compared import compare_with_index
+from dr2dist.data.compared import check_fields, compare_with_index
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, read_index
 from dr2dist.data.order import Order
@@ -322,13 +322,13 @@ def _check_data(config: Config, task: Task, train: Index, val: Index | None) -> 
     """Raises UserError for data that are not what the task learns."""
     fields = Fields(task.fields, config.data.fields)
     task.check_index(train, "data.train")
-    fields.check(train, "data.train")
+    check_fields(train, fields.as_told(train.fields), "data.train")
     task.transform(config.data)  # says what it cannot do
     if val is not None:
         if val.classes != train.classes:
             raise UserError("data.val: its classes differ from those of data.train")
         task.check_index(val, "data.val")
-        fields.check(val, "data.val")
+        check_fields(val, fields.as_told(val.fields), "data.val")
     task.learn_from(train)
 
 
