@@ -17,8 +17,9 @@ from PIL import Image
 
 from dr2dist.data.compared import compare_with_index
 from dr2dist.data.fields import Fields
+from dr2dist.data.found import find_shards
 from dr2dist.data.index import read_index
-from dr2dist.data.indexing import Indexed, Part, find_shards, index_shards
+from dr2dist.data.indexing import Indexed, Part, index_shards
 from dr2dist.data.shards import verify_shards
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, create_model
+from pydantic import ByteSize, Field, create_model
 
 from dr2dist.config.section import Place, Positive, Section
 from dr2dist.config.text import shown_value
@@ -30,10 +30,23 @@ class TaskOptions(Section):
         """Raises ValueError for samples of a micro-batch that the task cannot take."""
 
 
+class CacheOptions(Section):
+    """Where shards are kept that are not on this machine."""
+
+    folder: Place = Field(description="on a disk of the node; all its processes share it")
+    limit: ByteSize = Field(description="that it never exceeds, such as 200GB")
+    of: Literal["remote", "all"] = Field(
+        "remote", description="which shards; all: those of mounted file systems too"
+    )
+    patience: float = Field(
+        60.0, ge=0, description="seconds for which a server is asked again that does not answer"
+    )
+
+
 class Data(Section):
     """Shards, and how their samples are prepared."""
 
-    train: Place = Field(description="a folder of shards, or a brace pattern of shards")
+    train: Place = Field(description="shards: a folder, brace pattern, index, or URL of one")
     val: Place | None = Field(None, description="the same for validation; null: none")
     num_workers: int = Field(0, ge=0, description="loader processes of each rank")
     order: Literal["streams", "dealt"] = Field(
@@ -48,6 +61,7 @@ class Data(Section):
     unreadable: Literal["fail", "skip"] = Field(
         "fail", description="samples that cannot be read; skip: counted, the next one instead"
     )
+    cache: CacheOptions | None = Field(None, description="of shards that are elsewhere")
     fields: dict[str, str] = Field(
         {}, description="members of a sample instead of the task's, such as {label: json#category}"
     )

@@ -29,16 +29,17 @@ def compare_with_index(index: Index, skip: bool = False) -> None:
     lie; `verify_shards` reads all of it.
     """
     said = f"{index.stem}.json"
-    gone = [shard.name for shard in index.shards if not index.path(shard).is_file()]
+    here = [shard for shard in index.shards if not index.is_remote(shard)]
+    gone = [shard.name for shard in here if not index.path(shard).is_file()]
     missing = dict.fromkeys(gone)
     if missing:
         more = f" and {len(missing) - 1} more of {len(index.shards)}" if len(missing) > 1 else ""
-        fault = f"{index.folder}: {gone[0]}{more} is missing, which {said} names"
+        fault = f"{index.base}: {gone[0]}{more} is missing, which {said} names"
         if not skip:
             raise UserError(fault)
         log.warning("%s: what they hold counts as unreadable", fault)
     looked_at = max(1, min(LOOKED_AT, LOOKED_AT_TOGETHER // max(1, len(index.shards))))
-    for shard in index.shards:
+    for shard in here:
         path = index.path(shard)
         if shard.name in missing:
             continue

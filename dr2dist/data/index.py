@@ -17,7 +17,10 @@ from braceexpand import braceexpand
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dr2dist.data.cache import Wanted
+from dr2dist.data.found import open_shard
 from dr2dist.data.members import Sample, ShardMembers, load_members
+from dr2dist.data.remote import is_remote, read_all
 from dr2dist.data.usable import usable
 from dr2dist.errors import UserError, nearest
 from dr2dist.files import atomic_write
@@ -45,13 +48,13 @@ class Shard(NamedTuple):
 class Index:
     """Shards in order, and the classes of their samples.
 
-    folder: that names are relative to. stem: of the index's file. classes: names by label, none
-    where samples have no classes. needs, label: see `usable`. unique_keys: whether no two shards
-    have a key in common. streams: of the order before format 3. counts: see `pack_counts`. given:
-    where samples lie, as an index before format 3 says it.
+    base: the folder or URL that names are relative to. stem: of the index's file. classes: names by
+    label, none where samples have no classes. needs, label: see `usable`. unique_keys: whether no
+    two shards have a key in common. streams: of the order before format 3. counts: see
+    `pack_counts`. given: where samples lie, as an index before format 3 says it.
     """
 
-    folder: Path
+    base: str
     stem: str
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
@@ -72,9 +75,27 @@ class Index:
         """Where fields of samples are, of those that an index knows."""
         return {} if self.label is None else {"label": self.label}
 
+    def where(self, shard: Shard) -> str:
+        """A shard's path or URL."""
+        if is_remote(shard.name):
+            return shard.name
+        if is_remote(self.base):
+            return f"{self.base}/{shard.name}"
+        return os.path.join(self.base, shard.name)
+
     def path(self, shard: Shard) -> Path:
-        """Where a shard lies."""
-        return self.folder / shard.name
+        """Where a shard lies that is here."""
+        return Path(self.where(shard))
+
+    def is_remote(self, shard: Shard) -> bool:
+        """Whether it must be fetched."""
+        return is_remote(self.where(shard))
+
+    def wanted(self, shard: Shard) -> Wanted:
+        """What a cache must know of a shard."""
+        where = self.where(shard)
+        url = where if is_remote(where) else os.path.abspath(where)
+        return Wanted(url, shard.bytes, shard.sha256, self.needs, self.label)
 
     def members(self, shard: Shard) -> ShardMembers:
         """Where a shard's samples lie: as the index says it, or else as its headers do.
@@ -85,13 +106,17 @@ class Index:
         if self.given is not None:
             return self.given[shard.number]
         try:
-            found = load_members(sidecar(self.folder / f"{self.stem}.json", shard.number))[0]
+            found = load_members(sidecar(Path(self.base, f"{self.stem}.json"), shard.number))[0]
         except FileNotFoundError:
-            with self.path(shard).open("rb") as file:
+            with open_shard(self.where(shard)) as file:
                 found = ShardMembers.of(usable(file, self.needs, self.label)[0].samples)
+        return self.checked(shard, found)
+
+    def checked(self, shard: Shard, found: ShardMembers) -> ShardMembers:
+        """What a shard holds. Raises UserError for another number of samples than is said here."""
         if len(found) != shard.samples:
             raise UserError(
-                f"{self.path(shard)}: holds {len(found)} samples, {self.stem}.json says "
+                f"{self.where(shard)}: holds {len(found)} samples, {self.stem}.json says "
                 f"{shard.samples}"
             )
         return found
@@ -219,45 +244,53 @@ def write_index(
         aside.write_text(file.model_dump_json(), "utf-8")
 
 
-def index_of(pattern: str | Path) -> Path:
-    """The index of shards that a pattern names: its own file, or the one of their folder."""
-    text = str(pattern)
-    if text.endswith(".json"):
-        return Path(text)
-    folder = Path(text).parent if "{" in text or text.endswith(".tar") else Path(text)
-    return folder / INDEX_NAME
+def _place_of(text: str) -> tuple[str, str]:
+    """(folder or URL, file) of the index of shards that a text names: its own file, or the one of
+    their folder."""
+    folder, _, name = text.rpartition("/")
+    if name.endswith(".json"):
+        return folder or ("/" if text.startswith("/") else "."), name
+    if "{" in text or name.endswith(".tar"):
+        return folder or ("/" if text.startswith("/") else "."), INDEX_NAME
+    return text.rstrip("/") or text, INDEX_NAME
 
 
 def read_index(pattern: str | Path) -> Index:
-    """The index of a folder of shards, of a brace pattern that names some of them, or of a file.
+    """The index of a folder of shards, of a brace pattern that names some of them, or of a file;
+    each may be a URL.
 
     Raises UserError if there is no valid index or a named shard is not in it.
     """
-    text, path = str(pattern), index_of(pattern)
+    text = str(pattern)
+    base, name = _place_of(text)
+    path = f"{base}/{name}"
     try:
-        index = _parse(path, path.read_bytes())
+        data = read_all(path) if is_remote(path) else Path(base, name).read_bytes()
+        index = _parse(base, name.removesuffix(".json"), data)
     except OSError:
         raise UserError(
-            f"{text}: no {path.name} in {path.parent}; 'dr2dist shards make' makes shards of "
-            "files, 'dr2dist shards index' an index of shards"
+            f"{text}: no {name} in {base}; 'dr2dist shards make' makes shards of files, 'dr2dist "
+            "shards index' an index of shards"
         ) from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {place}: {first['msg']}") from None
+    except UserError:
+        raise
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{path}: is no index: {type(error).__name__} {error}") from None
-    if text in (str(path), str(path.parent)):
+    if "{" not in text and not text.endswith(".tar"):
         return index
-    return _only(index, [Path(name).name for name in braceexpand(text)])
+    return _only(index, [Path(each).name for each in braceexpand(text)])
 
 
-def _parse(path: Path, data: bytes) -> Index:
+def _parse(base: str, stem: str, data: bytes) -> Index:
     values = json.loads(data)
     if not isinstance(values, dict):
         raise ValueError("holds no object")
     if values.get("format", 2) in (1, 2):
-        return _of_before(path, _FileBefore.model_validate(values))
+        return _of_before(base, stem, _FileBefore.model_validate(values))
     file = _File.model_validate(values)
     rows = zip(
         *(file.shards.name, file.shards.samples, file.shards.bytes, file.shards.sha256),
@@ -266,8 +299,8 @@ def _parse(path: Path, data: bytes) -> Index:
     )
     shards = tuple(Shard(k, *row[:4], tuple(row[4].split())) for k, row in enumerate(rows))
     return Index(
-        path.parent,
-        path.stem,
+        base,
+        stem,
         file.classes,
         shards,
         needs=file.needs,
@@ -277,14 +310,14 @@ def _parse(path: Path, data: bytes) -> Index:
     )
 
 
-def _of_before(path: Path, file: _FileBefore) -> Index:
+def _of_before(base: str, stem: str, file: _FileBefore) -> Index:
     samples = [shard.all() for shard in file.shards]
     shards = tuple(
         Shard(k, s.name, len(all_), s.bytes, s.sha256, tuple(all_[0].extensions if all_ else ()))
         for k, (s, all_) in enumerate(zip(file.shards, samples, strict=True))
     )
     given = tuple(ShardMembers.of(all_) for all_ in samples)
-    return Index(path.parent, path.stem, file.classes, shards, streams=file.streams, given=given)
+    return Index(base, stem, file.classes, shards, streams=file.streams, given=given)
 
 
 def _only(index: Index, names: list[str]) -> Index:
@@ -292,6 +325,6 @@ def _only(index: Index, names: list[str]) -> Index:
     for name in names:
         if name not in known:
             raise UserError(
-                f"{index.folder}: {name} is not in {index.stem}.json{nearest(name, known)}"
+                f"{index.base}: {name} is not in {index.stem}.json{nearest(name, known)}"
             )
     return replace(index, shards=tuple(known[name] for name in names))

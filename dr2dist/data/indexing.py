@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from braceexpand import braceexpand
 from tqdm import tqdm
 
 from dr2dist.data.described import Described, describe, finish, read_note
 from dr2dist.data.fields import Field
+from dr2dist.data.found import find_shards, open_shard, shard_size
 from dr2dist.data.index import INDEX_NAME, Index, read_index, sidecar
 from dr2dist.data.labels import classes_of
 from dr2dist.data.listing import shown
+from dr2dist.data.remote import is_remote
 from dr2dist.data.scan import Scanned
 from dr2dist.data.usable import needed_kinds, usable
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write, check_can_be_made
-
-log = logging.getLogger(__name__)
+from dr2dist.status import say
 
 LABELS = ("cls", "json#label")
 """What is taken for a label where nothing is said."""
@@ -78,48 +76,6 @@ class Indexed:
         return [*lines, *self.notes]
 
 
-def find_shards(sources: Sequence[str]) -> list[Path]:
-    """The shards that sources name, in order: folders, brace patterns, globs, `::` between several.
-
-    Raises UserError for what is not there, is no .tar file, or is named twice.
-    """
-    found: dict[str, Path] = {}
-    for source in (part for text in sources for part in text.split("::") if part):
-        for path in _of_source(os.path.expanduser(source)):
-            same = os.path.realpath(path)
-            if same in found:
-                raise UserError(f"{shown(path)}: is named twice")
-            found[same] = path
-    if not found:
-        raise UserError(f"{' '.join(sources) or 'no source'}: names no shards")
-    return list(found.values())
-
-
-def _of_source(source: str) -> list[Path]:
-    if os.path.isdir(source):
-        tars = sorted(path for path in Path(source).iterdir() if path.suffix == ".tar")
-        if not tars:
-            raise UserError(f"{source}: holds no .tar files")
-        return tars
-    try:
-        names = list(braceexpand(source))
-    except ValueError:
-        raise UserError(f"{source}: its braces are not balanced") from None
-    paths: list[Path] = []
-    for name in names:
-        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        if not matches:
-            raise UserError(f"{name}: matches no file")
-        paths += map(Path, matches)
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{shown(path)}: is not there")
-        if not path.name.endswith(".tar"):
-            kind = "is compressed: unpack it" if path.name.endswith((".gz", ".tgz")) else ""
-            raise UserError(f"{shown(path)}: {kind or 'is no .tar file'}")
-    return paths
-
-
 class _Plan(NamedTuple):
     """What is done to every shard alike. label: where it is, none without one. needs: kinds of
     members that every sample must have."""
@@ -155,13 +111,12 @@ def index_shards(
     work = output.with_suffix(".members.part")
     plan = _begin(work, shards, label)
     notes = [work / f"{number:06d}.safetensors" for number in range(len(shards))]
-    names = [_relative(path, output.parent) for path in shards]
     todo = [
         number
-        for number, (path, note) in enumerate(zip(shards, notes, strict=True))
-        if (part is None or number % part.of == part.number) and not _is_done(path, note)
+        for number, (shard, note) in enumerate(zip(shards, notes, strict=True))
+        if (part is None or number % part.of == part.number) and not _is_done(shard, note)
     ]
-    jobs = [(shards[number], names[number], notes[number], plan) for number in todo]
+    jobs = [(shards[k], _relative(shards[k], output.parent), notes[k], plan) for k in todo]
     _tell_cost([job[0] for job in jobs], workers)
     _describe_all(jobs, workers, progress)
     left = [number for number, note in enumerate(notes) if not note.exists()]
@@ -214,9 +169,9 @@ def _is_current(path: Path) -> bool:
         return True
 
 
-def _begin(work: Path, shards: Sequence[Path], label: str | None) -> _Plan:
+def _begin(work: Path, shards: Sequence[str], label: str | None) -> _Plan:
     """What was begun there, or a new plan, from the first shard."""
-    listed = hashlib.sha256(json.dumps([[os.fsdecode(p) for p in shards], label]).encode())
+    listed = hashlib.sha256(json.dumps([list(shards), label]).encode())
     path = work / GATHERED
     try:
         digest, *values = json.loads(path.read_text("utf-8"))
@@ -231,10 +186,10 @@ def _begin(work: Path, shards: Sequence[Path], label: str | None) -> _Plan:
     return plan
 
 
-def _plan_of(shards: Sequence[Path], label: str | None) -> _Plan:
+def _plan_of(shards: Sequence[str], label: str | None) -> _Plan:
     """What most samples of the first shard that has any have, and their label."""
-    for path in shards:
-        samples = _read(path, _Plan(None, ()))[0].samples
+    for shard in shards:
+        samples = _read(shard, _Plan(None, ()))[0].samples
         if samples:
             break
     else:
@@ -244,33 +199,36 @@ def _plan_of(shards: Sequence[Path], label: str | None) -> _Plan:
         return _Plan(None, needs)
     for text in LABELS if label is None else (label,):
         if set(Field("label", text).extensions) & set(needs):
-            labels = _read(path, _Plan(text, needs))[1]
+            labels = _read(shard, _Plan(text, needs))[1]
             if 2 * len(labels) > len(samples) or label is not None:
                 return _Plan(text, needs)
     if label is None:
         return _Plan(None, needs)
     raise UserError(
-        f"--label is {label}, but most samples of {shown(path)} have only "
+        f"--label is {label}, but most samples of {shown(shard)} have only "
         f"{', '.join(f'.{kind}' for kind in needs)}"
     )
 
 
-def _read(path: Path, plan: _Plan) -> tuple[Scanned, dict[str, Any]]:
+def _read(shard: str, plan: _Plan) -> tuple[Scanned, dict[str, Any]]:
     try:
-        with path.open("rb") as file:
+        with open_shard(shard) as file:
             return usable(file, plan.needs, plan.label)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown(path)}: {one_line(error)}") from None
+        raise UserError(f"{shown(shard)}: {one_line(error)}") from None
 
 
-def _is_done(path: Path, note: Path) -> bool:
+def _is_done(shard: str, note: Path) -> bool:
     """Whether a shard has been described as it is now."""
-    if not note.exists():
-        return False
     known = read_note(note)
-    info = path.stat()
-    fresh = info.st_mtime <= note.stat().st_mtime
-    return known is not None and known.bytes == info.st_size and fresh
+    if known is None:
+        return False
+    if is_remote(shard):
+        return shard_size(shard) in (0, known.bytes)
+    info = os.stat(shard)
+    return known.bytes == info.st_size and info.st_mtime <= note.stat().st_mtime
 
 
 def _describe_all(jobs: list[Any], workers: int | None, progress: bool) -> None:
@@ -293,26 +251,26 @@ def _describe_all(jobs: list[Any], workers: int | None, progress: bool) -> None:
                 raise
 
 
-def _describe_one(job: tuple[Path, str, Path, _Plan]) -> None:
-    path, name, note, plan = job
-    describe(name, *_read(path, plan), note)
+def _describe_one(job: tuple[str, str, Path, _Plan]) -> None:
+    shard, name, note, plan = job
+    describe(name, *_read(shard, plan), note)
 
 
-def _tell_cost(paths: Sequence[Path], workers: int | None) -> None:
-    size = sum(path.stat().st_size for path in paths)
+def _tell_cost(shards: Sequence[str], workers: int | None) -> None:
+    """Says how much is read, and how long that takes at the speed of a local disk."""
+    with ThreadPoolExecutor(16) as pool:
+        size = sum(pool.map(shard_size, shards))
     seconds = size / SPEED / (workers or os.cpu_count() or 1)
     if seconds > 2:
-        log.info(
-            "%d shards, %.1f GiB are read once: about %s",
-            len(paths),
-            size / 2**30,
-            time.strftime("%H:%M:%S", time.gmtime(seconds)),
-        )
+        took = time.strftime("%H:%M:%S", time.gmtime(seconds))
+        say(f"{len(shards)} shard(s), {size / 2**30:.1f} GiB, are read once: {took} or more")
 
 
-def _relative(path: Path, folder: Path) -> str:
+def _relative(shard: str, folder: Path) -> str:
     """As the index has it: relative where it lies beside or below it."""
-    absolute = os.path.abspath(path)
+    if is_remote(shard):
+        return shard
+    absolute = os.path.abspath(shard)
     inner = os.path.relpath(absolute, folder)
     return absolute if inner.startswith("..") else inner
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
-from pathlib import Path
+from typing import BinaryIO
 
+from dr2dist.data.cache import Cache
 from dr2dist.data.decoders import LARGEST
 from dr2dist.data.index import Index, Shard
 from dr2dist.data.members import ShardMembers
@@ -19,9 +20,8 @@ MOST = 1024
 class OpenShard:
     """A shard to read from: its file stays open as long as this object."""
 
-    def __init__(self, path: Path, members: ShardMembers) -> None:
-        self.members = members
-        self._file = path.open("rb", buffering=0)
+    def __init__(self, file: BinaryIO, members: ShardMembers) -> None:
+        self.members, self._file = members, file
 
     def read(self, offset: int, size: int) -> bytes:
         """So many bytes from a place. Raises ValueError where there are not so many, or more than a
@@ -38,10 +38,13 @@ class OpenShard:
 
 
 class OpenShards:
-    """The shards of an index, opened when they are asked for, the latest kept open."""
+    """The shards of an index, opened when they are asked for, the latest kept open.
 
-    def __init__(self, index: Index) -> None:
-        self.index = index
+    cache: where those are kept that are elsewhere.
+    """
+
+    def __init__(self, index: Index, cache: Cache | None = None) -> None:
+        self.index, self.cache = index, cache
         self._opened: OrderedDict[int, OpenShard] = OrderedDict()
         self._lost: dict[int, str] = {}
 
@@ -59,21 +62,33 @@ class OpenShards:
         return found
 
     def _open(self, shard: Shard) -> OpenShard:
-        path = self.index.path(shard)
         try:
-            return OpenShard(path, self.index.members(shard))
+            if self.index.is_remote(shard) or (self.cache is not None and self.cache.of_all):
+                return self._fetched(shard)
+            file = self.index.path(shard).open("rb", buffering=0)
+            return OpenShard(file, self.index.members(shard))
         except UserError as error:
             self._lost[shard.number] = str(error)
         except (OSError, ValueError) as error:
-            self._lost[shard.number] = f"{path}: cannot be read: {one_line(error)}"
+            where = self.index.where(shard)
+            self._lost[shard.number] = f"{where}: cannot be read: {one_line(error)}"
         raise UserError(self._lost[shard.number])
 
-    def __getstate__(self) -> Index:
-        """Another process opens its own."""
-        return self.index
+    def _fetched(self, shard: Shard) -> OpenShard:
+        if self.cache is None:
+            raise UserError(
+                f"{self.index.where(shard)}: is not on this machine: data.cache says where shards "
+                "are kept, such as data.cache={folder: /scratch/shards, limit: 200GB}"
+            )
+        file, members = self.cache.open(self.index.wanted(shard))
+        return OpenShard(file, self.index.checked(shard, members))
 
-    def __setstate__(self, index: Index) -> None:
-        self.__init__(index)  # type: ignore[misc]
+    def __getstate__(self) -> tuple[Index, Cache | None]:
+        """Another process opens its own."""
+        return self.index, self.cache
+
+    def __setstate__(self, state: tuple[Index, Cache | None]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
 
 def _most() -> int:

@@ -7,6 +7,7 @@ are open at a time. A position, counted from the start of the run, is all that a
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -31,16 +32,27 @@ KEPT = 3
 
 
 class _Run(NamedTuple):
-    """Samples of a stream that follow each other in a shard. start: the first one's index."""
+    """Samples of a stream that follow each other in a shard. shard: its
+    number in the order's counts. start: the first one's index."""
 
+    shard: int
     start: int
     length: int
 
 
+class Use(NamedTuple):
+    """first, last: positions between which a shard is read; shard: its number in the counts."""
+
+    shard: int
+    first: int
+    last: int
+
+
 class _Epoch(NamedTuple):
-    """A stream's shards in an epoch's order: their first samples, and the place where each begins
+    """A stream's shards in an epoch's order, their first samples, and the place where each begins
     and the last one ends."""
 
+    shards: Numbers
     starts: Numbers
     places: Numbers
 
@@ -82,7 +94,7 @@ class Order:
                 shard = int(shards[place])
                 count = min(wanted, self.counts[shard] - used)
                 if count:
-                    runs.append(_Run(int(firsts[shard]) + used, count))
+                    runs.append(_Run(shard, int(firsts[shard]) + used, count))
                 wanted, used = wanted - count, used + count
                 if used == self.counts[shard]:
                     place, used = place + 1, 0
@@ -99,16 +111,25 @@ class Order:
 
     def describe(self) -> str:
         """In a few words."""
-        windows = [self.window_of(stream) for stream in range(self.streams)]
-        opened = sum(
-            min(len(runs), 1 + -(-window * len(runs) // sum(run.length for run in runs)))
-            for window, runs in zip(windows, self.parts, strict=True)
-        )
+        window = max(self.window_of(stream) for stream in range(self.streams))
         shards = len(self.counts)
         return (
-            f"{self.streams} stream(s) of {shards} shard(s), each mixed within {max(windows)} "
-            f"samples: at most {min(opened, shards)} shards are open at a time"
+            f"{self.streams} stream(s) of {shards} shard(s), each mixed within {window} samples: "
+            f"at most {self.open_at_most([1] * shards)} shards are open at a time"
         )
+
+    def open_at_most(self, sizes: Sequence[int], node: int = 0, nodes: int = 1) -> int:
+        """The largest sum of sizes of shards that a node has open at a time."""
+        ends: list[tuple[int, int, int]] = []
+        for use in self.uses(0, self.streams_of(node, nodes)):
+            ends += [(use.first, 1, use.shard), (use.last + 1, -1, use.shard)]
+        open_, now, most = dict.fromkeys(range(len(self.counts)), 0), 0, 0
+        for _, change, shard in sorted(ends):
+            before = open_[shard] > 0
+            open_[shard] += change
+            now += sizes[shard] * ((open_[shard] > 0) - before)
+            most = max(most, now)
+        return most
 
     def items(self, positions: Numbers) -> list[Item]:
         """The samples of positions, counted from the start of the run: int64 [P], any order."""
@@ -121,6 +142,31 @@ class Order:
             epoch, stream = divmod(int(key), self.streams)
             samples[own] = self._of_stream(epoch, stream, steps[own])
         return list(zip(epochs.tolist(), samples.tolist(), strict=True))
+
+    def uses(self, epoch: int, streams: Sequence[int]) -> list[Use]:
+        """When streams read their shards in an epoch, and a little more."""
+        found: list[Use] = []
+        for stream in streams:
+            shards, _, places = self._epoch(epoch, stream)
+            length, window = int(places[-1]), self.window_of(stream)
+            # Ranks differ from places by chance: a few times the root of how many change places.
+            reach = length if window >= length else window // 2 + 4 * math.isqrt(window) + 1
+            first = np.maximum(0, places[:-1] - reach)
+            last = np.minimum(length - 1, places[1:] + reach)
+            begin = epoch * self.num_samples + stream
+            found += map(
+                Use,
+                shards.tolist(),
+                (begin + first * self.streams).tolist(),
+                (begin + last * self.streams).tolist(),
+            )
+        return found
+
+    def streams_of(self, node: int, nodes: int) -> range:
+        """What a node reads."""
+        if nodes >= self.streams:
+            return range(node % self.streams, node % self.streams + 1)
+        return range(node, self.streams, nodes)
 
     def _of_stream(self, epoch: int, stream: int, steps: Numbers) -> Numbers:
         """The samples of a stream's steps."""
@@ -152,7 +198,7 @@ class Order:
         inside where that is beyond the stream's ends. So the ends are mixed as the middle is, and
         only samples of two windows can come into one.
         """
-        starts, places = self._epoch(epoch, stream)
+        _, starts, places = self._epoch(epoch, stream)
         length, window = int(places[-1]), self.window_of(stream)
         low, high = number * window, (number + 1) * window
         first = max(0, low - window // 2 - 1)
@@ -176,6 +222,7 @@ class Order:
             generator = np.random.default_rng((self.seed, epoch, stream))
             shuffled = [runs[number] for number in generator.permutation(len(runs))]
             self._epochs[key] = _Epoch(
+                np.array([run.shard for run in shuffled], np.int64),
                 np.array([run.start for run in shuffled], np.int64),
                 np.cumsum([0, *(run.length for run in shuffled)], dtype=np.int64),
             )

@@ -7,7 +7,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 from dr2dist.data.members import Sample
 from dr2dist.errors import one_line
@@ -29,6 +29,13 @@ def member_name(name: str) -> tuple[str, str] | None:
     return None if match is None else (match[1], match[2].lower())
 
 
+class Readable(Protocol):
+    """What a shard is read from, from its beginning on."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """At most so many bytes, none at the end."""
+
+
 @dataclass
 class Scanned:
     """What a shard holds.
@@ -45,7 +52,7 @@ class Scanned:
     bytes: int = 0
 
 
-def scan(file: BinaryIO, keep: Callable[[str], bool] = lambda extension: False) -> Scanned:
+def scan(file: Readable, keep: Callable[[str], bool] = lambda extension: False) -> Scanned:
     """Reads a shard, seekable or not. keep: extensions whose contents are wanted.
 
     A sample is the members of one key that follow each other. Raises ValueError where the tar is
@@ -147,7 +154,7 @@ class _Strict(tarfile.TarInfo):
 class _Reader:
     """Sums up what is read."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Readable) -> None:
         self.file, self.digest, self.bytes, self.start = file, hashlib.sha256(), 0, b""
 
     def read(self, size: int) -> bytes:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dr2dist.data.decoders import decode
 from dr2dist.data.described import Described, describe, finish, read_note
+from dr2dist.data.found import open_shard
 from dr2dist.data.index import INDEX_NAME, Index, Shard, read_index
 from dr2dist.data.labels import class_index
 from dr2dist.data.listing import shown
@@ -216,25 +217,25 @@ def verify_shards(pattern: str | Path, workers: int | None = None, progress: boo
     keys = Counter(key for names in found for key in names)
     key, count = keys.most_common(1)[0] if keys else ("", 0)
     if count > 1 and index.unique_keys:
-        raise UserError(f"{index.folder}: key '{key}' is there {count} times")
+        raise UserError(f"{index.base}: key '{key}' is there {count} times")
     return index
 
 
 def _fault(index: Index, shard: Shard) -> str | list[str]:
     """What is wrong with a shard, in a line; its keys if nothing is."""
-    path = index.path(shard)
-    if not path.is_file():
+    path = index.where(shard)
+    if not index.is_remote(shard) and not Path(path).is_file():
         return f"{path}: is missing"
-    if shard.bytes is not None and path.stat().st_size != shard.bytes:
-        return f"{path}: has {path.stat().st_size} bytes, the index says {shard.bytes}"
     try:
-        with path.open("rb") as file:
+        with open_shard(path) as file:
             found, labels = usable(file, index.needs, index.label)
         known = index.members(shard)
     except UserError as error:
         return str(error)
     except (OSError, ValueError) as error:
         return f"{path}: {one_line(error)}"
+    if shard.bytes is not None and found.bytes != shard.bytes:
+        return f"{path}: has {found.bytes} bytes, the index says {shard.bytes}"
     if shard.sha256 is not None and found.sha256 != shard.sha256:
         return f"{path}: checksum differs from the index"
     return (
@@ -244,7 +245,7 @@ def _fault(index: Index, shard: Shard) -> str | list[str]:
     )
 
 
-def _fault_of_members(path: Path, found: Scanned, known: ShardMembers) -> str | None:
+def _fault_of_members(path: str, found: Scanned, known: ShardMembers) -> str | None:
     there = {sample.key: sample.members for sample in found.samples}
     samples = [known[number] for number in range(len(known))]
     same = all(sample.members.items() <= there.get(sample.key, {}).items() for sample in samples)
@@ -253,7 +254,7 @@ def _fault_of_members(path: Path, found: Scanned, known: ShardMembers) -> str | 
     return None
 
 
-def _fault_of_labels(path: Path, labels: Mapping[str, Any], index: Index) -> str | None:
+def _fault_of_labels(path: str, labels: Mapping[str, Any], index: Index) -> str | None:
     for key, label in labels.items():
         try:
             class_index(label, index.classes)

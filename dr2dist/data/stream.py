@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dr2dist.data.batch import Batch
+from dr2dist.data.cache import Cache
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Shard, read_index
 from dr2dist.data.opened import OpenShards
@@ -55,7 +56,8 @@ class ShardDataset(Dataset[Read]):
     pattern: see read_index. fields: what is decoded. transform: of a sample's fields. Randomness in
     it is keyed by (seed, epoch, sample), whatever rank or worker reads the sample. unreadable: what
     becomes of a sample that cannot be read: "fail" raises UserError, "other" takes one from
-    anywhere, "drop" the one before, which does not count.
+    anywhere, "drop" the one before, which does not count. cache: see
+    OpenShards.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class ShardDataset(Dataset[Read]):
         transform: Transform,
         seed: int = 0,
         unreadable: Unreadable = "fail",
+        cache: Cache | None = None,
     ) -> None:
         self.index = read_index(pattern)
         self.fields, self.transform = fields.as_told(self.index.fields), transform
@@ -72,7 +75,7 @@ class ShardDataset(Dataset[Read]):
         self.unreadable = unreadable
         self._stand_in: Read | None = None
         self._ends = list(accumulate(shard.samples for shard in self.index.shards))
-        self._open = OpenShards(self.index)
+        self._open = OpenShards(self.index, cache)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -100,7 +103,7 @@ class ShardDataset(Dataset[Read]):
                 self._stand_in = replace(found, count=False)
                 return replace(self._stand_in, skipped=skipped) if attempt else found
             return replace(found, skipped=skipped)
-        raise UserError(f"{self.index.folder}: no sample can be read")
+        raise UserError(f"{self.index.base}: no sample can be read")
 
     def _another(self, item: Item, attempt: int) -> int:
         if self.unreadable == "drop":  # any readable one does, so look at all
@@ -112,7 +115,7 @@ class ShardDataset(Dataset[Read]):
             with seeded(self.seed, epoch, index):
                 return Read(key, self.transform(values), count=epoch >= 0, skipped=0)
         except ValueError as error:
-            path = self.index.path(self._locate(index)[0])
+            path = self.index.where(self._locate(index)[0])
             raise UserError(f"{path}: sample '{key}': {error}") from None
 
     def _locate(self, index: int) -> tuple[Shard, int]:
@@ -134,7 +137,7 @@ class ShardDataset(Dataset[Read]):
                     members[extension] = str(sample.label).encode()
             values = self.fields.decode(members or dict.fromkeys(sample.members, b""))
         except (OSError, ValueError) as error:
-            path = self.index.path(shard)
+            path = self.index.where(shard)
             raise UserError(f"{path}: sample '{sample.key}' cannot be read: {error}") from None
         unique = self.index.unique_keys
         return (sample.key if unique else f"{Path(shard.name).stem}/{sample.key}"), values

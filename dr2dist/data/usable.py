@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 from dr2dist.data.decoders import IMAGE_TYPES
 from dr2dist.data.fields import Field
 from dr2dist.data.members import Sample
-from dr2dist.data.scan import Scanned, scan
+from dr2dist.data.scan import Readable, Scanned, scan
 from dr2dist.errors import one_line
 
 
@@ -32,7 +32,7 @@ def needed_kinds(samples: Sequence[Sample]) -> tuple[str, ...]:
 
 
 def usable(
-    file: BinaryIO, needs: Sequence[str], label: str | None
+    file: Readable, needs: Sequence[str], label: str | None
 ) -> tuple[Scanned, dict[str, Any]]:
     """What a shard holds that can be used, and the labels by key, each a number or a text.
 

@@ -78,7 +78,7 @@ def _measure(
             metrics.update(task.predictions(output, here), here)
             add_loss(loss, task, output, here)
     if not samples:
-        raise UserError(f"{dataset.index.folder}: no sample can be read")
+        raise UserError(f"{dataset.index.base}: no sample can be read")
     mean = float(loss.compute())
     return {"samples": samples, "skipped": skipped, "loss": mean, **metrics.compute()}
 

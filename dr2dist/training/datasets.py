@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dr2dist.config import Config
+from dr2dist.config.task import Data
+from dr2dist.data.cache import Cache
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index
 from dr2dist.data.order import Order
@@ -15,15 +19,24 @@ def datasets(config: Config, task: Task) -> tuple[ShardDataset, ShardDataset | N
     transforms that cannot be."""
     data = config.data
     skip, fields = data.unreadable == "skip", Fields(task.fields, data.fields)
+    transform, seed, cache = task.transform(data), config.train.seed, cache_of(data)
     train = ShardDataset(
-        data.train, fields, task.transform(data), config.train.seed, "other" if skip else "fail"
+        data.train, fields, transform, seed, "other" if skip else "fail", cache=cache
     )
     if data.val is None:
         return train, None
     held_out = ShardDataset(
-        data.val, fields, task.transform(), unreadable="drop" if skip else "fail"
+        data.val, fields, task.transform(), unreadable="drop" if skip else "fail", cache=cache
     )
     return train, held_out
+
+
+def cache_of(data: Data) -> Cache | None:
+    """Where shards are kept that are elsewhere, if the run says so."""
+    said = data.cache
+    if said is None:
+        return None
+    return Cache(Path(said.folder), int(said.limit), said.patience, said.of == "all")
 
 
 def order_of(config: Config, index: Index) -> Order:

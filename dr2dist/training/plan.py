@@ -23,6 +23,7 @@ from dr2dist.data.compared import check_fields, compare_with_index
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, read_index
 from dr2dist.data.order import Order
+from dr2dist.data.prefetch import least_cache
 from dr2dist.errors import UserError
 from dr2dist.loggers.registry import check_loggers
 from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
@@ -139,7 +140,13 @@ class Plan:
         return [f"adapters      rank {rank} on {count} linear layers: {', '.join(kinds)}"]
 
     def _describe_order(self) -> list[str]:
-        return [] if self.order is None else [f"order         {self.order.describe()}"]
+        if self.order is None:
+            return []
+        lines = [f"order         {self.order.describe()}"]
+        if any(map(self.train.is_remote, self.train.shards)):
+            least = least_cache(self.train, self.order)
+            lines.append(f"cache         at least {least:,} bytes, if one node reads all streams")
+        return lines
 
     def _describe_best(self) -> list[str]:
         if self.val is None:

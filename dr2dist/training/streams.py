@@ -9,11 +9,12 @@ from dr2dist.config import Config
 from dr2dist.data.dealt import dealt_batches
 from dr2dist.data.index import Index
 from dr2dist.data.order import Item, batches, fitting_nodes, validation_batches
+from dr2dist.data.prefetch import Prefetcher, check_limit
 from dr2dist.data.stream import loader
 from dr2dist.parallel.engine import ReversibleEngine
 from dr2dist.parallel.processes import nodes_of
 from dr2dist.tasks.task import Task
-from dr2dist.training.datasets import datasets, order_of
+from dr2dist.training.datasets import cache_of, datasets, order_of
 
 
 def streams(config: Config, task: Task, engine: ReversibleEngine, start: int) -> Any:
@@ -53,4 +54,13 @@ def _training_items(
     order = order_of(config, index)
     nodes = fitting_nodes(nodes_of(engine.replicas), order, config.data.streams)
     place = {"replica": engine.replica, "replicas": engine.replicas, "nodes": nodes}
-    return batches(order, start=start, **place, **ways)
+    found = batches(order, start=start, **place, **ways)
+    cache = cache_of(config.data)
+    if cache is None or not (cache.of_all or any(map(index.is_remote, index.shards))):
+        return found
+    check_limit(cache, index, order, nodes)
+    own = engine.replicas // nodes
+    if engine.replica % own or not engine.first:  # one process of a node fetches ahead
+        return found
+    prefetcher = Prefetcher(cache, index, order, engine.replica // own, nodes)
+    return prefetcher.follow(found, start, train.micro_batch * engine.replicas)

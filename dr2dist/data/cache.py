@@ -1,0 +1,240 @@
+"""Shards of elsewhere, whole, in a bounded folder that all processes of a node share."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dr2dist.data.members import ShardMembers, load_members
+from dr2dist.data.remote import PATIENCE, RemoteReader, size_of
+from dr2dist.data.scan import Scanned
+from dr2dist.data.usable import usable
+from dr2dist.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
+
+PREFIX = "dr2dist-"
+"""How the names of all files begin that a cache writes, and may delete."""
+MEMBERS, PART, LOCK = ".members", ".part", f"{PREFIX}lock"
+FAR = 2**31 - 1
+"""The next use, in seconds of a file's time, of what nobody has said that it needs."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A shard. bytes, sha256: as an index says them, None where it does not. needs, label: see
+    `usable`."""
+
+    url: str
+    bytes: int | None
+    sha256: str | None
+    needs: tuple[str, ...] = ()
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its file in a cache."""
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:24]
+        return f"{PREFIX}{digest}-{os.path.basename(self.url)}"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of fetched shards.
+
+    limit: bytes that its shards never exceed together. patience: see `persistent`. of_all: whether
+    shards are fetched that lie in local folders too, such as those of mounted file systems. A
+    file's time of change says how soon it is used next (see `plan`): the latest goes first when
+    room is wanted. Files that are open can be read on when they are deleted.
+    """
+
+    folder: Path
+    limit: int
+    patience: float = PATIENCE
+    of_all: bool = False
+
+    def open(self, wanted: Wanted) -> tuple[BinaryIO, ShardMembers]:
+        """A shard's file and where its samples lie; fetched, if it is not there, while others wait.
+
+        Raises UserError, in one line, for what cannot be fetched or kept.
+        """
+        path = self.folder / wanted.name
+        while True:
+            try:
+                file = path.open("rb", buffering=0)
+                return file, load_members(_beside(path, MEMBERS))[0]
+            except FileNotFoundError:
+                self.fetch(wanted)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def holds(self, wanted: Wanted) -> bool:
+        """Whether a shard is there."""
+        path = self.folder / wanted.name
+        return path.exists() and _beside(path, MEMBERS).exists()
+
+    def fetch(self, wanted: Wanted, next_use: int = 0) -> bool:
+        """Fetches a shard, unless it is there; whether it was fetched now. next_use: see `plan`."""
+        path = self.folder / wanted.name
+        part = _beside(path, PART)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(part):
+                if self.holds(wanted):
+                    part.unlink()
+                    return False
+                self._fetch(wanted, path, part)
+                os.utime(path, (time.time(), next_use))
+                return True
+        except OSError as error:
+            raise UserError(
+                f"data.cache.folder: {self.folder}: {error.strerror or one_line(error)}"
+            ) from None
+
+    def _fetch(self, wanted: Wanted, path: Path, part: Path) -> None:
+        size = wanted.bytes
+        if size is None:
+            size = size_of(wanted.url, self.patience) or 0
+        try:
+            self._make_room(part, size, wanted.url)
+            fault = ""
+            for _ in range(2):
+                found, fault = self._read(wanted, part)
+                if not fault:
+                    ShardMembers.of(found.samples).save(_beside(path, MEMBERS), {})
+                    part.rename(path)
+                    return
+                log.warning("%s: %s: fetched again", wanted.url, fault)
+            raise UserError(f"{wanted.url}: {fault}, and again when it was fetched anew")
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def _read(self, wanted: Wanted, part: Path) -> tuple[Scanned, str]:
+        """Fetches into a file; what the shard holds, and what is wrong with it."""
+        with RemoteReader(wanted.url, self.patience) as source, part.open("r+b") as file:
+            file.truncate(0)
+            try:
+                found, _ = usable(_Copying(source, file), wanted.needs, wanted.label)
+            except UserError:
+                raise
+            except ValueError as error:
+                return Scanned(), one_line(error)
+        if wanted.bytes is not None and found.bytes != wanted.bytes:
+            return found, f"has {found.bytes} bytes, the index says {wanted.bytes}"
+        if wanted.sha256 is not None and found.sha256 != wanted.sha256:
+            return found, "its checksum differs from the index"
+        return found, ""
+
+    def _make_room(self, part: Path, size: int, url: str) -> None:
+        """Deletes what is used last, and takes the room, so that others count it."""
+        with _locked(self.folder / LOCK):
+            self._forget_dead()
+            used = {path: _size(path) for path in self._files()}
+            left = self.limit - sum(used.values())
+            for path in sorted(self._shards(), key=_next_use, reverse=True):
+                if left >= size:
+                    break
+                left += used.get(path, 0)
+                _delete(path)
+            if left < size:
+                raise UserError(
+                    f"data.cache.limit: {self.limit} bytes leave {max(left, 0)} for {url} of "
+                    f"{size}: allowed are more"
+                )
+            with part.open("r+b") as file:
+                file.truncate(size)
+
+    def _files(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if path.name.startswith(PREFIX)]
+
+    def _shards(self) -> list[Path]:
+        ends = (PART, MEMBERS)
+        return [p for p in self._files() if p.suffix not in ends and p.name != LOCK]
+
+    def _forget_dead(self) -> None:
+        """Deletes what runs have left that are no more."""
+        for path in self._files():
+            if (
+                path.suffix == ".tmp"
+                and not _beside(path.with_suffix("").with_suffix(""), PART).exists()
+            ):
+                path.unlink(missing_ok=True)
+            if path.suffix == PART:
+                with path.open("r+b") as file:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        continue  # it is being fetched
+                    path.unlink(missing_ok=True)
+
+    def plan(self, next_uses: dict[str, int]) -> None:
+        """Says how soon shards are used next, in samples, by their files' names; others are not
+        needed any more."""
+        for path in self._shards() if self.folder.is_dir() else ():
+            try:
+                os.utime(path, (time.time(), min(next_uses.get(path.name, FAR), FAR)))
+            except FileNotFoundError:  # another process has deleted it
+                continue
+
+    def used(self) -> int:
+        """Bytes of all files."""
+        return sum(map(_size, self._files())) if self.folder.is_dir() else 0
+
+
+class _Copying:
+    """Writes what is read."""
+
+    def __init__(self, source: RemoteReader, target: BinaryIO) -> None:
+        self.source, self.target = source, target
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.source.read(size)
+        self.target.write(data)
+        return data
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _next_use(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _delete(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    _beside(path, MEMBERS).unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The one who has a file, which is made; others wait."""
+    while True:
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:  # who had it may have renamed or deleted it
+                same = path.stat().st_ino == os.fstat(file.fileno()).st_ino
+            except FileNotFoundError:
+                same = False
+            if same:
+                yield
+                return

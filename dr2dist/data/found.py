@@ -1,0 +1,85 @@
+"""The shards that a person names: folders, patterns and URLs."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from braceexpand import braceexpand
+
+from dr2dist.data.listing import shown
+from dr2dist.data.remote import RemoteReader, is_remote, listed, size_of
+from dr2dist.errors import UserError
+
+
+def find_shards(sources: Sequence[str]) -> list[str]:
+    """The shards that sources name, in order: folders, brace patterns, globs, `::` between several;
+    each may be a URL.
+
+    Raises UserError for what is not there, is no .tar file, or is named twice.
+    """
+    found: dict[str, str] = {}
+    for source in (part for text in sources for part in text.split("::") if part):
+        for shard in _of_source(os.path.expanduser(source)):
+            same = shard if is_remote(shard) else os.path.realpath(shard)
+            if same in found:
+                raise UserError(f"{shown(shard)}: is named twice")
+            found[same] = shard
+    if not found:
+        raise UserError(f"{' '.join(sources) or 'no source'}: names no shards")
+    return list(found.values())
+
+
+def open_shard(where: str) -> Any:
+    """To read from its beginning. Raises OSError or UserError."""
+    return RemoteReader(where) if is_remote(where) else Path(where).open("rb")
+
+
+def shard_size(where: str) -> int:
+    """Bytes of a shard, 0 where its server does not say."""
+    return (size_of(where) or 0) if is_remote(where) else os.path.getsize(where)
+
+
+def _of_source(source: str) -> list[str]:
+    try:
+        names = list(braceexpand(source))
+    except ValueError:
+        raise UserError(f"{source}: its braces are not balanced") from None
+    return [shard for name in names for shard in _of_name(name)]
+
+
+def _of_name(name: str) -> list[str]:
+    """Of a folder, a glob or a file."""
+    single = name.endswith(".tar") and not glob.has_magic(name)
+    if is_remote(name):
+        return [name] if single else _tars(listed(name), name)
+    if os.path.isdir(name):
+        return _tars(sorted(os.path.join(name, each) for each in os.listdir(name)), name)
+    if glob.has_magic(name):
+        matches = sorted(glob.glob(name))
+        if not matches:
+            raise UserError(f"{name}: matches no file")
+        for match in matches:
+            _check(match)
+        return matches
+    if not os.path.isfile(name):
+        raise UserError(f"{shown(name)}: is not there")
+    _check(name)
+    return [name]
+
+
+def _tars(names: Sequence[str], source: str) -> list[str]:
+    found = [name for name in names if name.endswith(".tar")]
+    if not found:
+        raise UserError(f"{source}: holds no .tar files")
+    return found
+
+
+def _check(name: str) -> None:
+    if not name.endswith(".tar"):
+        compressed = name.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))
+        reason = "is compressed: unpack it" if compressed else "is no .tar file"
+        raise UserError(f"{shown(name)}: {reason}")

@@ -1,0 +1,107 @@
+"""Fetches a node's shards before they are read, and says which are not needed soon."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+
+from dr2dist.data.cache import Cache
+from dr2dist.data.index import Index
+from dr2dist.data.order import Item, Order, Use
+from dr2dist.errors import UserError
+
+log = logging.getLogger(__name__)
+
+EPOCHS = 2
+"""Epochs whose uses are known ahead."""
+
+
+class Prefetcher:
+    """A thread that goes ahead of a node's position in the order.
+
+    It fetches shards in the order of their first use, a window ahead of it, as long as those that
+    are used sooner leave room. What it cannot fetch is left to those who read it, who then say why.
+    """
+
+    def __init__(self, cache: Cache, index: Index, order: Order, node: int, nodes: int) -> None:
+        self.cache, self.index, self.order = cache, index, order
+        self.streams = order.streams_of(node, nodes)
+        self.ahead = max(map(order.window_of, self.streams)) * order.streams
+        self._position = 0
+        self._moved, self._ended = threading.Condition(), False
+        self._thread = threading.Thread(target=self._work, name="prefetcher", daemon=True)
+
+    def follow(self, batches: Iterator[list[Item]], start: int, each: int) -> Iterator[list[Item]]:
+        """The same batches, each of which moves the position on by `each`."""
+        self._position = start
+        self._thread.start()
+        try:
+            for batch in batches:
+                yield batch
+                with self._moved:
+                    self._position += each
+                    self._moved.notify()
+        finally:
+            with self._moved:
+                self._ended = True
+                self._moved.notify()
+
+    def _work(self) -> None:
+        done = -1
+        while not self._ended:
+            if self._position == done:
+                with self._moved:
+                    self._moved.wait(5)
+                continue
+            done = self._position
+            try:
+                self.look(done)
+            except UserError as error:
+                log.info("not fetched ahead: %s", error)
+            except Exception:
+                log.exception("the prefetcher has ended; shards are fetched when they are read")
+                return
+
+    def look(self, position: int) -> None:
+        """Says what is used when, and fetches what is used soon."""
+        uses = self._uses(position)
+        soon = {self._name(use): max(0, use.first - position) for use in reversed(uses)}
+        self.cache.plan(soon)
+        room = self.cache.limit
+        for use in uses:
+            if self._ended or use.first - position > self.ahead:
+                return
+            wanted = self.index.wanted(self.index.shards[use.shard])
+            room -= wanted.bytes or 0
+            if room < 0:
+                return
+            self.cache.fetch(wanted, max(0, use.first - position))
+
+    def _uses(self, position: int) -> list[Use]:
+        """From a position on, the first to begin first."""
+        epoch = position // self.order.num_samples
+        uses = [u for k in range(EPOCHS) for u in self.order.uses(epoch + k, self.streams)]
+        return sorted((use for use in uses if use.last >= position), key=lambda use: use.first)
+
+    def _name(self, use: Use) -> str:
+        return self.index.wanted(self.index.shards[use.shard]).name
+
+
+def check_limit(cache: Cache, index: Index, order: Order, nodes: int) -> None:
+    """Raises UserError for a cache that cannot hold what a node has open at a time and the shard
+    that is fetched meanwhile."""
+    least = least_cache(index, order, nodes)
+    if cache.limit < least:
+        share = cache.limit / least
+        raise UserError(
+            f"data.cache.limit is {cache.limit} bytes, and a node has shards of up to {least} open "
+            f"at a time: allowed are so many, or a data.shuffle_window of some "
+            f"{int(max(map(order.window_of, range(order.streams))) * share / 2)} samples"
+        )
+
+
+def least_cache(index: Index, order: Order, nodes: int = 1) -> int:
+    """Bytes that a node's cache needs."""
+    sizes = [shard.bytes or 0 for shard in index.shards]
+    return min(sum(sizes), order.open_at_most(sizes, 0, nodes) + max(sizes, default=0))
