@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 PREFIX = "dr2dist-"
 """How the names of all files begin that a cache writes, and may delete."""
 MEMBERS, PART, LOCK = ".members", ".part", f"{PREFIX}lock"
+WAIT = 0.05
+"""Seconds between two looks for room."""
 FAR = 2**31 - 1
 """The next use, in seconds of a file's time, of what nobody has said that it needs."""
 
@@ -74,7 +76,7 @@ class Cache:
             except FileNotFoundError:
                 self.fetch(wanted)
             except OSError as error:
-                raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+                raise UserError(f"data.cache.folder: {path}: {error.strerror}") from None
 
     def holds(self, wanted: Wanted) -> bool:
         """Whether a shard is there."""
@@ -104,7 +106,8 @@ class Cache:
         if size is None:
             size = size_of(wanted.url, self.patience) or 0
         try:
-            self._make_room(part, size, wanted.url)
+            while not self._make_room(part, room_for(size), wanted.url):
+                time.sleep(WAIT)
             fault = ""
             for _ in range(2):
                 found, fault = self._read(wanted, part)
@@ -121,9 +124,9 @@ class Cache:
     def _read(self, wanted: Wanted, part: Path) -> tuple[Scanned, str]:
         """Fetches into a file; what the shard holds, and what is wrong with it."""
         with RemoteReader(wanted.url, self.patience) as source, part.open("r+b") as file:
-            file.truncate(0)
             try:
                 found, _ = usable(_Copying(source, file), wanted.needs, wanted.label)
+                file.truncate()  # to what it is; until now it has held the room
             except UserError:
                 raise
             except ValueError as error:
@@ -134,8 +137,9 @@ class Cache:
             return found, "its checksum differs from the index"
         return found, ""
 
-    def _make_room(self, part: Path, size: int, url: str) -> None:
-        """Deletes what is used last, and takes the room, so that others count it."""
+    def _make_room(self, part: Path, size: int, url: str) -> bool:
+        """Deletes what is used last, and takes the room, so that others count it; False where what
+        others are fetching leaves none yet. Raises UserError where there never is."""
         with _locked(self.folder / LOCK):
             self._forget_dead()
             used = {path: _size(path) for path in self._files()}
@@ -145,13 +149,16 @@ class Cache:
                     break
                 left += used.get(path, 0)
                 _delete(path)
+            if left < size and any(used[path] for path in used if path.suffix == PART):
+                return False
             if left < size:
                 raise UserError(
-                    f"data.cache.limit: {self.limit} bytes leave {max(left, 0)} for {url} of "
-                    f"{size}: allowed are more"
+                    f"data.cache.limit: {self.limit} bytes leave {max(left, 0)} for {url}, which "
+                    f"takes {size}: allowed are more"
                 )
             with part.open("r+b") as file:
                 file.truncate(size)
+            return True
 
     def _files(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if path.name.startswith(PREFIX)]
@@ -188,6 +195,12 @@ class Cache:
     def used(self) -> int:
         """Bytes of all files."""
         return sum(map(_size, self._files())) if self.folder.is_dir() else 0
+
+
+def room_for(size: int) -> int:
+    """Bytes of a shard of this size and of where its samples lie: of a tar's 1,024 for a member at
+    least, that takes less than an eighth."""
+    return size + size // 8 + 4096
 
 
 class _Copying:

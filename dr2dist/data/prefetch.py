@@ -6,13 +6,15 @@ import logging
 import threading
 from collections.abc import Iterator
 
-from dr2dist.data.cache import Cache
+from dr2dist.data.cache import Cache, room_for
 from dr2dist.data.index import Index
 from dr2dist.data.order import Item, Order, Use
 from dr2dist.errors import UserError
 
 log = logging.getLogger(__name__)
 
+STRIDES = 20
+"""Looks ahead for each window that a stream is read on."""
 EPOCHS = 2
 """Epochs whose uses are known ahead."""
 
@@ -28,6 +30,8 @@ class Prefetcher:
         self.cache, self.index, self.order = cache, index, order
         self.streams = order.streams_of(node, nodes)
         self.ahead = max(map(order.window_of, self.streams)) * order.streams
+        self._wanted = [index.wanted(shard) for shard in index.shards]
+        self._uses: dict[int, list[Use]] = {}
         self._position = 0
         self._moved, self._ended = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="prefetcher", daemon=True)
@@ -48,9 +52,9 @@ class Prefetcher:
                 self._moved.notify()
 
     def _work(self) -> None:
-        done = -1
+        done, stride = -self.ahead, max(1, self.ahead // STRIDES)
         while not self._ended:
-            if self._position == done:
+            if self._position < done + stride:
                 with self._moved:
                     self._moved.wait(5)
                 continue
@@ -65,27 +69,31 @@ class Prefetcher:
 
     def look(self, position: int) -> None:
         """Says what is used when, and fetches what is used soon."""
-        uses = self._uses(position)
-        soon = {self._name(use): max(0, use.first - position) for use in reversed(uses)}
+        first_uses = self._first_uses(position)
+        soon = {self._wanted[shard].name: samples for shard, samples in first_uses.items()}
         self.cache.plan(soon)
         room = self.cache.limit
-        for use in uses:
-            if self._ended or use.first - position > self.ahead:
+        for shard, samples in first_uses.items():
+            room -= room_for(self._wanted[shard].bytes or 0)
+            if self._ended or samples > self.ahead or room < 0:
                 return
-            wanted = self.index.wanted(self.index.shards[use.shard])
-            room -= wanted.bytes or 0
-            if room < 0:
-                return
-            self.cache.fetch(wanted, max(0, use.first - position))
+            self.cache.fetch(self._wanted[shard], samples)
 
-    def _uses(self, position: int) -> list[Use]:
-        """From a position on, the first to begin first."""
+    def _first_uses(self, position: int) -> dict[int, int]:
+        """In how many samples each shard is used next, 0 for what is in use; the first first."""
         epoch = position // self.order.num_samples
-        uses = [u for k in range(EPOCHS) for u in self.order.uses(epoch + k, self.streams)]
-        return sorted((use for use in uses if use.last >= position), key=lambda use: use.first)
+        if epoch not in self._uses:
+            both = (self.order.uses(epoch + k, self.streams) for k in range(EPOCHS))
+            self._uses = {epoch: sorted((use for uses in both for use in uses), key=_first)}
+        found: dict[int, int] = {}
+        for use in self._uses[epoch]:
+            if use.last >= position:
+                found.setdefault(use.shard, max(0, use.first - position))
+        return found
 
-    def _name(self, use: Use) -> str:
-        return self.index.wanted(self.index.shards[use.shard]).name
+
+def _first(use: Use) -> int:
+    return use.first
 
 
 def check_limit(cache: Cache, index: Index, order: Order, nodes: int) -> None:
@@ -103,5 +111,5 @@ def check_limit(cache: Cache, index: Index, order: Order, nodes: int) -> None:
 
 def least_cache(index: Index, order: Order, nodes: int = 1) -> int:
     """Bytes that a node's cache needs."""
-    sizes = [shard.bytes or 0 for shard in index.shards]
+    sizes = [room_for(shard.bytes or 0) for shard in index.shards]
     return min(sum(sizes), order.open_at_most(sizes, 0, nodes) + max(sizes, default=0))

@@ -93,7 +93,8 @@ def persistent(url: str, attempt: Callable[[], Found], patience: float) -> Found
     while True:
         try:
             return attempt()
-        except Exception as error:  # of any file system's own kind
+        except Exception as raised:  # of any file system's own kind
+            error = _cause(raised)
             final = isinstance(error, FINAL) or getattr(error, "status", None) in REFUSED
             if final or "Credentials" in type(error).__name__:
                 raise UserError(f"{url}: cannot be read: {_named(error)}") from None
@@ -106,7 +107,13 @@ def persistent(url: str, attempt: Callable[[], Found], patience: float) -> Found
         wait = min(2 * wait, LONGEST_WAIT)
 
 
-def _named(error: Exception) -> str:
+def _cause(error: BaseException) -> BaseException:
+    """fsspec says of a server of HTTP that cannot be reached that the file is not found."""
+    found = isinstance(error, FileNotFoundError) and error.__cause__
+    return _cause(found) if found else error
+
+
+def _named(error: BaseException) -> str:
     text = one_line(error)
     kind = type(error).__name__
     return f"{kind}: {text}" if text and text not in kind else kind

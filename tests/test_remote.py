@@ -1,0 +1,282 @@
+"""Shards that are elsewhere: fetched over faults, kept within a limit, trained from to the bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.data.cache import Cache, Wanted
+from dr2dist.data.index import read_index
+from dr2dist.data.indexing import index_shards
+from dr2dist.data.order import Order
+from dr2dist.data.prefetch import Prefetcher, check_limit, least_cache
+from dr2dist.data.remote import RemoteReader
+from dr2dist.errors import UserError
+from tests.images import make_small_shards, samples_of
+from tests.pool import Pool
+from tests.servers import S3_BUCKET, Server, s3, serve
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_shards(tmp_path_factory.mktemp("remote"), 90) / "train"
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[Server]:
+    found = serve(shards)
+    yield found
+    found.stop()
+
+
+def wanted(server: Server, number: int = 0) -> Wanted:
+    index = read_index(server.url)
+    return index.wanted(index.shards[number])
+
+
+def test_a_shard_is_fetched_once_and_read_as_the_local_one(
+    server: Server, shards: Path, tmp_path: Path
+) -> None:
+    cache, local = Cache(tmp_path / "cache", 10**9), read_index(shards)
+    for _ in range(2):
+        file, members = cache.open(wanted(server))
+        assert file.read() == local.path(local.shards[0]).read_bytes()
+        assert [members[k] for k in range(len(members))] == samples_of(local)[: len(members)]
+    assert server.faults.sent[local.shards[0].name] == local.shards[0].bytes
+    assert read_index(server.url).digest() == local.digest()
+
+
+@pytest.mark.parametrize("fault", ["busy", "cut", "lie"])
+def test_what_breaks_off_is_asked_for_again(
+    fault: str, server: Server, shards: Path, tmp_path: Path
+) -> None:
+    want = wanted(server)
+    setattr(server.faults, fault, 3)
+    file, _ = Cache(tmp_path / "cache", 10**9).open(want)
+    assert file.read() == (shards / "shard-000000.tar").read_bytes()
+    assert not getattr(server.faults, fault)
+
+
+def test_a_server_without_ranges_is_read_whole(
+    server: Server, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dr2dist.data.remote.BLOCK", 10_000)
+    server.faults.ranges = False
+    with RemoteReader(f"{server.url}/shard-000000.tar") as file:
+        assert file.read() == (shards / "shard-000000.tar").read_bytes()
+
+
+def test_a_large_file_comes_in_ranges_and_goes_on_where_it_was(
+    server: Server, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dr2dist.data.remote.BLOCK", 10_000)
+    size = (shards / "shard-000000.tar").stat().st_size
+    server.faults.cut = 2
+    with RemoteReader(f"{server.url}/shard-000000.tar") as file:
+        assert file.read() == (shards / "shard-000000.tar").read_bytes()
+    assert size <= server.faults.sent["shard-000000.tar"] <= size + 2 * 10_000
+
+
+def test_what_is_gone_is_one_line(server: Server, tmp_path: Path) -> None:
+    cache, want = Cache(tmp_path / "cache", 10**9, patience=1.0), wanted(server)
+    with pytest.raises(UserError, match=r"gone\.tar: cannot be read: .*404"):
+        cache.open(replace(want, url=f"{server.url}/gone.tar"))
+    server.stop()
+    with pytest.raises(UserError, match=r"cannot be read: .*, for 1 s") as caught:
+        cache.open(want)
+    assert "\n" not in str(caught.value) and cache.used() == 0
+    for url, message in (("ftpx://a/b", "ftpx:// cannot be read"), ("s3:/a", "no index.json")):
+        with pytest.raises(UserError, match=message):
+            read_index(url)
+
+
+def test_a_wrong_checksum_is_fetched_again_once_and_then_named(
+    server: Server, tmp_path: Path
+) -> None:
+    want = wanted(server)
+    with pytest.raises(UserError, match=r"shard-000000\.tar: its checksum differs .* again"):
+        Cache(tmp_path / "cache", 10**9).open(replace(want, sha256="0" * 64))
+    assert server.faults.sent["shard-000000.tar"] == 2 * (want.bytes or 0)
+    assert not list((tmp_path / "cache").glob("*.tar*"))
+    with pytest.raises(UserError, match=r"has \d+ bytes, the index says 7"):
+        Cache(tmp_path / "cache", 10**9).open(replace(want, bytes=7))
+
+
+def test_the_limit_holds_and_what_is_used_last_goes(server: Server, tmp_path: Path) -> None:
+    index = read_index(server.url)
+    wants = [index.wanted(shard) for shard in index.shards]
+    room = sum(want.bytes or 0 for want in wants[:2])
+    cache = Cache(tmp_path / "cache", int(room * 1.2))
+    cache.fetch(wants[0], 900)
+    cache.fetch(wants[1], 100)
+    file, _ = cache.open(wants[0])
+    cache.fetch(wants[2], 0)
+    assert [cache.holds(want) for want in wants[:3]] == [False, True, True]
+    assert cache.used() <= cache.limit
+    assert len(file.read()) == wants[0].bytes  # who has it open reads on
+    cache.plan({wants[2].name: 5000, wants[1].name: 3})
+    cache.fetch(wants[0])
+    assert [cache.holds(want) for want in wants[:3]] == [True, True, False]
+    with pytest.raises(UserError, match=r"data\.cache\.limit: 1000 bytes leave 1000 for"):
+        Cache(tmp_path / "small", 1000).open(wants[0])
+
+
+def test_a_cache_leaves_others_files_alone_and_forgets_dead_runs(
+    server: Server, tmp_path: Path
+) -> None:
+    folder, want = tmp_path / "cache", wanted(server)
+    folder.mkdir()
+    (folder / "precious.tar").write_bytes(b"x" * 100)
+    dead = folder / f"{replace(want, url='http://gone/a.tar').name}.part"
+    dead.write_bytes(b"x" * 10**6)
+    Cache(folder, (want.bytes or 0) * 2).fetch(want)
+    assert not dead.exists() and (folder / "precious.tar").exists()
+    shutil.rmtree(folder)  # in the middle of a run
+    file, _ = Cache(folder, 10**9).open(want)
+    assert len(file.read()) == want.bytes
+
+
+def test_folders_that_cannot_be_written_are_named(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"data\.cache\.folder: .*/file/cache"):
+        Cache(tmp_path / "file" / "cache", 10**9).open(wanted(server))
+
+
+def _fetch_all(folder: Path, limit: int, wants: list[Wanted], order: list[int]) -> None:
+    for number in order:
+        file, members = Cache(folder, limit).open(wants[number])
+        assert len(file.read()) == wants[number].bytes and len(members)
+
+
+def test_many_processes_share_a_cache(server: Server, tmp_path: Path) -> None:
+    index = read_index(server.url)
+    wants = [index.wanted(shard) for shard in index.shards]
+    everything = sum(want.bytes or 0 for want in wants)
+    context = multiprocessing.get_context("fork")
+    for limit, folder in (
+        (10 * everything, tmp_path / "a"),
+        (int(everything * 0.7), tmp_path / "b"),
+    ):
+        server.faults.sent.clear()
+        orders = [list(range(k, len(wants))) + list(range(k)) for k in range(4)]
+        processes = [
+            context.Process(target=_fetch_all, args=(folder, limit, wants, order))
+            for order in orders
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * 4
+        assert Cache(folder, limit).used() <= limit
+        if limit > everything:  # each once
+            assert sum(server.faults.sent[shard.name] for shard in index.shards) == everything
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 shards of 16 samples."""
+    return make_small_shards(tmp_path_factory.mktemp("many"), 1144, 8) / "train"
+
+
+@pytest.mark.parametrize("share", [1.1, 0.6])
+def test_shards_are_there_before_they_are_read(share: float, many: Path, tmp_path: Path) -> None:
+    """In the first epoch each is fetched once, and later what was not kept."""
+    server, ends = serve(many), np.cumsum([shard.samples for shard in read_index(many).shards])
+    index = read_index(server.url)
+    order = Order([shard.samples for shard in index.shards], index.digest(), 2, 8, seed=1)
+    everything = sum(shard.bytes or 0 for shard in index.shards)
+    cache = Cache(tmp_path / "cache", int(everything * share * 9 / 8))
+    assert least_cache(index, order) <= cache.limit
+    prefetcher, fetched = Prefetcher(cache, index, order, 0, 1), [0]
+    for position in range(3 * order.num_samples):
+        if position % 4 == 0:
+            prefetcher.look(position)
+        ((_, sample),) = order.items(np.array([position]))
+        shard = index.shards[int(np.searchsorted(ends, sample, "right"))]
+        assert cache.holds(index.wanted(shard)), position
+        assert cache.used() <= cache.limit
+        if (position + 1) % order.num_samples == 0:
+            sent = sum(server.faults.sent[shard.name] for shard in index.shards)
+            fetched.append(sent)
+    server.stop()
+    by_epoch = np.diff(fetched) / everything
+    assert by_epoch[0] <= 1.05 and by_epoch[2] <= max(0, 1 - share) + 0.05, by_epoch
+
+
+def test_a_cache_that_is_too_small_is_refused(many: Path) -> None:
+    index = read_index(many)
+    order = Order([shard.samples for shard in index.shards], index.digest(), 2, 16)
+    least = least_cache(index, order)
+    check_limit(Cache(Path("x"), least), index, order, 1)
+    with pytest.raises(UserError, match=rf"data\.cache\.limit is 9000 bytes, .* {least} .*window"):
+        check_limit(Cache(Path("x"), 9000), index, order, 1)
+
+
+CONFIG = """
+model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 1}}
+task: {num_classes: 2}
+data: {train: SHARDS, val: SHARDS, num_workers: 1, MORE}
+optim: {lr: 1.0e-3}
+train: {steps: 14, micro_batch: 5, validate_every: 7}
+checkpoint: {steps: 5}
+output: OUTPUT
+"""
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    saved = Checkpoint(checkpoints(folder)[-1])
+    assert saved.state["step"] == 14
+    return {name: saved.tensor("master", name) for name in saved.names("master")}
+
+
+def losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_runs_curve_is_the_same_from_anywhere(
+    shards: Path, tmp_path: Path, two_ranks: Pool
+) -> None:
+    """From a folder, by http and from S3; and broken off in the middle and gone on with. The
+    validation counts all samples there too."""
+    server = serve(shards)
+    with s3(shards) as environment:
+        places = {"folder": str(shards), "http": server.url, "s3": f"s3://{S3_BUCKET}"}
+        for name in (*places, "broken"):
+            kept = f"cache: {{folder: {tmp_path}/cache-{name}, limit: 1GB}}"
+            source = places.get(name, server.url)
+            text = CONFIG.replace("SHARDS", source).replace("OUTPUT", str(tmp_path / name))
+            path = tmp_path / f"{name}.yaml"
+            path.write_text(text.replace("MORE", "unreadable: fail" if name == "folder" else kept))
+            options: Any = {"path": str(path), "environment": environment}
+            if name == "broken":
+                two_ranks.run("tests.remote_cases:run_until", step=8, **options)
+            summaries = two_ranks.run("tests.remote_cases:run_config", **options)
+            assert all(each["last"]["samples"] == 63 for each in summaries)
+    server.stop()
+    wanted = weights(tmp_path / "folder")
+    for name in ("http", "s3", "broken"):
+        assert losses(tmp_path / name) == losses(tmp_path / "folder"), name
+        for key, value in weights(tmp_path / name).items():
+            assert torch.equal(value, wanted[key]), (name, key)
+
+
+def test_shards_of_a_bucket_are_indexed_where_they_are(shards: Path, tmp_path: Path) -> None:
+    server = serve(shards)
+    names = f"{server.url}/shard-{{000000..000003}}.tar"
+    found = index_shards([names], tmp_path / "index.json", progress=False, workers=2)
+    server.stop()
+    assert found.index is not None and all(map(found.index.is_remote, found.index.shards))
+    assert samples_of(found.index) == samples_of(read_index(shards))
+    assert found.index.digest() == read_index(shards).digest()
