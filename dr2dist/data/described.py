@@ -76,36 +76,36 @@ def read_note(note: Path) -> Described | None:
 
 def finish(
     index: Path,
-    notes: Sequence[Path],
+    described: Sequence[tuple[Described, Path | None]],
     classes: Sequence[str],
     needs: Sequence[str] = (),
     label: str | None = None,
-) -> list[Shard]:
-    """Makes the notes of shards, in order, an index. Shards without samples are left out.
+) -> None:
+    """Makes shards, in order, an index. Those without samples are left out.
 
-    classes: names by label; a label is one of them or its number. needs, label: see `usable`.
-    Raises UserError for another label.
+    described: each with its note, None where its samples are found when it is first read. classes:
+    names by label; a label is one of them or its number. needs, label: see `usable`. Raises
+    UserError for another label.
     """
     shards: list[Shard] = []
     rows: list[tuple[int, int, int]] = []
     hashes = []
-    folder = sidecar(index, 0).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    for note in notes:
-        members, facts = load_members(note)
-        described = Described(**facts)
-        if not described.samples:
-            note.unlink()
-            continue
+    sidecar(index, 0).parent.mkdir(parents=True, exist_ok=True)
+    for each, note in described:
         number = len(shards)
-        rows += described.class_rows(number, classes)
-        shards.append(described.shard(number))
-        hashes.append(_hashes(members))
-        note.replace(sidecar(index, number))
+        if each.samples:
+            rows += each.class_rows(number, classes)
+            shards.append(each.shard(number))
+        if note is None:
+            continue
+        if each.samples:
+            hashes.append(_hashes(load_members(note)[0]))
+            note.replace(sidecar(index, number))
+        else:
+            note.unlink()
     every = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
-    unique = len(np.unique(every)) == len(every)
+    unique = len(np.unique(every)) == sum(shard.samples for shard in shards)
     write_index(index, classes, shards, pack_counts(rows) if rows else None, needs, label, unique)
-    return shards
 
 
 def _hashes(members: ShardMembers) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from dr2dist.data.counted import known_counts
 from dr2dist.data.described import Described, describe, finish, read_note
 from dr2dist.data.fields import Field
 from dr2dist.data.found import find_shards, open_shard, shard_size
@@ -93,6 +94,7 @@ def index_shards(
     part: Part | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    take_counts: bool = False,
     progress: bool = True,
 ) -> Indexed:
     """Writes an index of shards, each read once from its first byte to its last.
@@ -101,6 +103,8 @@ def index_shards(
     there is none; by default cls, or the key label of a .json. classes: a file with a name for each
     number, a line each. part: a share of the work; whoever has the last one, or calls without,
     makes the index. overwrite: an index that is there; one of an earlier version always is.
+    take_counts: shards whose samples others have counted are not read, see `known_counts`: what
+    they hold is found, and compared with the count, when they are first read in a run.
 
     What is done when the work breaks off is kept in a folder beside the output, and the same call
     goes on there. Raises UserError for a shard that cannot be read, and what else cannot be.
@@ -111,44 +115,67 @@ def index_shards(
     work = output.with_suffix(".members.part")
     plan = _begin(work, shards, label)
     notes = [work / f"{number:06d}.safetensors" for number in range(len(shards))]
+    taken = _taken(shards, output.parent, plan) if take_counts else {}
     todo = [
         number
         for number, (shard, note) in enumerate(zip(shards, notes, strict=True))
-        if (part is None or number % part.of == part.number) and not _is_done(shard, note)
+        if (part is None or number % part.of == part.number)
+        and number not in taken
+        and not _is_done(shard, note)
     ]
     jobs = [(shards[k], _relative(shards[k], output.parent), notes[k], plan) for k in todo]
     _tell_cost([job[0] for job in jobs], workers)
     _describe_all(jobs, workers, progress)
-    left = [number for number, note in enumerate(notes) if not note.exists()]
-    described = [found for note in notes if (found := read_note(note)) is not None]
-    unusable = [(each.name, *fault) for each in described for fault in each.left]
-    if left:
-        return Indexed(None, len(left), unusable, [])
-    return _finished(output, work, notes, described, plan, classes, unusable)
+    described = [
+        (taken[number], None) if number in taken else (read_note(note), note)
+        for number, note in enumerate(notes)
+    ]
+    done = [(each, note) for each, note in described if each is not None]
+    unusable = [(each.name, *fault) for each, _ in done for fault in each.left]
+    if len(done) < len(shards):
+        return Indexed(None, len(shards) - len(done), unusable, [])
+    if taken and plan.label is not None and classes is None:
+        raise UserError(
+            f"--take-counts: shards that are not read do not tell their classes (.{plan.label}): "
+            "--classes FILE does, a name a line; or --label none"
+        )
+    return _finished(output, work, done, plan, classes, unusable)
 
 
 def _finished(
     output: Path,
     work: Path,
-    notes: list[Path],
-    described: list[Described],
+    done: list[tuple[Described, Path | None]],
     plan: _Plan,
     classes: Path | None,
     unusable: list[tuple[str, str, str]],
 ) -> Indexed:
+    described = [each for each, _ in done]
     if not sum(each.samples for each in described):
         fault = ": ".join(unusable[0]) if unusable else "they are empty"
         raise UserError(f"{output}: the shards hold no sample that can be used, such as {fault}")
     labels = {json.loads(text) for each in described for text in each.labels}
-    names = classes_of(labels, classes) if labels else classes_of((), classes)
+    names = classes_of(labels, classes)
     for each in described:  # before anything is moved
         each.class_rows(0, names)
     empty = [(each.name, "", "holds no samples") for each in described if not each.samples]
     shutil.rmtree(sidecar(output, 0).parent, ignore_errors=True)
-    finish(output, notes, names, plan.needs, plan.label)
+    finish(output, done, names, plan.needs, plan.label)
     shutil.rmtree(work)
     index = read_index(output)
     return Indexed(index, 0, [*unusable, *empty], list(_remarks(described, index)))
+
+
+def _taken(shards: Sequence[str], folder: Path, plan: _Plan) -> dict[int, Described]:
+    """The shards that are not read, since others have counted their samples, by their number."""
+    counts = known_counts(shards)
+    return {
+        number: Described(
+            _relative(shard, folder), shard_size(shard) or None, None, counts[shard], [], {}, []
+        )
+        for number, shard in enumerate(shards)
+        if shard in counts
+    }
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

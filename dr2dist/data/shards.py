@@ -136,7 +136,8 @@ def _write_part(
         if not shard.samples:
             path.unlink(missing_ok=True)
     label = None if any(record.label is None for record in records) else "cls"
-    finish(folder / INDEX_NAME, [_note_of(path) for path in paths], classes, label=label)
+    described = [(shard, _note_of(path)) for path, shard in zip(paths, made, strict=True)]
+    finish(folder / INDEX_NAME, described, classes, label=label)
     return Made(samples, left)
 
 

@@ -1,0 +1,341 @@
+"""Which beta keeps conventional finetuning's accuracy? Paired over seeds, on evidence.py's data.
+
+    ./launch/quickstart.sh                                  # fetches the weights and ELPV
+    python -m benchmarks.frontier --workers 2               # hours; can be broken off and repeated
+    python -m benchmarks.frontier --only-write --write build/frontier.md
+
+alpha is 1 - beta and constant. Every way has the same recipe, steps, seeds and samples; its
+learning rate is the one of three with the lowest loss on a part of the training data. Only then are
+all training data used, and the held-out images looked at once. A way has as many seeds as bring the
+95 % half-width of its difference to conventional finetuning to 0.02, at least 5 and at most 20.
+Each finished run is a line of benchmarks/results/frontier.jsonl and is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import io
+import json
+import logging
+import math
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from benchmarks.evidence import (
+    CONFIG,
+    DATA,
+    EXACT,
+    FLOAT,
+    MEASURES,
+    PAPER,
+    RATES,
+    ROOT,
+    make_digits,
+)
+from dr2dist.reversible.certificate import worst_drift
+
+RECORDS = ROOT / "benchmarks" / "results" / "frontier.jsonl"
+LEAST_SEEDS, MOST_SEEDS, HALF_WIDTH = 5, 20, 0.02
+T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
+)
+"""Two-sided 95 % quantiles of Student's t, from 1 degree of freedom on."""
+CHOOSING_SEED = 100
+"""The seed of the runs that choose a rate; none of those that are reported."""
+
+CONVENTIONAL, DEFAULT, BITS16 = "conventional", "beta 0.1", "beta 0.1, 16 bits"
+
+
+class Way(NamedTuple):
+    """The sections `reversible` and `coefficients` of a run; rate_of: whose rate it takes."""
+
+    reversible: str
+    coefficients: str
+    rate_of: str | None = None
+
+
+def _constant(beta: float) -> Way:
+    return Way(EXACT, f"kind: conserve, beta: [{beta}, {beta}]")
+
+
+WAYS: dict[str, Way] = {
+    CONVENTIONAL: Way("arithmetic: float, memory: store", "kind: constant, alpha: 1, beta: 0"),
+    DEFAULT: _constant(0.1),
+    BITS16: _constant(0.1)._replace(reversible=f"{EXACT}, state_bits: 16", rate_of=DEFAULT),
+    "beta 1/8": _constant(1 / 8),
+    "beta 1/4": _constant(1 / 4),
+    "beta 1/2": _constant(1 / 2),
+    "beta 1/16": _constant(1 / 16),
+    "paper, exact": Way(EXACT, PAPER),
+    "paper, float reversal": Way(FLOAT, PAPER),
+}
+
+
+class Job(NamedTuple):
+    """What names a run. part: choose or final."""
+
+    data: str
+    way: str
+    part: str
+    rate: float
+    seed: int
+    steps: int
+
+
+Results = dict[Job, dict[str, Any]]
+
+
+def main() -> None:
+    """Runs what is missing, a line each, then writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, help="the page, in Markdown")
+    parser.add_argument("--only-write", action="store_true", help="run nothing")
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, a thread each")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    results = read_results()
+    if not arguments.only_write:
+        if "digits" in arguments.data and not Path("demo/digits").exists():
+            make_digits(Path("demo/digits"))
+        while jobs := missing(results, arguments):
+            results.update(run_all(jobs, arguments.workers))
+    if arguments.write is not None:
+        page = write_page(results, arguments)
+        arguments.write.write_text(page)
+        sys.stdout.write(page)
+
+
+def read_results() -> Results:
+    """What is finished, from RECORDS."""
+    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    entries = [json.loads(line) for line in lines]
+    return {Job(**entry["job"]): entry["result"] for entry in entries}
+
+
+def missing(results: Results, arguments: argparse.Namespace) -> list[Job]:
+    """The runs to do next, of the first way that lacks any; none when all is done."""
+    for way in arguments.ways:
+        jobs: list[Job] = []
+        for data in arguments.data:
+            jobs += wanted(results, data, way, arguments.steps)
+        if jobs := [job for job in jobs if job not in results]:
+            return jobs
+    for way in arguments.ways:  # only when every way has its least seeds
+        for data in arguments.data:
+            runs, base = (seeds_of(results, data, w, arguments.steps) for w in (way, CONVENTIONAL))
+            if way == CONVENTIONAL or len(runs) >= MOST_SEEDS:
+                continue
+            if half_width(differences(runs, base, "accuracy")) > HALF_WIDTH:
+                return [
+                    job
+                    for w in (CONVENTIONAL, way)
+                    for job in _finals(results, data, w, arguments.steps, len(runs) + 2)
+                    if job not in results
+                ]
+    return []
+
+
+def wanted(results: Results, data: str, way: str, steps: int) -> Iterator[Job]:
+    """The runs that choose a rate, then those of the least seeds at it."""
+    chooser = WAYS[way].rate_of or way
+    choosing = [Job(data, chooser, "choose", rate, CHOOSING_SEED, steps) for rate in RATES]
+    if all(job in results for job in choosing):
+        yield from _finals(results, data, way, steps, LEAST_SEEDS)
+    else:
+        yield from choosing
+
+
+def _finals(results: Results, data: str, way: str, steps: int, seeds: int) -> list[Job]:
+    rate = rate_of(results, data, way, steps)
+    return [Job(data, way, "final", rate, seed, steps) for seed in range(seeds)]
+
+
+def rate_of(results: Results, data: str, way: str, steps: int) -> float:
+    """The rate with the lowest loss on the part for choosing."""
+    chooser = WAYS[way].rate_of or way
+
+    def loss(rate: float) -> float:
+        job = Job(data, chooser, "choose", rate, CHOOSING_SEED, steps)
+        return results.get(job, {"loss": math.inf})["loss"]
+
+    return min(RATES, key=loss)
+
+
+def seeds_of(results: Results, data: str, way: str, steps: int) -> list[dict[str, Any]]:
+    """The reported runs of a way, by seed from 0 on."""
+    jobs = _finals(results, data, way, steps, MOST_SEEDS)
+    return [results[job] for job in jobs if job in results]
+
+
+def differences(runs: list[Any], base: list[Any], measure: str) -> list[float]:
+    """To the run of `base` with the same seed, where neither was stopped."""
+    pairs = zip(runs, base, strict=False)
+    return [r[measure] - b[measure] for r, b in pairs if None not in (r[measure], b[measure])]
+
+
+def half_width(values: list[float]) -> float:
+    """Of the mean's 95 % interval, by Student's t."""
+    if len(values) < 2:
+        return math.inf
+    return T95[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def overrides_of(job: Job) -> list[str]:
+    """The settings of a run beside configs/elpv_vit_small.yaml."""
+    data, way = DATA[job.data], WAYS[job.way]
+    shards = (f"{data.folder}/train", f"{data.folder}/val")
+    if job.part == "choose":
+        shards = (f"{data.folder}/train/{data.fit}", f"{data.folder}/train/{data.choose}")
+    return [
+        f"reversible={{{way.reversible}}}",
+        f"coefficients={{{way.coefficients}}}",
+        *data.overrides,
+        f"data.train={shards[0]}",
+        f"data.val={shards[1]}",
+        f"optim.lr={job.rate}",
+        f"train.seed={job.seed}",
+        f"train.steps={job.steps}",
+        f"train.validate_every={job.steps}",
+        "train.epochs=null",
+        "model.image_size=56",
+        "parallel={zero: 0}",
+        "train.micro_batch=16",
+        "data.order=dealt",  # as the kept runs had it
+    ]
+
+
+def run_all(jobs: list[Job], workers: int) -> Results:
+    """The last validation of each job, with its failures and drift; each kept when it is there."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dr2dist.training.run"])
+    results = {}
+    RECORDS.parent.mkdir(exist_ok=True)
+    where = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(one_run, overrides_of(job)): job for job in jobs}
+        for future in tqdm(as_completed(futures), total=len(futures), desc=jobs[0].way):
+            job, result = futures[future], future.result()
+            results[job] = result
+            entry = {"job": job._asdict(), "date": datetime.date.today().isoformat(), **where}
+            with RECORDS.open("a") as file:
+                file.write(json.dumps({**entry, "result": result}) + "\n")
+    return results
+
+
+def one_run(overrides: list[str]) -> dict[str, Any]:
+    """A whole run as a process group of one rank, in a folder that is deleted afterwards."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from dr2dist.launching.launcher import free_port
+
+    rank = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    os.environ.update({key: str(value) for key, value in rank.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+    import torch
+
+    from dr2dist.config import load_config
+    from dr2dist.parallel.engine import UnprovenStepError
+    from dr2dist.training.run import run
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    logging.disable(logging.WARNING)  # the drift of float reversal is in the summary
+    sys.stderr = io.StringIO()
+    folder = Path(tempfile.mkdtemp())
+    try:
+        summary = run(load_config(CONFIG, [*overrides, f"output={folder}/run"]))
+    except UnprovenStepError:
+        summary = json.loads((folder / "run" / "summary.json").read_text())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    kept = ("status", "certificate_failures", "worst_drift", "steps", "peak_memory_bytes")
+    validated = summary["last"] or {"loss": math.inf, "accuracy": None, "balanced_accuracy": None}
+    return {**validated, **{key: summary[key] for key in kept}}
+
+
+def write_page(results: Results, arguments: argparse.Namespace) -> str:
+    """The page."""
+    text = [
+        "# The frontier of beta",
+        "",
+        "Written by `python -m benchmarks.frontier --workers 2` on "
+        f"{platform.machine()}, {os.cpu_count()} cores, {datetime.date.today().isoformat()}; every "
+        "run is a line of `benchmarks/results/frontier.jsonl`.",
+        "",
+        f"A pretrained ViT-S/14 (22 M parameters) at 56 pixels, {arguments.steps} steps of 16 "
+        "images, AdamW, fp32, one rank; alpha is 1 - beta and constant where only beta is said. "
+        "The learning rate is the one of "
+        f"{', '.join(f'{rate:g}' for rate in RATES)} with the lowest loss on a part of the "
+        "training data. Held-out images are looked at once, after the last step. Differences are "
+        "to conventional finetuning with the same seed; ± is the 95 % interval of their mean by "
+        "Student's t. Short runs on a small model: this shows what breaks and what does not, not "
+        "the last point of accuracy.",
+        "",
+    ]
+    for data in arguments.data:
+        text += _table(results, data, arguments)
+    return "\n".join(text)
+
+
+def _table(results: Results, data: str, arguments: argparse.Namespace) -> list[str]:
+    base = seeds_of(results, data, CONVENTIONAL, arguments.steps)
+    lines = [
+        f"## {DATA[data].title}",
+        "",
+        f"{int(base[0]['samples'])} held-out images.",
+        "",
+        "| | lr | seeds | accuracy | balanced | difference in accuracy | in balanced accuracy |"
+        " worst drift | failures |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for way in arguments.ways:
+        runs = seeds_of(results, data, way, arguments.steps)
+        if not runs:  # not run yet
+            continue
+        rate = rate_of(results, data, way, arguments.steps)
+        drifts = [run["worst_drift"] for run in runs]
+        cells = [
+            f"{way}{_stopped(runs)}",
+            f"{rate:g}",
+            str(len(runs)),
+            *(_mean([run[measure] for run in runs]) for measure in MEASURES),
+            *("" if way == CONVENTIONAL else _interval(runs, base, m) for m in MEASURES),
+            "" if None in drifts else f"{worst_drift(drifts):.1e}",
+            str(sum(run["certificate_failures"] for run in runs)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _stopped(runs: list[Any]) -> str:
+    count = sum(run["accuracy"] is None for run in runs)
+    return f" ({count} stopped)" if count else ""
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.3f}" if known else ""
+
+
+def _interval(runs: list[Any], base: list[Any], measure: str) -> str:
+    values = differences(runs, base, measure)
+    return f"{statistics.mean(values):+.3f} ± {half_width(values):.3f}" if values else ""
+
+
+if __name__ == "__main__":
+    main()
