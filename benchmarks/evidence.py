@@ -170,6 +170,7 @@ def overrides_of(name: str, way: str, rate: float, seed: int, steps: int, part: 
         f"train.steps={steps}",
         f"train.validate_every={steps}",
         "train.epochs=null",
+        "data.order=dealt",  # as the page's runs had it
         "model.image_size=56",
         "parallel={zero: 0}",
     ]

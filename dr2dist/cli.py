@@ -167,7 +167,10 @@ def _add_evaluate(commands: Commands) -> None:
         "dr2dist evaluate photos.safetensors shards/photos/val --output report.json",
     )
     evaluate.add_argument("model", type=path, help="a file of 'dr2dist export'")
-    evaluate.add_argument("shards", type=os.path.expanduser, help="a folder, or a brace pattern")
+    evaluate.add_argument("shards", type=os.path.expanduser, help="as data.val names them")
+    evaluate.add_argument(
+        "--cache", type=path, metavar="FOLDER", help="for shards elsewhere, up to 100 GB"
+    )
     evaluate.add_argument("--output", type=path, help="report as JSON; a PNG is put beside it")
     evaluate.add_argument("--batch", type=positive, default=32)
     evaluate.add_argument("--workers", type=int, default=0, help="loader processes")
@@ -193,6 +196,7 @@ def _evaluate(given: argparse.Namespace) -> int:
         batch=given.batch,
         workers=given.workers,
         skip_unreadable=given.skip_unreadable,
+        cache=given.cache,
     )
     for line in _report_lines(report):
         print(line)

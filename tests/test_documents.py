@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 import dr2dist
-from benchmarks import evidence, stages
+from benchmarks import evidence, frontier, stages
 from dr2dist.cli import main
 from dr2dist.config import Config, load_config
 from dr2dist.config.section import Section
@@ -38,6 +39,33 @@ def test_the_evidences_runs_are_valid_and_differ_in_their_way_alone(way: str, da
     )
     assert base.optim == config.optim and base.data == config.data and base.train == config.train
     assert (base.coefficients != config.coefficients) == (way != evidence.CONVENTIONAL)
+
+
+@pytest.mark.parametrize("way", frontier.WAYS)
+@pytest.mark.parametrize("data", evidence.DATA)
+def test_the_frontiers_runs_are_valid(way: str, data: str) -> None:
+    job = frontier.Job(data, way, "final", 3e-5, 1, 200)
+    config = load_config(evidence.CONFIG, frontier.overrides_of(job))
+    assert config.train.steps == 200 and config.optim.lr == 3e-5
+
+
+def test_the_frontiers_kept_runs_make_a_page() -> None:
+    results = frontier.read_results()
+    assert results and all(job.way in frontier.WAYS for job in results)
+    given = argparse.Namespace(steps=200, data=["elpv"], ways=[frontier.CONVENTIONAL, "beta 0.1"])
+    made = {
+        frontier.Job("elpv", way, "final", frontier.RATES[0], seed, 200): {
+            **dict.fromkeys(
+                ("accuracy", "balanced_accuracy"), 0.5 + 0.1 * seed * (way != "conventional")
+            ),
+            **{"samples": 8, "worst_drift": None, "certificate_failures": 0},
+        }
+        for way in given.ways
+        for seed in range(2)
+    }
+    page = frontier.write_page(made, given)
+    assert "| beta 0.1 | 1e-05 | 2 | 0.550 | 0.550 | +0.050 ± 0.635 |" in page
+    assert frontier.missing(made, argparse.Namespace(**vars(given)))
 
 
 def test_the_evidences_page_counts_pairs_by_seed() -> None:

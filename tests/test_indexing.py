@@ -250,10 +250,9 @@ def test_an_index_of_before_is_upgraded_in_place(tmp_path: Path) -> None:
     assert found.index.class_counts() == counts
 
 
-COUNTS = {
-    "img2dataset": {
-        f"train-{k:04d}_stats.json": {"successes": 12 if k < 4 else 2} for k in range(5)
-    },
+HELD = {f"train-{number:04d}": 12 if number < 4 else 2 for number in range(5)}
+COUNTS: dict[str, dict[str, Any]] = {
+    "img2dataset": {f"{name}_stats.json": {"successes": held} for name, held in HELD.items()},
     "wids": {
         "wids.json": {
             "shardlist": [{"url": f"{name}.tar", "nsamples": held} for name, held in HELD.items()]

@@ -93,15 +93,14 @@ class Cache:
                 if self.holds(wanted):
                     part.unlink()
                     return False
-                self._fetch(wanted, path, part)
-                os.utime(path, (time.time(), next_use))
+                self._fetch(wanted, path, part, next_use)
                 return True
         except OSError as error:
             raise UserError(
                 f"data.cache.folder: {self.folder}: {error.strerror or one_line(error)}"
             ) from None
 
-    def _fetch(self, wanted: Wanted, path: Path, part: Path) -> None:
+    def _fetch(self, wanted: Wanted, path: Path, part: Path, next_use: int) -> None:
         size = wanted.bytes
         if size is None:
             size = size_of(wanted.url, self.patience) or 0
@@ -113,6 +112,7 @@ class Cache:
                 found, fault = self._read(wanted, part)
                 if not fault:
                     ShardMembers.of(found.samples).save(_beside(path, MEMBERS), {})
+                    os.utime(part, (time.time(), next_use))
                     part.rename(path)
                     return
                 log.warning("%s: %s: fetched again", wanted.url, fault)
@@ -176,12 +176,12 @@ class Cache:
             ):
                 path.unlink(missing_ok=True)
             if path.suffix == PART:
-                with path.open("r+b") as file:
-                    try:
+                try:
+                    with path.open("r+b") as file:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        continue  # it is being fetched
-                    path.unlink(missing_ok=True)
+                        path.unlink(missing_ok=True)
+                except (BlockingIOError, FileNotFoundError):
+                    continue  # it is being fetched, or has just been
 
     def plan(self, next_uses: dict[str, int]) -> None:
         """Says how soon shards are used next, in samples, by their files' names; others are not

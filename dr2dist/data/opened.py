@@ -77,8 +77,8 @@ class OpenShards:
     def _fetched(self, shard: Shard) -> OpenShard:
         if self.cache is None:
             raise UserError(
-                f"{self.index.where(shard)}: is not on this machine: data.cache says where shards "
-                "are kept, such as data.cache={folder: /scratch/shards, limit: 200GB}"
+                f"{self.index.where(shard)}: is not on this machine: say where shards are kept, by "
+                "data.cache={folder: /scratch/shards, limit: 200GB}, or --cache of evaluate"
             )
         file, members = self.cache.open(self.index.wanted(shard))
         return OpenShard(file, self.index.checked(shard, members))

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 from tqdm import tqdm
 
 from dr2dist.config.task import DEFAULT_TASK
+from dr2dist.data.cache import Cache
 from dr2dist.data.fields import Fields
 from dr2dist.data.order import validation_batches
 from dr2dist.data.stream import ShardDataset, loader
@@ -22,6 +23,9 @@ from dr2dist.tasks.metrics import add_loss
 from dr2dist.tasks.registry import task_of
 from dr2dist.tasks.task import Task
 
+CACHE_LIMIT = 100 * 10**9
+"""Bytes of a folder for shards that are elsewhere."""
+
 
 def evaluate(
     path: str | Path,
@@ -31,14 +35,17 @@ def evaluate(
     workers: int = 0,
     skip_unreadable: bool = False,
     fields: dict[str, str] | None = None,
+    cache: str | Path | None = None,
+    cache_limit: int = CACHE_LIMIT,
     progress: bool = True,
 ) -> dict[str, Any]:
     """The report of an exported file on all samples of the shards, each counted once.
 
     path: a file of `export` or `save`; it runs in fp32, on a GPU if there is one. shards: a folder,
-    or a brace pattern. batch: samples at a time. workers: loader processes. skip_unreadable: leave
-    out samples that cannot be read, instead of an error. fields: members of samples instead of the
-    task's, as `data.fields` says them; by default those that the run had. progress: a bar on
+    a brace pattern, an index, or a URL of one. batch: samples at a time. workers: loader processes.
+    skip_unreadable: leave out samples that cannot be read, instead of an error. fields: members of
+    samples instead of the task's, as `data.fields` says them; by default those that the run had.
+    cache: a folder for shards that are elsewhere, of at most cache_limit bytes. progress: a bar on
     stderr.
 
     Returns the task's name, samples and skipped (numbers of them), loss (their mean), and what the
@@ -48,7 +55,8 @@ def evaluate(
     (net, task, facts), device = ready(path)
     unreadable: Literal["fail", "drop"] = "drop" if skip_unreadable else "fail"
     wanted = Fields(task.fields, facts.fields if fields is None else fields)
-    dataset = ShardDataset(shards, wanted, task.transform(), unreadable=unreadable)
+    kept = None if cache is None else Cache(Path(cache), cache_limit)
+    dataset = ShardDataset(shards, wanted, task.transform(), unreadable=unreadable, cache=kept)
     task.check_index(dataset.index, str(shards))
     return {"task": task.name, **_measure(net, task, dataset, device, batch, workers, progress)}
 

@@ -142,8 +142,11 @@ class Plan:
     def _describe_order(self) -> list[str]:
         if self.order is None:
             return []
-        lines = [f"order         {self.order.describe()}"]
-        if any(map(self.train.is_remote, self.train.shards)):
+        lines, shards = [f"order         {self.order.describe()}"], self.train.shards
+        if all(shard.bytes for shard in shards):
+            each = sum(shard.bytes or 0 for shard in shards) / self.train.num_samples
+            lines.append(f"reads         {each * self.global_batch:,.0f} bytes a step")
+        if any(map(self.train.is_remote, shards)):
             least = least_cache(self.train, self.order)
             lines.append(f"cache         at least {least:,} bytes, if one node reads all streams")
         return lines
