@@ -26,6 +26,8 @@ from dr2dist.errors import UserError, nearest
 from dr2dist.files import atomic_write
 
 INDEX_NAME = "index.json"
+FORMAT: Literal[3] = 3
+"""Of what is written; 1 and 2 are read."""
 STREAMS_BEFORE = 64
 """Virtual streams of the order before format 3, see `dealt`."""
 
@@ -108,8 +110,9 @@ class Index:
         try:
             found = load_members(sidecar(Path(self.base, f"{self.stem}.json"), shard.number))[0]
         except FileNotFoundError:
+            here = not self.is_remote(shard)
             with open_shard(self.where(shard)) as file:
-                found = ShardMembers.of(usable(file, self.needs, self.label)[0].samples)
+                found = ShardMembers.of(usable(file, self.needs, self.label, here)[0].samples)
         return self.checked(shard, found)
 
     def checked(self, shard: Shard, found: ShardMembers) -> ShardMembers:
@@ -180,7 +183,7 @@ class _Columns(BaseModel):
 
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    format: Literal[3] = 3
+    format: Literal[3] = FORMAT
     classes: tuple[str, ...]
     needs: tuple[str, ...] = ()
     label: str | None = None

@@ -52,25 +52,32 @@ class Scanned:
     bytes: int = 0
 
 
-def scan(file: Readable, keep: Callable[[str], bool] = lambda extension: False) -> Scanned:
-    """Reads a shard, seekable or not. keep: extensions whose contents are wanted.
+def scan(
+    file: Readable, keep: Callable[[str], bool] = lambda extension: False, headers: bool = False
+) -> Scanned:
+    """Reads a shard, seekable or not. keep: extensions whose contents are wanted. headers: of a
+    file here, only these are read, and there is no checksum.
 
     A sample is the members of one key that follow each other. Raises ValueError where the tar is
     damaged, cut off or compressed.
     """
-    reader, found = _Reader(file), Scanned()
+    reader: Any = file if headers else _Reader(file)
+    found = Scanned()
     try:
-        kind: Any = {"fileobj": reader, "mode": "r|", "tarinfo": _Strict}
+        kind: Any = {"fileobj": reader, "mode": "r:" if headers else "r|", "tarinfo": _Strict}
         with tarfile.open(**kind, bufsize=BLOCK, errorlevel=2) as tar:
             _group(tar, keep, found)
     except tarfile.ReadError as error:
         reason = f"is no sound tar file: {one_line(error)}"
+        if headers:
+            raise ValueError(reason) from None
         if reader.start.startswith(_COMPRESSED):
             reason = "is compressed: samples are read by their place, so unpack it"
         raise ValueError(reason if reader.bytes else "is empty") from None
-    reader.drain()
     _drop_repeated(found)
-    found.sha256, found.bytes = reader.digest.hexdigest(), reader.bytes
+    if not headers:
+        reader.drain()
+        found.sha256, found.bytes = reader.digest.hexdigest(), reader.bytes
     return found
 
 

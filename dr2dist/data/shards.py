@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dr2dist.data.decoders import decode
 from dr2dist.data.described import Described, describe, finish, read_note
 from dr2dist.data.found import open_shard
-from dr2dist.data.index import INDEX_NAME, Index, Shard, read_index
+from dr2dist.data.index import FORMAT, INDEX_NAME, Index, Shard, read_index
 from dr2dist.data.labels import class_index
 from dr2dist.data.listing import shown
 from dr2dist.data.members import ShardMembers
@@ -63,7 +63,7 @@ def make_shards(
         raise UserError(f"samples-per-shard is {samples_per_shard}, allowed is 1 and more")
     parts = split(records, shares, seed, group_by, split_by)
     keys = {name: [record.key for record in chosen] for name, chosen in parts.items()}
-    plan = (samples_per_shard, keys, seed, list(classes))
+    plan = (FORMAT, samples_per_shard, keys, seed, list(classes))
     run = _Run(workers, progress, skip_unreadable)
     with unfinished(output, _digest(records, plan)) as folder:
         made = [

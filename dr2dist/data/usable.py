@@ -32,17 +32,17 @@ def needed_kinds(samples: Sequence[Sample]) -> tuple[str, ...]:
 
 
 def usable(
-    file: Readable, needs: Sequence[str], label: str | None
+    file: Readable, needs: Sequence[str], label: str | None, headers: bool = False
 ) -> tuple[Scanned, dict[str, Any]]:
     """What a shard holds that can be used, and the labels by key, each a number or a text.
 
     needs: kinds of members that a sample must have. label: where its label is, such as cls or
-    json#KEY; None: it has none. What lacks either is left out, and named. Raises ValueError for a
-    shard that cannot be read.
+    json#KEY; None: it has none. headers: see `scan`. What lacks either is left out, and named.
+    Raises ValueError for a shard that cannot be read.
     """
     field = None if label is None else Field("label", label)
     wanted = () if field is None else field.extensions
-    found, kept = scan(file, lambda extension: extension in wanted), []
+    found, kept = scan(file, lambda extension: extension in wanted, headers), []
     labels = {}
     for sample in found.samples:
         lacking = sorted(set(needs) - kinds_of(sample))
