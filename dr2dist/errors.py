@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class PlaceError(UserError):
+    """A folder, a limit or a setting that data need: no other sample helps."""
+
+
 def one_line(error: object) -> str:
     """The text of an error of others, which may have several lines."""
     return " ".join(str(error).split())

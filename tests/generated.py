@@ -206,7 +206,7 @@ def outcome(path: str, output: str) -> str:
             path, [] if "output" in Path(path).read_text() else [f"output={output}"]
         )
         plan = make_plan(config, dist.get_world_size())
-        find_start(config, plan.global_batch, plan.steps)
+        find_start(config, plan.global_batch, plan.steps, plan.train.digest())
         plan.try_out(config, fetch=False)
     except UserError as error:
         return str(error)

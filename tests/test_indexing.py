@@ -204,7 +204,7 @@ def test_sources_are_found_or_named(tmp_path: Path) -> None:
     found = index_shards([str(one), str(two)], tmp_path / "all.json", progress=False, workers=2)
     assert found.index is not None and not found.index.unique_keys
     dataset = ShardDataset(tmp_path / "all.json", Fields({"label": "cls"}), lambda values: values)
-    assert dataset[0, 0].key == "train-0000/s00000"
+    assert dataset[0, 0].key == "one/train-0000/s00000"
     assert any("SHARD/KEY" in note for note in found.notes)
 
 
@@ -243,11 +243,57 @@ def test_an_index_of_before_is_upgraded_in_place(tmp_path: Path) -> None:
     counts = read_index(folder).class_counts()
     as_format_1(folder)
     assert read_index(folder).given is not None
-    (tmp_path / "names.txt").write_text("bright\ndark\n")
-    found = index(folder, classes=tmp_path / "names.txt")
+    found = index(folder)
     assert found.index is not None and found.index.given is None
+    assert found.index.classes == ("bright", "dark")  # which only the index before knows
     assert [each.key for each in samples_of(found.index)] == wanted
     assert found.index.class_counts() == counts
+
+
+def test_what_follows_a_tars_end_or_lacks_it_is_an_error(tmp_path: Path) -> None:
+    folder = write(tmp_path / "shards", "cls", range(10))
+    (path,) = folder.glob("*.tar")
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        cut = tar.getmembers()[8].offset
+    for data, message in (
+        (whole[:cut], f"ends at byte {cut} without a tar's end"),
+        (whole[:cut] + bytes(1024) + whole[cut + 1024 :], "holds something after a tar's end"),
+        (whole + whole, "holds something after a tar's end"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            index(folder)
+
+
+def test_a_repeated_key_has_its_first_label(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key, label in (("x", b"1"), ("y", b"0"), ("x", b"3")):
+            add(tar, f"{key}.png", picture(0))
+            add(tar, f"{key}.cls", label)
+    found = index(tmp_path).index
+    assert found is not None and found.class_counts() == [1, 1]
+
+
+def test_arrays_of_another_making_are_not_used(tmp_path: Path) -> None:
+    folder = write(tmp_path / "shards", "cls", range(24))
+    index(folder)
+    one, other = sorted(folder.glob("index.members/*"))
+    shutil.copy(other, one)
+    assert [each.key for each in samples_of(read_index(folder))] == [f"s{k:05d}" for k in range(24)]
+
+
+def test_parts_do_not_take_each_others_work(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = write(tmp_path / "shards", "cls", range(24))
+    monkeypatch.chdir(tmp_path)
+    output = folder / "index.json"
+    index_shards(["shards"], output, part=Part(0, 2), progress=False, workers=1)
+    with pytest.raises(UserError, match="was begun with other shards or labels"):
+        index(folder, part=Part(1, 2), label="none")
+    assert index(folder, part=Part(1, 2)).index is not None
+    assert sorted(path.name for path in folder.iterdir() if "part" in path.name) == []
+    with pytest.raises(UserError, match="is no place on this machine"):
+        index_shards([str(folder)], Path("s3://bucket/index.json"), progress=False)
 
 
 HELD = {f"train-{number:04d}": 12 if number < 4 else 2 for number in range(5)}

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 import dr2dist
+from dr2dist.data.index import read_index
 from dr2dist.data.stream import ShardDataset
 from dr2dist.inference.exported import export
 from dr2dist.inference.portable import plain
 from dr2dist.tasks.transforms import eval_transform
-from tests.images import FIELDS, make_small_shards, on_image
+from tests.images import FIELDS, make_small_shards, on_image, samples_of
 from tests.models import build, images
 from tests.pool import Pool
 
@@ -109,15 +110,16 @@ def test_evaluation_leaves_out_what_cannot_be_read_if_told_so(
 ) -> None:
     copied = tmp_path / "val"
     shutil.copytree(shards / "val", copied)
-    shard = json.loads((copied / "index.json").read_text())["shards"][0]
-    with (copied / shard["name"]).open("r+b") as file:
-        members = shard["samples"][3][1]
+    index = read_index(copied)
+    sample = samples_of(index)[3]
+    with index.path(index.shards[0]).open("r+b") as file:
+        members = sample.members
         file.seek(members[(set(members) - {"cls"}).pop()][0])
         file.write(b"x" * 50)
     report = tmp_path / "report.json"
     line = ["evaluate", str(exported), str(copied), "--output", str(report)]
     status, _, err = command(capfd, *line)
-    assert status == 2 and f"sample '{shard['samples'][3][0]}' cannot be read" in err
+    assert status == 2 and f"sample '{sample.key}' cannot be read" in err
     assert not report.exists()
     assert command(capfd, *line, "--skip-unreadable")[0] == 0
     found = json.loads(report.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import shlex
@@ -18,11 +19,13 @@ import webdataset
 
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.data.cache import Cache, Wanted
+from dr2dist.data.fields import Fields
 from dr2dist.data.index import read_index
 from dr2dist.data.indexing import index_shards
 from dr2dist.data.order import Order
 from dr2dist.data.prefetch import Prefetcher, check_limit, least_cache
 from dr2dist.data.remote import RemoteReader
+from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
 from tests.commands import ROOT, dr2dist
 from tests.images import make_folder, make_small_shards, samples_of
@@ -127,7 +130,7 @@ def test_the_limit_holds_and_what_is_used_last_goes(server: Server, tmp_path: Pa
     assert [cache.holds(want) for want in wants[:3]] == [False, True, True]
     assert cache.used() <= cache.limit
     assert len(file.read()) == wants[0].bytes  # who has it open reads on
-    cache.plan({wants[2].name: 5000, wants[1].name: 3})
+    cache.plan({wants[2].name: 5000, wants[1].name: 3}, 50)
     cache.fetch(wants[0])
     assert [cache.holds(want) for want in wants[:3]] == [True, True, False]
     with pytest.raises(UserError, match=r"data\.cache\.limit: 1000 bytes leave 1000 for"):
@@ -222,8 +225,85 @@ def test_a_cache_that_is_too_small_is_refused(many: Path) -> None:
     order = Order([shard.samples for shard in index.shards], index.digest(), 2, 16)
     least = least_cache(index, order)
     check_limit(Cache(Path("x"), least), index, order, 1)
-    with pytest.raises(UserError, match=rf"data\.cache\.limit is 9000 bytes, .* {least} .*window"):
+    with pytest.raises(UserError, match=rf"limit is 9000 bytes, .* up to {least} .* so many$"):
         check_limit(Cache(Path("x"), 9000), index, order, 1)
+    with pytest.raises(UserError, match=r"or a data\.shuffle_window of \d+ samples") as caught:
+        check_limit(Cache(Path("x"), least - 1), index, order, 1)
+    window = int(str(caught.value).split("window of ")[1].split()[0])
+    assert window < 16
+    check_limit(Cache(Path("x"), least - 1), index, order.within(window), 1)
+
+
+def test_a_shard_that_is_replaced_is_fetched_anew(shards: Path, tmp_path: Path) -> None:
+    """By what the index says of it; what another index takes of it has arrays of its own."""
+    folder = tmp_path / "served"
+    shutil.copytree(shards, folder)
+    server = serve(folder)
+    cache = Cache(tmp_path / "cache", 10**9)
+    old = wanted(server)
+    assert cache.open(old)[0].read() == (folder / "shard-000000.tar").read_bytes()
+    shutil.copy(folder / "shard-000001.tar", folder / "shard-000000.tar")
+    data = (folder / "shard-000000.tar").read_bytes()
+    new = replace(old, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    assert cache.open(new)[0].read() == data
+    assert len(cache.open(replace(new, needs=("npy",)))[1]) == 0
+    server.stop()
+
+
+def test_what_a_cache_has_is_made_good(server: Server, tmp_path: Path) -> None:
+    """Arrays without a shard go, damaged ones are made anew, a live fetch's are left alone."""
+    cache, want = Cache(tmp_path / "cache", 10**9), wanted(server)
+    cache.fetch(want)
+    (members,) = (tmp_path / "cache").glob("*.members")
+    members.write_bytes(members.read_bytes()[:20])
+    orphan = tmp_path / "cache" / "dr2dist-0-gone.tar.members"
+    orphan.write_bytes(b"x")
+    alive = tmp_path / "cache" / "dr2dist-0-live.tar.members.tmp"
+    alive.write_bytes(b"x")
+    (tmp_path / "cache" / "dr2dist-0-live.tar").write_bytes(b"x")
+    assert len(cache.open(want)[1]) == 16
+    cache.fetch(wanted(server, 1))
+    assert not orphan.exists() and alive.exists()
+
+
+def test_a_larger_file_than_the_index_says_is_not_fetched(server: Server, tmp_path: Path) -> None:
+    want = wanted(server)
+    with pytest.raises(UserError, match=r"has \d+ bytes, the index says 1024"):
+        Cache(tmp_path / "cache", 10**9).open(replace(want, bytes=1024))
+    assert not server.faults.sent["shard-000000.tar"]
+
+
+def dataset(source: str, cache: Cache | None, unreadable: Any = "other") -> ShardDataset:
+    fields = Fields({"label": "cls"})
+    return ShardDataset(source, fields, lambda values: values, 0, unreadable, cache)
+
+
+def test_skipping_hides_no_cache_that_does_not_do(server: Server, tmp_path: Path) -> None:
+    for cache, message in (
+        (Cache(tmp_path / "a", 1000), r"data\.cache\.limit"),
+        (None, "is not on this machine"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataset(server.url, cache)[0, 0]
+    broken = dataset(server.url, Cache(tmp_path / "b", 10**9, patience=0.0))
+    server.stop()
+    with pytest.raises(UserError, match="cannot be read"):  # no server is no lost shard
+        broken[0, 0]
+
+
+def test_a_lost_shard_is_skipped(many: Path, tmp_path: Path) -> None:
+    """Its samples count once each; in validation they are left out, however many."""
+    copied = tmp_path / "shards"
+    shutil.copytree(many, copied)
+    index = read_index(copied)
+    (copied / index.shards[0].name).unlink()
+    lost = index.shards[0].samples
+    for unreadable in ("other", "drop"):
+        reads = [dataset(str(copied), None, unreadable)[0, number] for number in range(lost + 3)]
+        assert [read.skipped for read in reads] == [1] * lost + [0] * 3
+        assert [read.count for read in reads] == [unreadable == "other"] * lost + [True] * 3
+    others = [dataset(str(copied), None)[0, number].key for number in range(lost)]
+    assert len(set(others)) > lost // 2  # from all over
 
 
 CONFIG = """

@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.data.shards import make_shards
+from dr2dist.data.sources import image_folder
 from dr2dist.errors import UserError
 from dr2dist.training.lock import LOCK, RunLock, check_free
 from tests.commands import ROOT, dr2dist
-from tests.images import make_small_shards
+from tests.images import make_folder, make_small_shards
 from tests.pool import Pool, wait_for
 from tests.test_checkpoint import weights
 
@@ -252,8 +254,10 @@ output: OUTPUT
 
 
 def test_storage_that_hangs_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
-    shards = make_small_shards(tmp_path)
-    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    shards, config, run = (tmp_path / name for name in ("shards", "config.yaml", "run"))
+    records, classes = image_folder(make_folder(tmp_path / "images", 60))
+    # Of two samples each: most are not open yet after a step.
+    make_shards(records, classes, shards, samples_per_shard=2, val_fraction=0.3, progress=False)
     config.write_text(HANG.replace("SHARDS", str(shards)).replace("OUTPUT", str(run)))
     process = subprocess.Popen(
         [sys.executable, "-m", "dr2dist.cli", "train", str(config), "--ranks", "2"],
@@ -271,6 +275,6 @@ def test_storage_that_hangs_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 4, told
-    assert "did not end within 10 s: it waits for 'with path.open(\"rb\") as file:'" in told
-    assert "data/stream.py" in told and "the same command goes on from the last" in told
+    assert "did not end within 10 s: it waits for 'file = self.index.path(shard).open(" in told
+    assert "data/opened.py" in told and "the same command goes on from the last" in told
     assert "stack of the main thread" in (run / "logs" / "rank-0.log").read_text()

@@ -59,7 +59,7 @@ class Data(Section):
         None, description="samples within which a stream is mixed; null: ten shards"
     )
     unreadable: Literal["fail", "skip"] = Field(
-        "fail", description="samples that cannot be read; skip: counted, the next one instead"
+        "fail", description="samples that cannot be read; skip: counted, another one instead"
     )
     cache: CacheOptions | None = Field(None, description="of shards that are elsewhere")
     fields: dict[str, str] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -9,25 +10,29 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from dr2dist.data.members import ShardMembers, load_members
-from dr2dist.data.remote import PATIENCE, RemoteReader, size_of
+from dr2dist.data.remote import PATIENCE, RemoteReader
 from dr2dist.data.scan import Scanned
 from dr2dist.data.usable import usable
-from dr2dist.errors import UserError, one_line
+from dr2dist.errors import PlaceError, UserError, one_line
 
 log = logging.getLogger(__name__)
 
 PREFIX = "dr2dist-"
 """How the names of all files begin that a cache writes, and may delete."""
 MEMBERS, PART, LOCK = ".members", ".part", f"{PREFIX}lock"
+LONGEST = 80
+"""Letters of a shard's own name, at its end, in that of its file."""
 WAIT = 0.05
 """Seconds between two looks for room."""
 FAR = 2**31 - 1
-"""The next use, in seconds of a file's time, of what nobody has said that it needs."""
+"""The last time that a file can say."""
+ATTEMPTS = 3
+"""How often a folder that is deleted meanwhile is made again."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,9 @@ class Wanted:
 
     @property
     def name(self) -> str:
-        """Of its file in a cache."""
-        digest = hashlib.sha256(self.url.encode()).hexdigest()[:24]
-        return f"{PREFIX}{digest}-{os.path.basename(self.url)}"
+        """Of its file in a cache: another where the shard, or what is taken of it, is another."""
+        digest = hashlib.sha256(repr(astuple(self)).encode()).hexdigest()[:24]
+        return f"{PREFIX}{digest}-{os.path.basename(self.url)[-LONGEST:]}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ class Cache:
             except FileNotFoundError:
                 self.fetch(wanted)
             except OSError as error:
-                raise UserError(f"data.cache.folder: {path}: {error.strerror}") from None
+                raise PlaceError(f"data.cache.folder: {path}: {error.strerror}") from None
+            except UserError:  # its arrays are damaged
+                _delete(path)
 
     def holds(self, wanted: Wanted) -> bool:
         """Whether a shard is there."""
@@ -87,35 +94,34 @@ class Cache:
         """Fetches a shard, unless it is there; whether it was fetched now. next_use: see `plan`."""
         path = self.folder / wanted.name
         part = _beside(path, PART)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(part):
-                if self.holds(wanted):
-                    part.unlink()
-                    return False
-                self._fetch(wanted, path, part, next_use)
-                return True
-        except OSError as error:
-            raise UserError(
-                f"data.cache.folder: {self.folder}: {error.strerror or one_line(error)}"
-            ) from None
+        for attempt in range(ATTEMPTS):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with _locked(part):
+                    if self.holds(wanted):
+                        part.unlink()
+                        return False
+                    self._fetch(wanted, path, part, next_use)
+                    return True
+            except FileNotFoundError:  # somebody has deleted the folder
+                if attempt + 1 == ATTEMPTS:
+                    raise PlaceError(f"data.cache.folder: {self.folder}: is deleted") from None
+            except OSError as error:
+                fault = error.strerror or one_line(error)
+                raise PlaceError(f"data.cache.folder: {self.folder}: {fault}") from None
+        raise AssertionError
 
     def _fetch(self, wanted: Wanted, path: Path, part: Path, next_use: int) -> None:
-        size = wanted.bytes
-        if size is None:
-            size = size_of(wanted.url, self.patience) or 0
         try:
-            while not self._make_room(part, room_for(size), wanted.url):
-                time.sleep(WAIT)
-            fault = ""
-            for _ in range(2):
+            for attempt in range(2):
                 found, fault = self._read(wanted, part)
                 if not fault:
                     ShardMembers.of(found.samples).save(_beside(path, MEMBERS), {})
                     os.utime(part, (time.time(), next_use))
                     part.rename(path)
                     return
-                log.warning("%s: %s: fetched again", wanted.url, fault)
+                if not attempt:
+                    log.warning("%s: %s: fetched again", wanted.url, fault)
             raise UserError(f"{wanted.url}: {fault}, and again when it was fetched anew")
         except BaseException:
             part.unlink(missing_ok=True)
@@ -124,6 +130,10 @@ class Cache:
     def _read(self, wanted: Wanted, part: Path) -> tuple[Scanned, str]:
         """Fetches into a file; what the shard holds, and what is wrong with it."""
         with RemoteReader(wanted.url, self.patience) as source, part.open("r+b") as file:
+            if wanted.bytes not in (None, source.size):
+                return Scanned(), f"has {source.size} bytes, the index says {wanted.bytes}"
+            while not self._make_room(part, source.size, wanted.url):
+                time.sleep(WAIT)
             try:
                 found, _ = usable(_Copying(source, file), wanted.needs, wanted.label)
                 file.truncate()  # to what it is; until now it has held the room
@@ -131,49 +141,46 @@ class Cache:
                 raise
             except ValueError as error:
                 return Scanned(), one_line(error)
-        if wanted.bytes is not None and found.bytes != wanted.bytes:
-            return found, f"has {found.bytes} bytes, the index says {wanted.bytes}"
-        if wanted.sha256 is not None and found.sha256 != wanted.sha256:
+        if wanted.sha256 not in (None, found.sha256):
             return found, "its checksum differs from the index"
         return found, ""
 
     def _make_room(self, part: Path, size: int, url: str) -> bool:
         """Deletes what is used last, and takes the room, so that others count it; False where what
         others are fetching leaves none yet. Raises UserError where there never is."""
+        room = room_for(size)
         with _locked(self.folder / LOCK):
             self._forget_dead()
-            used = {path: _size(path) for path in self._files()}
+            used = {path: _size(path) for path in self._files() if path != part}
             left = self.limit - sum(used.values())
             for path in sorted(self._shards(), key=_next_use, reverse=True):
-                if left >= size:
+                if left >= room:
                     break
                 left += used.get(path, 0)
                 _delete(path)
-            if left < size and any(used[path] for path in used if path.suffix == PART):
+            if left < room and any(used[path] for path in used if path.suffix == PART):
                 return False
-            if left < size:
-                raise UserError(
+            if left < room:
+                raise PlaceError(
                     f"data.cache.limit: {self.limit} bytes leave {max(left, 0)} for {url}, which "
                     f"takes {size}: allowed are more"
                 )
             with part.open("r+b") as file:
-                file.truncate(size)
+                file.truncate(room)
             return True
 
     def _files(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if path.name.startswith(PREFIX)]
 
     def _shards(self) -> list[Path]:
-        ends = (PART, MEMBERS)
+        ends = (PART, MEMBERS, ".tmp")
         return [p for p in self._files() if p.suffix not in ends and p.name != LOCK]
 
     def _forget_dead(self) -> None:
         """Deletes what runs have left that are no more."""
         for path in self._files():
-            if (
-                path.suffix == ".tmp"
-                and not _beside(path.with_suffix("").with_suffix(""), PART).exists()
-            ):
+            shard = path.with_name(path.name.removesuffix(".tmp").removesuffix(MEMBERS))
+            if shard != path and not shard.exists() and not _beside(shard, PART).exists():
                 path.unlink(missing_ok=True)
             if path.suffix == PART:
                 try:
@@ -183,14 +190,12 @@ class Cache:
                 except (BlockingIOError, FileNotFoundError):
                     continue  # it is being fetched, or has just been
 
-    def plan(self, next_uses: dict[str, int]) -> None:
-        """Says how soon shards are used next, in samples, by their files' names; others are not
-        needed any more."""
+    def plan(self, next_uses: dict[str, int], others: int) -> None:
+        """Says how soon shards are used next, in samples, by their files' names; and of all others,
+        which validation or another run may need."""
         for path in self._shards() if self.folder.is_dir() else ():
-            try:
-                os.utime(path, (time.time(), min(next_uses.get(path.name, FAR), FAR)))
-            except FileNotFoundError:  # another process has deleted it
-                continue
+            with contextlib.suppress(OSError):  # another process has deleted it, or owns it
+                os.utime(path, (time.time(), min(next_uses.get(path.name, others), FAR)))
 
     def used(self) -> int:
         """Bytes of all files."""
@@ -249,5 +254,8 @@ def _locked(path: Path) -> Iterator[None]:
             except FileNotFoundError:
                 same = False
             if same:
-                yield
+                try:
+                    yield
+                finally:  # closing does not do: a process that was forked has the file too
+                    fcntl.flock(file, fcntl.LOCK_UN)
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -37,22 +38,24 @@ def known_counts(shards: Sequence[str]) -> dict[str, int]:
 
 def _of_folder(folder: str) -> dict[str, int]:
     """By the shards' names, from files that speak of several."""
+    files = [_json(os.path.join(folder, ".nv-meta", ".info.json"))]
+    if not is_remote(folder):
+        files += [_json(str(path)) for path in sorted(Path(folder or ".").glob("*.json"))]
     counts: dict[str, int] = {}
-    info = _json(os.path.join(folder, ".nv-meta", ".info.json"))
-    for name, count in info.get("shard_counts", {}).items():
-        counts[os.path.basename(name)] = int(count)
-    names = [] if is_remote(folder) else sorted(Path(folder or ".").glob("*.json"))
-    for path in names:
-        for each in _json(str(path)).get("shardlist", ()):
-            counts[os.path.basename(each["url"])] = int(each["nsamples"])
+    for file in files:
+        with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):  # another file
+            for name, count in file.get("shard_counts", {}).items():
+                counts[os.path.basename(name)] = int(count)
+            for each in file.get("shardlist", ()):
+                counts[os.path.basename(each["url"])] = int(each["nsamples"])
     return counts
 
 
 def _of_shard(shard: str) -> int | None:
     stem = shard.removesuffix(".tar")
     successes = _json(f"{stem}_stats.json").get("successes")
-    if successes is not None:
-        return int(successes)
+    if isinstance(successes, int):
+        return successes
     version, _, count = _text(f"{stem}.idx").partition("\n")[0].partition(" ")
     return int(count) if version.startswith("v1") and count.isdecimal() else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from braceexpand import braceexpand
 from dr2dist.data.listing import shown
 from dr2dist.data.remote import RemoteReader, is_remote, listed, size_of
 from dr2dist.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def find_shards(sources: Sequence[str]) -> list[str]:
@@ -57,7 +60,8 @@ def _of_name(name: str) -> list[str]:
     if is_remote(name):
         return [name] if single else _tars(listed(name), name)
     if os.path.isdir(name):
-        return _tars(sorted(os.path.join(name, each) for each in os.listdir(name)), name)
+        files = sorted(os.path.join(name, each) for each in os.listdir(name))
+        return _tars([file for file in files if os.path.isfile(file)], name)
     if glob.has_magic(name):
         matches = sorted(glob.glob(name))
         if not matches:
@@ -72,14 +76,28 @@ def _of_name(name: str) -> list[str]:
 
 
 def _tars(names: Sequence[str], source: str) -> list[str]:
-    found = [name for name in names if name.endswith(".tar")]
+    """The .tar files among those of a folder; hidden ones are none, compressed ones are named."""
+    seen = [name for name in names if not os.path.basename(name).startswith(".")]
+    found = [name for name in seen if name.endswith(".tar")]
+    for name in found:
+        _check(name)
+    packed = [name for name in seen if _is_compressed(name)]
+    if packed:
+        log.warning("left out, compressed (unpack them): %d, such as %s", len(packed), packed[0])
     if not found:
         raise UserError(f"{source}: holds no .tar files")
     return found
 
 
+def _is_compressed(name: str) -> bool:
+    return name.endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+
+
 def _check(name: str) -> None:
     if not name.endswith(".tar"):
-        compressed = name.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))
-        reason = "is compressed: unpack it" if compressed else "is no .tar file"
+        reason = "is compressed: unpack it" if _is_compressed(name) else "is no .tar file"
         raise UserError(f"{shown(name)}: {reason}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{shown(name)}: its name is not UTF-8: rename it") from None

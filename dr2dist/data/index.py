@@ -108,7 +108,10 @@ class Index:
         if self.given is not None:
             return self.given[shard.number]
         try:
-            found = load_members(sidecar(Path(self.base, f"{self.stem}.json"), shard.number))[0]
+            path = sidecar(Path(self.base, f"{self.stem}.json"), shard.number)
+            found, facts = load_members(path)
+            if facts["sha256"] != shard.sha256:
+                raise FileNotFoundError(path)  # of another making
         except FileNotFoundError:
             here = not self.is_remote(shard)
             with open_shard(self.where(shard)) as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,11 +111,14 @@ def index_shards(
     What is done when the work breaks off is kept in a folder beside the output, and the same call
     goes on there. Raises UserError for a shard that cannot be read, and what else cannot be.
     """
+    if is_remote(str(output).replace(":/", "://", 1)):
+        raise UserError(f"{output}: is no place on this machine; an index is written here")
     output = Path(os.path.abspath(output))
     _check_output(output, overwrite)
     shards = find_shards(sources)
     work = output.with_suffix(".members.part")
-    plan = _begin(work, shards, label)
+    with _alone(work):
+        plan = _begin(work, shards, label, part)
     notes = [work / f"{number:06d}.safetensors" for number in range(len(shards))]
     taken = _taken(shards, output.parent, plan) if take_counts else {}
     todo = [
@@ -139,7 +144,23 @@ def index_shards(
             f"--take-counts: shards that are not read do not tell their classes (.{plan.label}): "
             "--classes FILE does, a name a line; or --label none"
         )
-    return _finished(output, work, done, plan, classes, unusable)
+    with _alone(work):
+        if not all(note is None or note.exists() for _, note in done):  # another part was last
+            shutil.rmtree(work)
+            return Indexed(read_index(output), 0, unusable, [])
+        return _finished(output, work, done, plan, classes, unusable)
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """What processes of several parts do one after the other."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work.parent / f"{work.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _finished(
@@ -155,15 +176,28 @@ def _finished(
         fault = ": ".join(unusable[0]) if unusable else "they are empty"
         raise UserError(f"{output}: the shards hold no sample that can be used, such as {fault}")
     labels = {json.loads(text) for each in described for text in each.labels}
-    names = classes_of(labels, classes)
+    names = classes_of(labels, classes) if classes or not labels else _known(output, labels)
     for each in described:  # before anything is moved
         each.class_rows(0, names)
     empty = [(each.name, "", "holds no samples") for each in described if not each.samples]
     shutil.rmtree(sidecar(output, 0).parent, ignore_errors=True)
     finish(output, done, names, plan.needs, plan.label)
     shutil.rmtree(work)
+    (work.parent / f"{work.name}.lock").unlink(missing_ok=True)
     index = read_index(output)
     return Indexed(index, 0, [*unusable, *empty], list(_remarks(described, index)))
+
+
+def _known(output: Path, labels: set[Any]) -> list[str]:
+    """The classes of numbers and texts; their names as an index of before has them there."""
+    names = classes_of(labels, None)
+    try:
+        before = read_index(output)
+    except UserError:
+        return names
+    texts = any(isinstance(label, str) for label in labels)
+    fits = before.given is not None and len(before.classes) >= len(names) and not texts
+    return list(before.classes) if fits else names
 
 
 def _taken(shards: Sequence[str], folder: Path, plan: _Plan) -> dict[int, Described]:
@@ -196,15 +230,21 @@ def _is_current(path: Path) -> bool:
         return True
 
 
-def _begin(work: Path, shards: Sequence[str], label: str | None) -> _Plan:
+def _begin(work: Path, shards: Sequence[str], label: str | None, part: Part | None) -> _Plan:
     """What was begun there, or a new plan, from the first shard."""
-    listed = hashlib.sha256(json.dumps([list(shards), label]).encode())
+    places = [shard if is_remote(shard) else os.path.abspath(shard) for shard in shards]
+    listed = hashlib.sha256(json.dumps([places, label]).encode())
     path = work / GATHERED
     try:
         digest, *values = json.loads(path.read_text("utf-8"))
         if digest == listed.hexdigest():
             return _Plan(values[0], tuple(values[1]))
-        shutil.rmtree(work)  # of other shards
+        if part is not None:
+            raise UserError(f"{work}: holds what was begun with other shards or labels; delete it")
+        for entry in work.iterdir():
+            entry.unlink()
+    except UserError:
+        raise
     except (OSError, ValueError):
         pass
     plan = _plan_of(shards, label)
@@ -311,6 +351,8 @@ def _remarks(described: Sequence[Described], index: Index) -> Iterator[str]:
             f"sorted by class: {sum(kinds) / len(kinds):.1f} of {classes} classes in a shard, so "
             "a batch mixes as many as it has streams"
         )
+    if index.label is None:
+        yield "no labels; --label says where they are, if there are any"
     if not index.unique_keys:
         yield "keys are there in several shards: samples are called SHARD/KEY"
     counts = index.class_counts()

@@ -24,6 +24,10 @@ def class_index(label: Any, classes: Sequence[str]) -> int:
     return number
 
 
+MOST = 1_000_000
+"""Classes that numbers without names make at most."""
+
+
 def classes_of(labels: Iterable[Any], names: Path | None) -> list[str]:
     """The names of classes: a file's lines, or all texts in order, or numbers up to the largest.
 
@@ -40,8 +44,12 @@ def classes_of(labels: Iterable[Any], names: Path | None) -> list[str]:
         )
     if texts:
         return sorted(texts)
-    if every and min(every) < 0:
-        raise UserError(f"the label {min(every)} is there, allowed are numbers from 0 on")
+    if every and (min(every) < 0 or max(every) >= MOST):
+        wrong = min(every) if min(every) < 0 else max(every)
+        raise UserError(
+            f"the label {wrong} is there, allowed are numbers from 0 to {MOST - 1}, or more with "
+            "--classes FILE"
+        )
     return [str(number) for number in range(max(every, default=-1) + 1)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from collections import OrderedDict
 from typing import BinaryIO
 
@@ -11,10 +12,12 @@ from dr2dist.data.cache import Cache
 from dr2dist.data.decoders import LARGEST
 from dr2dist.data.index import Index, Shard
 from dr2dist.data.members import ShardMembers
-from dr2dist.errors import UserError, one_line
+from dr2dist.errors import PlaceError, UserError, one_line
 
 MOST = 1024
 """Shards that a process keeps open at most."""
+LOST = 300.0
+"""Seconds before a shard is tried again that could not be opened."""
 
 
 class OpenShard:
@@ -22,6 +25,11 @@ class OpenShard:
 
     def __init__(self, file: BinaryIO, members: ShardMembers) -> None:
         self.members, self._file = members, file
+
+    @property
+    def deleted(self) -> bool:
+        """Whether its file has no name any more."""
+        return not os.fstat(self._file.fileno()).st_nlink
 
     def read(self, offset: int, size: int) -> bytes:
         """So many bytes from a place. Raises ValueError where there are not so many, or more than a
@@ -37,6 +45,10 @@ class OpenShard:
         return data
 
 
+class LostShardError(UserError):
+    """A shard that cannot be opened."""
+
+
 class OpenShards:
     """The shards of an index, opened when they are asked for, the latest kept open.
 
@@ -46,15 +58,17 @@ class OpenShards:
     def __init__(self, index: Index, cache: Cache | None = None) -> None:
         self.index, self.cache = index, cache
         self._opened: OrderedDict[int, OpenShard] = OrderedDict()
-        self._lost: dict[int, str] = {}
+        self._lost: dict[int, tuple[float, str]] = {}
 
     def __getitem__(self, shard: Shard) -> OpenShard:
-        """Raises UserError that names the shard if it cannot be opened, now and every time after:
-        its samples count as lost, and it is tried once."""
-        if shard.number in self._lost:
-            raise UserError(self._lost[shard.number])
+        """Raises LostShardError that names the shard if it cannot be opened, for some minutes
+        without another try; PlaceError for a cache that does not do."""
         found = self._opened.get(shard.number)
         if found is None:
+            since, fault = self._lost.get(shard.number, (0.0, ""))
+            if fault and time.monotonic() - since < LOST:
+                raise LostShardError(fault)
+            self._close_deleted()
             found = self._opened[shard.number] = self._open(shard)
             if len(self._opened) > _most():
                 self._opened.popitem(last=False)
@@ -67,16 +81,24 @@ class OpenShards:
                 return self._fetched(shard)
             file = self.index.path(shard).open("rb", buffering=0)
             return OpenShard(file, self.index.members(shard))
+        except PlaceError:
+            raise
         except UserError as error:
-            self._lost[shard.number] = str(error)
+            fault = str(error)
         except (OSError, ValueError) as error:
-            where = self.index.where(shard)
-            self._lost[shard.number] = f"{where}: cannot be read: {one_line(error)}"
-        raise UserError(self._lost[shard.number])
+            fault = f"{self.index.where(shard)}: cannot be read: {one_line(error)}"
+        self._lost[shard.number] = time.monotonic(), fault
+        raise LostShardError(fault)
+
+    def _close_deleted(self) -> None:
+        """What a cache has deleted takes its room on the disk until nobody has it open."""
+        if self.cache is not None:
+            for number in [key for key, each in self._opened.items() if each.deleted]:
+                del self._opened[number]
 
     def _fetched(self, shard: Shard) -> OpenShard:
         if self.cache is None:
-            raise UserError(
+            raise PlaceError(
                 f"{self.index.where(shard)}: is not on this machine: say where shards are kept, by "
                 "data.cache={folder: /scratch/shards, limit: 200GB}, or --cache of evaluate"
             )

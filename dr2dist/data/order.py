@@ -109,6 +109,10 @@ class Order:
             return min(self.window, length)
         return length if len(runs) <= WINDOW_SHARDS else -(-length * WINDOW_SHARDS // len(runs))
 
+    def within(self, window: int) -> Order:
+        """The same with another window."""
+        return Order(self.counts, self.digest, self.streams, window, self.seed)
+
     def describe(self) -> str:
         """In a few words."""
         window = max(self.window_of(stream) for stream in range(self.streams))

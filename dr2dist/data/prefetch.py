@@ -71,7 +71,7 @@ class Prefetcher:
         """Says what is used when, and fetches what is used soon."""
         first_uses = self._first_uses(position)
         soon = {self._wanted[shard].name: samples for shard, samples in first_uses.items()}
-        self.cache.plan(soon)
+        self.cache.plan(soon, self.ahead)
         room = self.cache.limit
         for shard, samples in first_uses.items():
             room -= room_for(self._wanted[shard].bytes or 0)
@@ -100,16 +100,22 @@ def check_limit(cache: Cache, index: Index, order: Order, nodes: int) -> None:
     """Raises UserError for a cache that cannot hold what a node has open at a time and the shard
     that is fetched meanwhile."""
     least = least_cache(index, order, nodes)
-    if cache.limit < least:
-        share = cache.limit / least
-        raise UserError(
-            f"data.cache.limit is {cache.limit} bytes, and a node has shards of up to {least} open "
-            f"at a time: allowed are so many, or a data.shuffle_window of some "
-            f"{int(max(map(order.window_of, range(order.streams))) * share / 2)} samples"
-        )
+    if cache.limit >= least:
+        return
+    window = max(map(order.window_of, range(order.streams)))
+    while window > 1 and least_cache(index, order.within(window), nodes) > cache.limit:
+        window //= 2
+    fits = least_cache(index, order.within(window), nodes) <= cache.limit
+    more = f", or a data.shuffle_window of {window} samples" if fits else ""
+    raise UserError(
+        f"data.cache.limit is {cache.limit} bytes, and a node has shards of up to {least} open at "
+        f"a time: allowed are so many{more}"
+    )
 
 
 def least_cache(index: Index, order: Order, nodes: int = 1) -> int:
-    """Bytes that a node's cache needs."""
+    """Bytes that any node's cache needs."""
     sizes = [room_for(shard.bytes or 0) for shard in index.shards]
-    return min(sum(sizes), order.open_at_most(sizes, 0, nodes) + max(sizes, default=0))
+    several = range(min(nodes, order.streams))
+    most = max(order.open_at_most(sizes, node, nodes) for node in several)
+    return min(sum(sizes), most + max(sizes, default=0))

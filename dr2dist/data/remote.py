@@ -52,7 +52,11 @@ def file_system(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0] if is_remote(url) else "file"
     try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url, **_options(protocol))
+        own = fsspec.config.conf.get(protocol, {})  # what its user has said counts
+        options = {
+            name: {**value, **own.get(name, {})} for name, value in _options(protocol).items()
+        }
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise UserError(
             f"{url}: {protocol}:// cannot be read: {one_line(error)}; 'pip install "
@@ -127,28 +131,30 @@ class RemoteReader:
         self.url, self.patience = url, patience
         self._system, self._path = file_system(url)
         info = persistent(url, lambda: self._system.info(self._path), patience)
-        self.size: int | None = info.get("size")
-        self._place, self._rest = 0, b""
-        if self.size is None:  # no ranges either: whole, as it comes
-            self._rest = persistent(url, lambda: self._system.cat_file(self._path), patience)
-            self.size = len(self._rest)
-            self._place = self.size
+        self._place, self._rest, self._whole = 0, b"", b""
+        if info.get("size") is None:  # no ranges either
+            self._whole = persistent(url, lambda: self._system.cat_file(self._path), patience)
+        self.size = int(info.get("size") or len(self._whole))
 
     def read(self, size: int = -1) -> bytes:
         """At most so many bytes; none at the end."""
         if size < 0:
             parts = iter(lambda: self.read(BLOCK), b"")
             return b"".join(parts)
-        if not self._rest and self._place < (self.size or 0):
-            self._rest = self._range(self._place, min(self._place + BLOCK, self.size or 0))
+        if not self._rest and self._place < self.size:
+            self._rest = self._range(self._place, min(self._place + BLOCK, self.size))
             self._place += len(self._rest)
         data, self._rest = self._rest[:size], self._rest[size:]
         return data
 
     def _range(self, start: int, stop: int) -> bytes:
+        if self._whole:
+            return self._whole[start:stop]
+
         def attempt() -> bytes:
             data: bytes = self._system.cat_file(self._path, start=start, end=stop)
             if len(data) == self.size and stop - start < len(data):  # ranges are not served
+                self._whole = data
                 return data[start:stop]
             if len(data) != stop - start:
                 raise OSError(f"sent {len(data)} of {stop - start} bytes from {start} on")
@@ -160,4 +166,4 @@ class RemoteReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._rest = b""
+        self._rest = self._whole = b""

@@ -67,6 +67,7 @@ def scan(
         kind: Any = {"fileobj": reader, "mode": "r:" if headers else "r|", "tarinfo": _Strict}
         with tarfile.open(**kind, bufsize=BLOCK, errorlevel=2) as tar:
             _group(tar, keep, found)
+            end = tar.offset
     except tarfile.ReadError as error:
         reason = f"is no sound tar file: {one_line(error)}"
         if headers:
@@ -77,6 +78,10 @@ def scan(
     _drop_repeated(found)
     if not headers:
         reader.drain()
+        if reader.filled > end:
+            raise ValueError(
+                f"holds something after a tar's end at byte {end}: it is damaged, or several in one"
+            )
         found.sha256, found.bytes = reader.digest.hexdigest(), reader.bytes
     return found
 
@@ -93,7 +98,8 @@ def _group(tar: tarfile.TarFile, keep: Callable[[str], bool], found: Scanned) ->
         else:
             members[extension] = member.offset_data, member.size
             if keep(extension) and member.size <= KEPT:
-                found.contents[f"{name}.{extension}"] = tar.extractfile(member).read()  # type: ignore[union-attr]
+                # The first one's: of samples with the same key that one is kept.
+                found.contents.setdefault(f"{name}.{extension}", _content(tar, member))
         tar.members.clear()  # type: ignore[attr-defined]  # which it would keep for ever
     _add(key, members, found)
 
@@ -111,6 +117,11 @@ def _members(tar: tarfile.TarFile, found: Scanned) -> Iterator[tuple[str, str, t
             yield *named, member
         elif not _META.match(member.name):
             found.left.append((member.name, "a name without an ending"))
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
 
 
 def _add(key: str, members: dict[str, Any], found: Scanned) -> None:
@@ -151,8 +162,12 @@ class _Strict(tarfile.TarInfo):
     def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
         try:
             return super().fromtarfile(tar)
-        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            if not tar.offset:
+                raise
+            raise tarfile.ReadError(f"ends at byte {tar.offset} without a tar's end") from None
         except tarfile.HeaderError as error:
             place = tar.offset
             raise tarfile.ReadError(f"at byte {place}: {error}") from None
@@ -163,11 +178,15 @@ class _Reader:
 
     def __init__(self, file: Readable) -> None:
         self.file, self.digest, self.bytes, self.start = file, hashlib.sha256(), 0, b""
+        self.filled = 0
+        """Bytes up to the last that is not zero."""
 
     def read(self, size: int) -> bytes:
         data = self.file.read(size)
         self.start = self.start or data[:8]
         self.digest.update(data)
+        if held := len(data.rstrip(b"\0")):
+            self.filled = self.bytes + held
         self.bytes += len(data)
         return data
 

@@ -21,10 +21,10 @@ from dr2dist.data.batch import Batch
 from dr2dist.data.cache import Cache
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Shard, read_index
-from dr2dist.data.opened import OpenShards
+from dr2dist.data.opened import LostShardError, OpenShards
 from dr2dist.data.order import Item, stand_in
 from dr2dist.data.randomness import seeded
-from dr2dist.errors import UserError
+from dr2dist.errors import PlaceError, UserError
 from dr2dist.status import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 Values = dict[str, Any]
 """A sample's fields by name."""
 Unreadable = Literal["fail", "other", "drop"]
-ATTEMPTS = 1000
-"""Samples that are tried instead of one that cannot be read."""
+LOST_AT_ONCE = 8
+"""Shards that cannot be opened, one after the other, before that is an error however samples are
+to be skipped: their server is gone, not they."""
 Transform = Callable[[Values], Values]
 Collate = Callable[[Sequence[Values]], tuple[dict[str, torch.Tensor], Any]]
 """Samples to inputs of the network, by name, and targets."""
@@ -76,6 +77,9 @@ class ShardDataset(Dataset[Read]):
         self._stand_in: Read | None = None
         self._ends = list(accumulate(shard.samples for shard in self.index.shards))
         self._open = OpenShards(self.index, cache)
+        self._told: set[str] = set()
+        stems = [Path(shard.name).stem for shard in self.index.shards]
+        self._by_stem = len(set(stems)) == len(stems)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -86,16 +90,22 @@ class ShardDataset(Dataset[Read]):
         Raises UserError naming shard and sample if it cannot be read and must be.
         """
         epoch, index = item
-        for attempt in range(min(len(self), ATTEMPTS)):
+        lost, fault = set[str](), "there is none"
+        for attempt in range(len(self)):
             try:
                 key, values = self._read(index)
+            except PlaceError:
+                raise
             except UserError as error:
-                if self.unreadable == "fail":
+                if isinstance(error, LostShardError):
+                    lost.add(str(error))
+                if self.unreadable == "fail" or len(lost) > LOST_AT_ONCE:
                     raise
-                log.warning("left out: %s", error)
+                fault = str(error)
+                self._tell(error)
                 if self._stand_in is not None:
                     return replace(self._stand_in, skipped=int(epoch >= 0))
-                index = self._another(item, attempt)
+                index = self._another(item, attempt, index, isinstance(error, LostShardError))
                 continue
             found = self._transformed(key, values, epoch, index)
             skipped = int(attempt > 0 and epoch >= 0)
@@ -103,12 +113,20 @@ class ShardDataset(Dataset[Read]):
                 self._stand_in = replace(found, count=False)
                 return replace(self._stand_in, skipped=skipped) if attempt else found
             return replace(found, skipped=skipped)
-        raise UserError(f"{self.index.base}: no sample can be read")
+        raise UserError(f"{self.index.base}: no sample can be read: {fault}")
 
-    def _another(self, item: Item, attempt: int) -> int:
-        if self.unreadable == "drop":  # any readable one does, so look at all
-            return (item[1] + attempt + 1) % len(self)
+    def _another(self, item: Item, attempt: int, index: int, lost: bool) -> int:
+        """What is read instead of a sample that cannot be."""
+        if self.unreadable == "drop":  # any readable one does: the next, or of the next shard
+            end = self._ends[bisect.bisect_right(self._ends, index)] if lost else index + 1
+            return end % len(self)
         return stand_in(self.seed, item, attempt, len(self))
+
+    def _tell(self, error: UserError) -> None:
+        """Once of each: a shard that is lost is met at all of its samples."""
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            log.warning("left out: %s", error)
 
     def _transformed(self, key: str, values: Values, epoch: int, index: int) -> Read:
         try:
@@ -139,8 +157,14 @@ class ShardDataset(Dataset[Read]):
         except (OSError, ValueError) as error:
             path = self.index.where(shard)
             raise UserError(f"{path}: sample '{sample.key}' cannot be read: {error}") from None
-        unique = self.index.unique_keys
-        return (sample.key if unique else f"{Path(shard.name).stem}/{sample.key}"), values
+        return self._key(shard, sample.key), values
+
+    def _key(self, shard: Shard, key: str) -> str:
+        """A sample's, with its shard's name where several shards have it."""
+        if self.index.unique_keys:
+            return key
+        name = Path(shard.name).stem if self._by_stem else shard.name.removesuffix(".tar")
+        return f"{name}/{key}"
 
 
 def loader(

@@ -64,6 +64,8 @@ def read_label(sample: Sample, found: Scanned, field: Field) -> int | str:
     """Raises ValueError for one that is neither a number nor a text, or not there."""
     members = {name: found.contents.get(f"{sample.key}.{name}", b"") for name in sample.members}
     label = field.decode(members)
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
     if isinstance(label, bool) or not isinstance(label, (int, str)):
         raise ValueError(f"is {json.dumps(label)[:40]}, allowed is a number or a text")
     return label

@@ -149,7 +149,7 @@ class CheckpointManager:
         values = saved.state["progress"]
         # Runs of earlier versions have neither guard nor position.
         batches = saved.state["step"] + values.get("bad_batches", 0)
-        before = {"consumed": batches * saved.state["global_batch"]}
+        before = {"consumed": batches * saved.state.get("global_batch", 0)}
         return Progress(**{**before, **values, "guard": Memory(**values.get("guard", {}))})
 
 

@@ -55,7 +55,7 @@ def _run(given: argparse.Namespace, signals: Signals) -> int:
     ranks = given.ranks if given.hostfile is None else _slots(given.hostfile)
     plan = make_plan(config, ranks)
     print(plan.describe())
-    start = find_start(config, plan.global_batch, plan.steps)
+    start = find_start(config, plan.global_batch, plan.steps, plan.train.digest())
     if start.finished is not None:
         print(f"output        {config.output} is finished: nothing is left to do")
         return 0

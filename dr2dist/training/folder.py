@@ -22,6 +22,7 @@ from dr2dist.training.run_files import CONFIG, LOGS, METRICS, SUMMARY, read_metr
 _FREE = (
     "output",
     "checkpoint",
+    "data.cache",
     "data.num_workers",
     "plugins",
     "parallel",
@@ -67,8 +68,8 @@ class Start(NamedTuple):
         return f"{'random weights' if weights == 'random' else weights}{again}"
 
 
-def find_start(config: Config, global_batch: int, steps: int) -> Start:
-    """Where a run of so many steps begins, or goes on from.
+def find_start(config: Config, global_batch: int, steps: int, index: str) -> Start:
+    """Where a run of so many steps begins, or goes on from. index: the digest of its samples'.
 
     Raises UserError if the folder holds something else than this run so far, or a run that is
     going on.
@@ -89,7 +90,7 @@ def find_start(config: Config, global_batch: int, steps: int) -> Start:
     found = tuple(reversed(written(folder)))
     damaged = _count_damaged(found, folder)
     if found:
-        _same_batch(found[damaged], global_batch)
+        _same_order(found[damaged], global_batch, index)
     if ended is None:
         return Start(found, damaged, cut=not found)
     if all(old.get(key) == new.get(key) for key in _LENGTH):
@@ -180,10 +181,18 @@ def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path, longer: bo
             )
 
 
-def _same_batch(checkpoint: Path, global_batch: int) -> None:
-    before = Checkpoint(checkpoint).state["global_batch"]
+def _same_order(checkpoint: Path, global_batch: int, index: str) -> None:
+    """Raises UserError where the schedules or the order of samples would be others."""
+    state = Checkpoint(checkpoint).state
+    before = state["global_batch"]
     if before != global_batch:
         raise UserError(
             f"train.micro_batch x train.accumulate x ranks is {global_batch}, but {checkpoint} "
-            f"was written with {before}, on which the order of samples depends: keep the product"
+            f"was written with {before}, on which the schedules depend: keep the product"
+        )
+    if state.get("index", index) != index:  # versions before did not say
+        raise UserError(
+            f"data.train: its shards, or how many samples they have, are not those that "
+            f"{checkpoint} was written with, on which the order of samples depends: put them back, "
+            "or name another output"
         )

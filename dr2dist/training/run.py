@@ -76,7 +76,7 @@ def _run(
 
     def look() -> Start:
         # Only rank 0 looks: file systems of several nodes show what is new to one before another.
-        found = find_start(config, plan.global_batch, plan.steps)
+        found = find_start(config, plan.global_batch, plan.steps, plan.train.digest())
         if found.finished is None:
             stack.enter_context(RunLock(folder))
             plan.compare_shards(config)
@@ -196,6 +196,7 @@ def _facts(config: Config, plan: Plan) -> dict[str, Any]:
         "fraction_bits": config.setting().fraction_bits,
         "state_bits": config.setting().state_bits,
         "global_batch": plan.global_batch,
+        "index": plan.train.digest(),
         "dr2dist": __version__,
     }
 

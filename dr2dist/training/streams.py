@@ -11,6 +11,7 @@ from dr2dist.data.index import Index
 from dr2dist.data.order import Item, batches, fitting_nodes, validation_batches
 from dr2dist.data.prefetch import Prefetcher, check_limit
 from dr2dist.data.stream import loader
+from dr2dist.parallel.agreement import agree
 from dr2dist.parallel.engine import ReversibleEngine
 from dr2dist.parallel.processes import nodes_of
 from dr2dist.tasks.task import Task
@@ -52,13 +53,16 @@ def _training_items(
             **ways,
         )
     order = order_of(config, index)
-    nodes = fitting_nodes(nodes_of(engine.replicas), order, config.data.streams)
+    nodes = nodes_of(engine.replicas)
+    with agree():
+        nodes = fitting_nodes(nodes, order, config.data.streams)
     place = {"replica": engine.replica, "replicas": engine.replicas, "nodes": nodes}
     found = batches(order, start=start, **place, **ways)
     cache = cache_of(config.data)
     if cache is None or not (cache.of_all or any(map(index.is_remote, index.shards))):
         return found
-    check_limit(cache, index, order, nodes)
+    with agree():
+        check_limit(cache, index, order, nodes)
     own = engine.replicas // nodes
     if engine.replica % own or not engine.first:  # one process of a node fetches ahead
         return found
