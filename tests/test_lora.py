@@ -185,7 +185,7 @@ def test_layouts_follow_one_curve_and_exports_agree(
         one, other = (dr2dist.load(file)(images) for file in (merged, apart))
         before = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2, **SIZE)
         assert (one - before(images)).abs().max() > 1e-2
-    assert (one - other).abs().max() <= 1e-6 * one.abs().max()
+    assert (one - other).abs().max() <= 1e-6
 
 
 def test_a_run_with_dropout_goes_on_to_the_same_bits(folder: Path, two_ranks: Pool) -> None:

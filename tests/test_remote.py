@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import webdataset
@@ -22,8 +21,6 @@ from dr2dist.data.cache import Cache, Wanted
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import read_index
 from dr2dist.data.indexing import index_shards
-from dr2dist.data.order import Order
-from dr2dist.data.prefetch import Prefetcher, check_limit, least_cache
 from dr2dist.data.remote import RemoteReader
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
@@ -189,51 +186,6 @@ def test_many_processes_share_a_cache(server: Server, tmp_path: Path) -> None:
             assert sum(server.faults.sent[shard.name] for shard in index.shards) == everything
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 shards of 16 samples."""
-    return make_small_shards(tmp_path_factory.mktemp("many"), 1144, 8) / "train"
-
-
-@pytest.mark.parametrize("share", [1.1, 0.6])
-def test_shards_are_there_before_they_are_read(share: float, many: Path, tmp_path: Path) -> None:
-    """In the first epoch each is fetched once, and later what was not kept."""
-    server, ends = serve(many), np.cumsum([shard.samples for shard in read_index(many).shards])
-    index = read_index(server.url)
-    order = Order([shard.samples for shard in index.shards], index.digest(), 2, 8, seed=1)
-    everything = sum(shard.bytes or 0 for shard in index.shards)
-    cache = Cache(tmp_path / "cache", int(everything * share * 9 / 8))
-    assert least_cache(index, order) <= cache.limit
-    prefetcher, fetched = Prefetcher(cache, index, order, 0, 1), [0]
-    for position in range(3 * order.num_samples):
-        if position % 4 == 0:
-            prefetcher.look(position)
-        ((_, sample),) = order.items(np.array([position]))
-        shard = index.shards[int(np.searchsorted(ends, sample, "right"))]
-        assert cache.holds(index.wanted(shard)), position
-        assert cache.used() <= cache.limit
-        if (position + 1) % order.num_samples == 0:
-            sent = sum(server.faults.sent[shard.name] for shard in index.shards)
-            fetched.append(sent)
-    server.stop()
-    by_epoch = np.diff(fetched) / everything
-    assert by_epoch[0] <= 1.05 and by_epoch[2] <= max(0, 1 - share) + 0.05, by_epoch
-
-
-def test_a_cache_that_is_too_small_is_refused(many: Path) -> None:
-    index = read_index(many)
-    order = Order([shard.samples for shard in index.shards], index.digest(), 2, 16)
-    least = least_cache(index, order)
-    check_limit(Cache(Path("x"), least), index, order, 1)
-    with pytest.raises(UserError, match=rf"limit is 9000 bytes, .* up to {least} .* so many$"):
-        check_limit(Cache(Path("x"), 9000), index, order, 1)
-    with pytest.raises(UserError, match=r"or a data\.shuffle_window of \d+ samples") as caught:
-        check_limit(Cache(Path("x"), least - 1), index, order, 1)
-    window = int(str(caught.value).split("window of ")[1].split()[0])
-    assert window < 16
-    check_limit(Cache(Path("x"), least - 1), index, order.within(window), 1)
-
-
 def test_a_shard_that_is_replaced_is_fetched_anew(shards: Path, tmp_path: Path) -> None:
     """By what the index says of it; what another index takes of it has arrays of its own."""
     folder = tmp_path / "served"
@@ -289,21 +241,6 @@ def test_skipping_hides_no_cache_that_does_not_do(server: Server, tmp_path: Path
     server.stop()
     with pytest.raises(UserError, match="cannot be read"):  # no server is no lost shard
         broken[0, 0]
-
-
-def test_a_lost_shard_is_skipped(many: Path, tmp_path: Path) -> None:
-    """Its samples count once each; in validation they are left out, however many."""
-    copied = tmp_path / "shards"
-    shutil.copytree(many, copied)
-    index = read_index(copied)
-    (copied / index.shards[0].name).unlink()
-    lost = index.shards[0].samples
-    for unreadable in ("other", "drop"):
-        reads = [dataset(str(copied), None, unreadable)[0, number] for number in range(lost + 3)]
-        assert [read.skipped for read in reads] == [1] * lost + [0] * 3
-        assert [read.count for read in reads] == [unreadable == "other"] * lost + [True] * 3
-    others = [dataset(str(copied), None)[0, number].key for number in range(lost)]
-    assert len(set(others)) > lost // 2  # from all over
 
 
 CONFIG = """
