@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from dr2dist.checkpoints.checkpoint import Checkpoint, DamagedError, written
 from dr2dist.config import Config, dump_config, moved_settings
 from dr2dist.config.names import BEFORE
-from dr2dist.config.text import flat
+from dr2dist.config.text import flat, shown_value
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import check_can_be_made
 from dr2dist.training.lock import LOCK, check_free
@@ -177,7 +177,8 @@ def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path, longer: bo
         if old.get(key) != new.get(key) and not key.startswith(free):
             raise UserError(
                 f"output: {folder} holds a run with {key}: {old.get(key)}, now it is "
-                f"{new.get(key)}; name another folder to start anew"
+                f"{new.get(key)}; {key}={shown_value(old.get(key))} goes on, and in another folder "
+                "a run starts anew"
             )
 
 
