@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import io
 import json
-import logging
 import math
 import multiprocessing
 import os
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
@@ -34,7 +31,6 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from benchmarks.evidence import (
-    CONFIG,
     DATA,
     EXACT,
     FLOAT,
@@ -42,17 +38,16 @@ from benchmarks.evidence import (
     PAPER,
     RATES,
     ROOT,
+    half_width,
+    interval,
     make_digits,
+    one_run,
+    settings_of,
 )
 from dr2dist.reversible.certificate import worst_drift
 
 RECORDS = ROOT / "benchmarks" / "results" / "frontier.jsonl"
 LEAST_SEEDS, MOST_SEEDS, HALF_WIDTH = 5, 20, 0.02
-T95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
-)
-"""Two-sided 95 % quantiles of Student's t, from 1 degree of freedom on."""
 CHOOSING_SEED = 100
 """The seed of the runs that choose a rate; none of those that are reported."""
 
@@ -189,35 +184,12 @@ def differences(runs: list[Any], base: list[Any], measure: str) -> list[float]:
     return [r[measure] - b[measure] for r, b in pairs if None not in (r[measure], b[measure])]
 
 
-def half_width(values: list[float]) -> float:
-    """Of the mean's 95 % interval, by Student's t."""
-    if len(values) < 2:
-        return math.inf
-    return T95[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-
-
 def overrides_of(job: Job) -> list[str]:
     """The settings of a run beside configs/elpv_vit_small.yaml."""
-    data, way = DATA[job.data], WAYS[job.way]
-    shards = (f"{data.folder}/train", f"{data.folder}/val")
-    if job.part == "choose":
-        shards = (f"{data.folder}/train/{data.fit}", f"{data.folder}/train/{data.choose}")
-    return [
-        f"reversible={{{way.reversible}}}",
-        f"coefficients={{{way.coefficients}}}",
-        *data.overrides,
-        f"data.train={shards[0]}",
-        f"data.val={shards[1]}",
-        f"optim.lr={job.rate}",
-        f"train.seed={job.seed}",
-        f"train.steps={job.steps}",
-        f"train.validate_every={job.steps}",
-        "train.epochs=null",
-        "model.image_size=56",
-        "parallel={zero: 0}",
-        "train.micro_batch=16",
-        "data.order=dealt",  # as the kept runs had it
-    ]
+    way = WAYS[job.way]
+    rest = (job.rate, job.seed, job.steps, job.part)
+    said = settings_of(job.data, way.reversible, way.coefficients, *rest)
+    return [*said, "train.micro_batch=16"]
 
 
 def run_all(jobs: list[Job], workers: int) -> Results:
@@ -228,7 +200,7 @@ def run_all(jobs: list[Job], workers: int) -> Results:
     RECORDS.parent.mkdir(exist_ok=True)
     where = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(one_run, overrides_of(job)): job for job in jobs}
+        futures = {pool.submit(in_passing, overrides_of(job)): job for job in jobs}
         for future in tqdm(as_completed(futures), total=len(futures), desc=jobs[0].way):
             job, result = futures[future], future.result()
             results[job] = result
@@ -238,34 +210,10 @@ def run_all(jobs: list[Job], workers: int) -> Results:
     return results
 
 
-def one_run(overrides: list[str]) -> dict[str, Any]:
-    """A whole run as a process group of one rank, in a folder that is deleted afterwards."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from dr2dist.launching.launcher import free_port
-
-    rank = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    os.environ.update({key: str(value) for key, value in rank.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-
-    import torch
-
-    from dr2dist.config import load_config
-    from dr2dist.parallel.engine import UnprovenStepError
-    from dr2dist.training.run import run
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    logging.disable(logging.WARNING)  # the drift of float reversal is in the summary
-    sys.stderr = io.StringIO()
-    folder = Path(tempfile.mkdtemp())
-    try:
-        summary = run(load_config(CONFIG, [*overrides, f"output={folder}/run"]))
-    except UnprovenStepError:
-        summary = json.loads((folder / "run" / "summary.json").read_text())
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    kept = ("status", "certificate_failures", "worst_drift", "steps", "peak_memory_bytes")
-    validated = summary["last"] or {"loss": math.inf, "accuracy": None, "balanced_accuracy": None}
-    return {**validated, **{key: summary[key] for key in kept}}
+def in_passing(overrides: list[str]) -> dict[str, Any]:
+    """`one_run` in a folder that is deleted afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        return one_run(overrides, Path(folder) / "run")
 
 
 def write_page(results: Results, arguments: argparse.Namespace) -> str:
@@ -334,7 +282,7 @@ def _mean(values: list[float | None]) -> str:
 
 def _interval(runs: list[Any], base: list[Any], measure: str) -> str:
     values = differences(runs, base, measure)
-    return f"{statistics.mean(values):+.3f} ± {half_width(values):.3f}" if values else ""
+    return interval(values) if values else ""
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +17,7 @@ from dr2dist.data.remote import PATIENCE, RemoteReader
 from dr2dist.data.scan import Scanned
 from dr2dist.data.usable import usable
 from dr2dist.errors import PlaceError, UserError, one_line
+from dr2dist.files import locked
 
 log = logging.getLogger(__name__)
 
@@ -90,26 +89,24 @@ class Cache:
         path = self.folder / wanted.name
         return path.exists() and _beside(path, MEMBERS).exists()
 
-    def fetch(self, wanted: Wanted, next_use: int = 0) -> bool:
-        """Fetches a shard, unless it is there; whether it was fetched now. next_use: see `plan`."""
+    def fetch(self, wanted: Wanted, next_use: int = 0) -> None:
+        """Fetches a shard, unless it is there. next_use: see `plan`."""
         path = self.folder / wanted.name
         part = _beside(path, PART)
-        for attempt in range(ATTEMPTS):
+        for _ in range(ATTEMPTS):
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with _locked(part):
+                with locked(part):
                     if self.holds(wanted):
                         part.unlink()
-                        return False
-                    self._fetch(wanted, path, part, next_use)
-                    return True
+                    else:
+                        self._fetch(wanted, path, part, next_use)
+                    return
             except FileNotFoundError:  # somebody has deleted the folder
-                if attempt + 1 == ATTEMPTS:
-                    raise PlaceError(f"data.cache.folder: {self.folder}: is deleted") from None
+                continue
             except OSError as error:
                 fault = error.strerror or one_line(error)
                 raise PlaceError(f"data.cache.folder: {self.folder}: {fault}") from None
-        raise AssertionError
+        raise PlaceError(f"data.cache.folder: {self.folder}: is deleted")
 
     def _fetch(self, wanted: Wanted, path: Path, part: Path, next_use: int) -> None:
         try:
@@ -149,7 +146,7 @@ class Cache:
         """Deletes what is used last, and takes the room, so that others count it; False where what
         others are fetching leaves none yet. Raises UserError where there never is."""
         room = room_for(size)
-        with _locked(self.folder / LOCK):
+        with locked(self.folder / LOCK):
             self._forget_dead()
             used = {path: _size(path) for path in self._files() if path != part}
             left = self.limit - sum(used.values())
@@ -241,21 +238,3 @@ def _next_use(path: Path) -> float:
 def _delete(path: Path) -> None:
     path.unlink(missing_ok=True)
     _beside(path, MEMBERS).unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """The one who has a file, which is made; others wait."""
-    while True:
-        with path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:  # who had it may have renamed or deleted it
-                same = path.stat().st_ino == os.fstat(file.fileno()).st_ino
-            except FileNotFoundError:
-                same = False
-            if same:
-                try:
-                    yield
-                finally:  # closing does not do: a process that was forked has the file too
-                    fcntl.flock(file, fcntl.LOCK_UN)
-                return

@@ -30,19 +30,17 @@ def compare_with_index(index: Index, skip: bool = False) -> None:
     """
     said = f"{index.stem}.json"
     here = [shard for shard in index.shards if not index.is_remote(shard)]
-    gone = [shard.name for shard in here if not index.path(shard).is_file()]
-    missing = dict.fromkeys(gone)
+    missing = [shard for shard in here if not index.path(shard).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more of {len(index.shards)}" if len(missing) > 1 else ""
-        fault = f"{index.base}: {gone[0]}{more} is missing, which {said} names"
+        fault = f"{index.base}: {missing[0].name}{more} is missing, which {said} names"
         if not skip:
             raise UserError(fault)
         log.warning("%s: what they hold counts as unreadable", fault)
     looked_at = max(1, min(LOOKED_AT, LOOKED_AT_TOGETHER // max(1, len(index.shards))))
-    for shard in here:
+    gone = {shard.number for shard in missing}
+    for shard in (each for each in here if each.number not in gone):
         path = index.path(shard)
-        if shard.name in missing:
-            continue
         try:
             size = path.stat().st_size
             if shard.bytes is not None and size != shard.bytes:

@@ -48,14 +48,12 @@ class Described(NamedTuple):
             raise UserError(f"{self.name}: {error}") from None
 
 
-def describe(
-    name: str, found: Scanned, labels: Mapping[str, Any], note: Path, bytes_: int | None = None
-) -> Described:
+def describe(name: str, found: Scanned, labels: Mapping[str, Any], note: Path) -> Described:
     """Keeps what was found in a shard in a note. labels: of the samples that have one, by key."""
     first: Sequence[str] = found.samples[0].extensions if found.samples else ()
     described = Described(
         name,
-        found.bytes if bytes_ is None else bytes_,
+        found.bytes,
         found.sha256 or None,
         len(found.samples),
         list(first),

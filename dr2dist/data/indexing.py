@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -11,7 +10,6 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +22,12 @@ from dr2dist.data.fields import Field
 from dr2dist.data.found import find_shards, open_shard, shard_size
 from dr2dist.data.index import INDEX_NAME, Index, read_index, sidecar
 from dr2dist.data.labels import classes_of
-from dr2dist.data.listing import shown
+from dr2dist.data.listing import left_out, shown
 from dr2dist.data.remote import is_remote
 from dr2dist.data.scan import Scanned
 from dr2dist.data.usable import needed_kinds, usable
 from dr2dist.errors import UserError, one_line
-from dr2dist.files import atomic_write, check_can_be_made
+from dr2dist.files import atomic_write, check_can_be_made, locked
 from dr2dist.status import say
 
 LABELS = ("cls", "json#label")
@@ -37,8 +35,6 @@ LABELS = ("cls", "json#label")
 NO_LABEL = "none"
 SPEED = 200e6
 """Bytes a second and process that are expected before any is measured."""
-NAMED = 8
-"""Samples that a line names at most."""
 GATHERED = "PLAN.json"
 
 
@@ -71,12 +67,8 @@ class Indexed:
         """What cannot be used, a line for each reason, and the notes."""
         reasons: dict[str, list[str]] = {}
         for shard, name, reason in self.unusable:
-            reasons.setdefault(reason, []).append(shown(f"{shard}: {name}" if name else shard))
-        lines = []
-        for reason, names in reasons.items():
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            lines.append(f"left out, {reason}: {len(names)}: {', '.join(names[:NAMED])}{more}")
-        return [*lines, *self.notes]
+            reasons.setdefault(reason, []).append(f"{shard}: {name}" if name else shard)
+        return [*left_out(reasons), *self.notes]
 
 
 class _Plan(NamedTuple):
@@ -117,7 +109,8 @@ def index_shards(
     _check_output(output, overwrite)
     shards = find_shards(sources)
     work = output.with_suffix(".members.part")
-    with _alone(work):
+    lock = work.with_name(f"{work.name}.lock")
+    with locked(lock):  # parts that begin, and end, together do so one after the other
         plan = _begin(work, shards, label, part)
     notes = [work / f"{number:06d}.safetensors" for number in range(len(shards))]
     taken = _taken(shards, output.parent, plan) if take_counts else {}
@@ -144,23 +137,13 @@ def index_shards(
             f"--take-counts: shards that are not read do not tell their classes (.{plan.label}): "
             "--classes FILE does, a name a line; or --label none"
         )
-    with _alone(work):
-        if not all(note is None or note.exists() for _, note in done):  # another part was last
-            shutil.rmtree(work)
-            return Indexed(read_index(output), 0, unusable, [])
-        return _finished(output, work, done, plan, classes, unusable)
-
-
-@contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """What processes of several parts do one after the other."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work.parent / f"{work.name}.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+    with locked(lock):
+        if all(note is None or note.exists() for _, note in done):
+            found = _finished(output, work, done, plan, classes, unusable)
+        else:  # another part was last
+            found = Indexed(read_index(output), 0, unusable, [])
+        lock.unlink()
+    return found
 
 
 def _finished(
@@ -183,7 +166,6 @@ def _finished(
     shutil.rmtree(sidecar(output, 0).parent, ignore_errors=True)
     finish(output, done, names, plan.needs, plan.label)
     shutil.rmtree(work)
-    (work.parent / f"{work.name}.lock").unlink(missing_ok=True)
     index = read_index(output)
     return Indexed(index, 0, [*unusable, *empty], list(_remarks(described, index)))
 

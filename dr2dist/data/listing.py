@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +29,18 @@ class Listing(NamedTuple):
 
     def tell(self) -> None:
         """Says what is left out, a line for each reason, with how many and which."""
-        for reason, paths in self.left.items():
-            named = ", ".join(shown(path) for path in paths[:NAMED])
-            more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
-            log.warning("left out, %s: %d: %s%s", reason, len(paths), named, more)
+        for line in left_out(self.left):
+            log.warning("%s", line)
+
+
+def left_out(by_reason: Mapping[str, Sequence[Path | str]]) -> list[str]:
+    """What is left out, a line for each reason, with how many and which."""
+    lines = []
+    for reason, names in by_reason.items():
+        named = ", ".join(shown(name) for name in names[:NAMED])
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        lines.append(f"left out, {reason}: {len(names)}: {named}{more}")
+    return lines
 
 
 def shown(path: Path | str) -> str:

@@ -31,6 +31,7 @@ class Prefetcher:
         self.streams = order.streams_of(node, nodes)
         self.ahead = max(map(order.window_of, self.streams)) * order.streams
         self._wanted = [index.wanted(shard) for shard in index.shards]
+        self._names = [wanted.name for wanted in self._wanted]
         self._uses: dict[int, list[Use]] = {}
         self._position = 0
         self._moved, self._ended = threading.Condition(), False
@@ -70,7 +71,7 @@ class Prefetcher:
     def look(self, position: int) -> None:
         """Says what is used when, and fetches what is used soon."""
         first_uses = self._first_uses(position)
-        soon = {self._wanted[shard].name: samples for shard, samples in first_uses.items()}
+        soon = {self._names[shard]: samples for shard, samples in first_uses.items()}
         self.cache.plan(soon, self.ahead)
         room = self.cache.limit
         for shard, samples in first_uses.items():

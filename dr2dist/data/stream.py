@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from dr2dist.data.batch import Batch
 from dr2dist.data.cache import Cache
 from dr2dist.data.fields import Fields
-from dr2dist.data.index import Shard, read_index
+from dr2dist.data.index import Index, Shard, read_index
 from dr2dist.data.opened import LostShardError, OpenShards
 from dr2dist.data.order import Item, stand_in
 from dr2dist.data.randomness import seeded
@@ -54,23 +54,22 @@ class Read:
 class ShardDataset(Dataset[Read]):
     """Samples of shards by (epoch, index), read by seeking: nothing is unpickled.
 
-    pattern: see read_index. fields: what is decoded. transform: of a sample's fields. Randomness in
-    it is keyed by (seed, epoch, sample), whatever rank or worker reads the sample. unreadable: what
-    becomes of a sample that cannot be read: "fail" raises UserError, "other" takes one from
-    anywhere, "drop" the one before, which does not count. cache: see
-    OpenShards.
+    pattern: see read_index, or an index. fields: what is decoded. transform: of a sample's fields.
+    Randomness in it is keyed by (seed, epoch, sample), whatever rank or worker reads the sample.
+    unreadable: what becomes of a sample that cannot be read: "fail" raises UserError, "other" takes
+    one from anywhere, "drop" the one before, which does not count. cache: see OpenShards.
     """
 
     def __init__(
         self,
-        pattern: str | Path,
+        pattern: str | Path | Index,
         fields: Fields,
         transform: Transform,
         seed: int = 0,
         unreadable: Unreadable = "fail",
         cache: Cache | None = None,
     ) -> None:
-        self.index = read_index(pattern)
+        self.index = pattern if isinstance(pattern, Index) else read_index(pattern)
         self.fields, self.transform = fields.as_told(self.index.fields), transform
         self.seed = seed
         self.unreadable = unreadable

@@ -14,21 +14,23 @@ from dr2dist.data.stream import ShardDataset
 from dr2dist.tasks.task import Task
 
 
-def datasets(config: Config, task: Task) -> tuple[ShardDataset, ShardDataset | None]:
-    """(training, held out), the second None where there is none. Raises UserError for shards or
-    transforms that cannot be."""
+def datasets(
+    config: Config, task: Task, train: Index, val: Index | None
+) -> tuple[ShardDataset, ShardDataset | None]:
+    """(training, held out), the second None where there is none. Raises UserError for transforms
+    that cannot be."""
     data = config.data
     skip, fields = data.unreadable == "skip", Fields(task.fields, data.fields)
     transform, seed, cache = task.transform(data), config.train.seed, cache_of(data)
-    train = ShardDataset(
-        data.train, fields, transform, seed, "other" if skip else "fail", cache=cache
+    training = ShardDataset(
+        train, fields, transform, seed, "other" if skip else "fail", cache=cache
     )
-    if data.val is None:
-        return train, None
+    if val is None:
+        return training, None
     held_out = ShardDataset(
-        data.val, fields, task.transform(), unreadable="drop" if skip else "fail", cache=cache
+        val, fields, task.transform(), unreadable="drop" if skip else "fail", cache=cache
     )
-    return train, held_out
+    return training, held_out
 
 
 def cache_of(data: Data) -> Cache | None:

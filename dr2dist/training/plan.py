@@ -86,7 +86,7 @@ class Plan:
         fetch: timm's own weights are fetched now, before all ranks would at once.
         """
         self.compare_shards(config)
-        for dataset in filter(None, datasets(config, self.task)):
+        for dataset in filter(None, datasets(config, self.task, self.train, self.val)):
             dataset[0, 0]
         if self.blueprint.weights == "hub":
             if fetch:

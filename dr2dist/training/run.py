@@ -227,7 +227,7 @@ def _trainer(
         lr_scales=lr_scales,
         limits=config.coefficients.limits() if isinstance(config.coefficients, Guarded) else None,
     )
-    train, val = streams(config, plan.task, engine, progress.consumed)
+    train, val = streams(config, plan, engine, progress.consumed)
     return Trainer(
         engine,
         plan.task,

@@ -7,25 +7,24 @@ from typing import Any
 
 from dr2dist.config import Config
 from dr2dist.data.dealt import dealt_batches
-from dr2dist.data.index import Index
 from dr2dist.data.order import Item, batches, fitting_nodes, validation_batches
 from dr2dist.data.prefetch import Prefetcher, check_limit
 from dr2dist.data.stream import loader
 from dr2dist.parallel.agreement import agree
 from dr2dist.parallel.engine import ReversibleEngine
 from dr2dist.parallel.processes import nodes_of
-from dr2dist.tasks.task import Task
-from dr2dist.training.datasets import cache_of, datasets, order_of
+from dr2dist.training.datasets import cache_of, datasets
+from dr2dist.training.plan import Plan
 
 
-def streams(config: Config, task: Task, engine: ReversibleEngine, start: int) -> Any:
+def streams(config: Config, plan: Plan, engine: ReversibleEngine, start: int) -> Any:
     """(training, validation): endless micro-batches of this replica, and its share of the held-out
     samples, None without any. start: samples that the run has consumed so far."""
     data, train = config.data, config.train
-    dataset, held_out = datasets(config, task)
+    dataset, held_out = datasets(config, plan.task, plan.train, plan.val)
     needed = engine.first or engine.last
-    collate = task.collate
-    items = _training_items(config, dataset.index, engine, start)
+    collate = plan.task.collate
+    items = _training_items(config, plan, engine, start)
     stream = iter(loader(dataset, items, data.num_workers, collate) if needed else ())
     if held_out is None:
         return stream, None
@@ -37,22 +36,20 @@ def streams(config: Config, task: Task, engine: ReversibleEngine, start: int) ->
 
 
 def _training_items(
-    config: Config, index: Index, engine: ReversibleEngine, start: int
+    config: Config, plan: Plan, engine: ReversibleEngine, start: int
 ) -> Iterator[list[Item]]:
-    train = config.train
+    train, index, order = config.train, plan.train, plan.order
     ways = {"micro_batch": train.micro_batch, "accumulate": train.accumulate}
-    if config.data.order == "dealt":
-        size = train.micro_batch * train.accumulate * engine.replicas
+    if order is None:
         return dealt_batches(
             index.num_samples,
             index.streams,
             train.seed,
             rank=engine.replica,
             ranks=engine.replicas,
-            start=start // size,
+            start=start // plan.global_batch,
             **ways,
         )
-    order = order_of(config, index)
     nodes = nodes_of(engine.replicas)
     with agree():
         nodes = fitting_nodes(nodes, order, config.data.streams)
