@@ -34,7 +34,8 @@ from tqdm import tqdm
 from dr2dist.data.cache import Cache
 from dr2dist.data.fields import Fields
 from dr2dist.data.indexing import index_shards
-from dr2dist.data.order import Order, batches
+from dr2dist.data.order import Order
+from dr2dist.data.positions import batches
 from dr2dist.data.stream import ShardDataset, loader
 
 SIZE, BATCH = 224, 32

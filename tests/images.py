@@ -19,13 +19,17 @@ from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.tasks.classification import Classification, ClassificationOptions
 from dr2dist.tasks.images import IMAGE
 
+BRIGHT_OR_DARK = ("bright", "dark")
 
-def make_folder(root: Path, count: int = 23, size: int = 40) -> Path:
+
+def make_folder(
+    root: Path, count: int = 23, size: int = 40, classes: tuple[str, str] = BRIGHT_OR_DARK
+) -> Path:
     """root/{bright,dark}/N.png|jpg with a class that can be seen."""
     generator = np.random.default_rng(0)
     for index in range(count):
         label = index % 3 == 0
-        folder = root / ("dark" if label else "bright")
+        folder = root / classes[label]
         folder.mkdir(parents=True, exist_ok=True)
         pixels = generator.integers(0, 90, (size, size, 3)) + (0 if label else 150)
         extension = "png" if index % 2 else "jpg"
@@ -33,11 +37,13 @@ def make_folder(root: Path, count: int = 23, size: int = 40) -> Path:
     return root
 
 
-def make_small_shards(root: Path, count: int = 60, size: int = 40) -> Path:
+def make_small_shards(
+    root: Path, count: int = 60, size: int = 40, classes: tuple[str, str] = BRIGHT_OR_DARK
+) -> Path:
     """root/shards/{train,val} from such a folder."""
-    records, classes = image_folder(make_folder(root / "images", count, size))
+    records, names = image_folder(make_folder(root / "images", count, size, classes))
     output = root / "shards"
-    make_shards(records, classes, output, samples_per_shard=16, val_fraction=0.3, progress=False)
+    make_shards(records, names, output, samples_per_shard=16, val_fraction=0.3, progress=False)
     return output
 
 

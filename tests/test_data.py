@@ -19,7 +19,7 @@ from PIL import Image
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import read_index
 from dr2dist.data.indexing import index_shards
-from dr2dist.data.order import validation_batches
+from dr2dist.data.positions import validation_batches
 from dr2dist.data.shards import make_shards, verify_shards
 from dr2dist.data.sources import SOURCES
 from dr2dist.data.stream import ShardDataset

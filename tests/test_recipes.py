@@ -18,7 +18,7 @@ from dr2dist.backbones.parameters import freeze
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.config.optim import Group, Optim
 from dr2dist.data.order import Order
-from dr2dist.data.order import batches as training_batches
+from dr2dist.data.positions import batches as training_batches
 from dr2dist.data.randomness import seeded
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError

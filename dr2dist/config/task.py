@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import ByteSize, Field, create_model
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    PlainSerializer,
+    create_model,
+    model_validator,
+)
 
 from dr2dist.config.section import Place, Positive, Section
 from dr2dist.config.text import shown_value
@@ -43,10 +50,41 @@ class CacheOptions(Section):
     )
 
 
+class Source(Section):
+    """One of several sources of training samples, which are mixed."""
+
+    shards: Place = Field(description="a folder, brace pattern, index, or URL of one")
+    passes: float = Field(1.0, gt=0, description="over its samples in an epoch, such as 2 or 0.25")
+
+
+def _listed(value: Any) -> Any:
+    """One source stands alone, or is a member of a list; it may be said by its shards."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list):
+        return listed
+    return [{"shards": each} if isinstance(each, str) else each for each in listed]
+
+
+def _as_said(sources: tuple[Source, ...]) -> Any:
+    alone = len(sources) == 1 and sources[0].passes == 1
+    return sources[0].shards if alone else [source.effective() for source in sources]
+
+
+Sources = Annotated[
+    tuple[Source, ...],
+    BeforeValidator(_listed),
+    PlainSerializer(_as_said),
+    Field(min_length=1),
+]
+
+
 class Data(Section):
     """Shards, and how their samples are prepared."""
 
-    train: Place = Field(description="shards: a folder, brace pattern, index, or URL of one")
+    train: Sources = Field(
+        description="shards: a folder, brace pattern, index, or URL of one; or a list of several "
+        "{shards: ..., passes: ...}, which are mixed"
+    )
     val: Place | None = Field(None, description="the same for validation; null: none")
     num_workers: int = Field(0, ge=0, description="loader processes of each rank")
     order: Literal["streams", "dealt"] = Field(
@@ -70,6 +108,12 @@ class Data(Section):
         """See Section."""
         dealt = self.order == "dealt"
         return dict.fromkeys(("streams", "shuffle_window"), "order dealt") if dealt else {}
+
+    @model_validator(mode="after")
+    def _one_source_dealt(self) -> Self:
+        if self.order == "dealt" and (len(self.train) > 1 or self.train[0].passes != 1):
+            raise ValueError("order is dealt, allowed with one source of one pass only")
+        return self
 
     def preprocessing(self) -> dict[str, Any]:
         """What is said here of how samples are prepared, in place of what the model says."""

@@ -55,7 +55,8 @@ def compare_with_index(index: Index, skip: bool = False) -> None:
 def check_fields(index: Index, fields: Fields, source: str) -> None:
     """Raises UserError if a shard's first sample lacks a field. source: the shards' name."""
     for shard in index.shards:
-        for field in fields.all if shard.extensions else ():
+        told = fields.as_told(index.fields_of(shard))
+        for field in told.all if shard.extensions else ():
             if field.choose(shard.extensions) is None:
                 found = ", ".join(f".{name}" for name in shard.extensions)
                 raise UserError(

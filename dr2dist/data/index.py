@@ -72,9 +72,17 @@ class Index:
         """Samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
+    def bytes_of(self, samples: int) -> float:
+        """Of so many samples, as shards are on average."""
+        return sum(shard.bytes or 0 for shard in self.shards) * samples / self.num_samples
+
     @property
-    def fields(self) -> dict[str, str]:
-        """Where fields of samples are, of those that an index knows."""
+    def sources(self) -> tuple[Index, ...]:
+        """Those that are joined here: this one alone."""
+        return (self,)
+
+    def fields_of(self, shard: Shard) -> dict[str, str]:
+        """Where fields of a shard's samples are, of those that an index knows."""
         return {} if self.label is None else {"label": self.label}
 
     def where(self, shard: Shard) -> str:

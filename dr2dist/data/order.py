@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from dr2dist.errors import UserError
 
 Item = tuple[int, int]
 """(epoch, index of the sample)."""
@@ -62,7 +60,9 @@ class Order:
 
     counts: samples of each shard, in the index's order. digest: of the index, in hexadecimal.
     streams: at most so many, and no stream of fewer than 16 samples. window: samples of a stream
-    within which it is mixed; None: ten shards. seed: the run's.
+    within which it is mixed; None: ten shards. seed: the run's. turned: streams follow each other
+    over an epoch's end as they do within it, but for its last round; else each epoch begins with
+    the first.
     """
 
     def __init__(
@@ -72,9 +72,11 @@ class Order:
         streams: int = STREAMS,
         window: int | None = None,
         seed: int = 0,
+        turned: bool = False,
     ) -> None:
-        self.counts, self.digest = tuple(counts), digest
+        self.counts, self.digest, self.turned = tuple(counts), digest, turned
         self.num_samples = sum(self.counts)
+        self.lengths = (self.num_samples,)
         self.streams = _fitting(streams, self.num_samples)
         self.window, self.seed = window, seed & (2**64 - 1)
         self._epochs: OrderedDict[tuple[int, int], _Epoch] = OrderedDict()
@@ -109,36 +111,29 @@ class Order:
             return min(self.window, length)
         return length if len(runs) <= WINDOW_SHARDS else -(-length * WINDOW_SHARDS // len(runs))
 
+    def window_most(self) -> int:
+        """Samples within which the stream of the largest window is mixed."""
+        return max(map(self.window_of, range(self.streams)))
+
+    def span(self) -> int:
+        """Positions that a window of each stream takes."""
+        return self.window_most() * self.streams
+
     def within(self, window: int) -> Order:
         """The same with another window."""
-        return Order(self.counts, self.digest, self.streams, window, self.seed)
+        return Order(self.counts, self.digest, self.streams, window, self.seed, self.turned)
 
     def describe(self) -> str:
         """In a few words."""
-        window = max(self.window_of(stream) for stream in range(self.streams))
-        shards = len(self.counts)
         return (
-            f"{self.streams} stream(s) of {shards} shard(s), each mixed within {window} samples: "
-            f"at most {self.open_at_most([1] * shards)} shards are open at a time"
+            f"{self.streams} stream(s) of {len(self.counts)} shard(s), each mixed within "
+            f"{self.window_most()} samples"
         )
-
-    def open_at_most(self, sizes: Sequence[int], node: int = 0, nodes: int = 1) -> int:
-        """The largest sum of sizes of shards that a node has open at a time."""
-        ends: list[tuple[int, int, int]] = []
-        for use in self.uses(0, self.streams_of(node, nodes)):
-            ends += [(use.first, 1, use.shard), (use.last + 1, -1, use.shard)]
-        open_, now, most = dict.fromkeys(range(len(self.counts)), 0), 0, 0
-        for _, change, shard in sorted(ends):
-            before = open_[shard] > 0
-            open_[shard] += change
-            now += sizes[shard] * ((open_[shard] > 0) - before)
-            most = max(most, now)
-        return most
 
     def items(self, positions: Numbers) -> list[Item]:
         """The samples of positions, counted from the start of the run: int64 [P], any order."""
         epochs, places = np.divmod(positions, self.num_samples)
-        steps, streams = np.divmod(places, self.streams)
+        steps, streams = places // self.streams, self._turned(positions) % self.streams
         samples = np.empty(len(positions), np.int64)
         keys = epochs * self.streams + streams
         for key in np.unique(keys):
@@ -147,30 +142,42 @@ class Order:
             samples[own] = self._of_stream(epoch, stream, steps[own])
         return list(zip(epochs.tolist(), samples.tolist(), strict=True))
 
-    def uses(self, epoch: int, streams: Sequence[int]) -> list[Use]:
-        """When streams read their shards in an epoch, and a little more."""
+    def owners(self, positions: Numbers, nodes: int) -> Numbers:
+        """Which node reads the stream of each position: int64 [P]."""
+        return self._turned(positions) % nodes
+
+    def _turned(self, positions: Numbers) -> Numbers:
+        """Numbers that name streams by their remainders."""
+        places = positions % self.num_samples
+        last_round = places >= self.num_samples - self.num_samples % self.streams
+        return np.where(last_round, places, positions) if self.turned else places
+
+    def uses(self, epoch: int, node: int = 0, nodes: int = 1) -> list[Use]:
+        """When a node reads its shards in an epoch, and a little more."""
         found: list[Use] = []
-        for stream in streams:
+        for stream in self._streams_of(node, nodes):
             shards, _, places = self._epoch(epoch, stream)
             length, window = int(places[-1]), self.window_of(stream)
             # Ranks differ from places by chance: a few times the root of how many change places.
             reach = length if window >= length else window // 2 + 4 * math.isqrt(window) + 1
             first = np.maximum(0, places[:-1] - reach)
             last = np.minimum(length - 1, places[1:] + reach)
-            begin = epoch * self.num_samples + stream
+            begin = epoch * self.num_samples
             found += map(
                 Use,
                 shards.tolist(),
                 (begin + first * self.streams).tolist(),
-                (begin + last * self.streams).tolist(),
+                (begin + (last + 1) * self.streams - 1).tolist(),
             )
         return found
 
-    def streams_of(self, node: int, nodes: int) -> range:
-        """What a node reads."""
-        if nodes >= self.streams:
+    def _streams_of(self, node: int, nodes: int) -> range:
+        """What a node reads: all, where neither number divides the other."""
+        if nodes % self.streams == 0:
             return range(node % self.streams, node % self.streams + 1)
-        return range(node, self.streams, nodes)
+        return (
+            range(node, self.streams, nodes) if self.streams % nodes == 0 else range(self.streams)
+        )
 
     def _of_stream(self, epoch: int, stream: int, steps: Numbers) -> Numbers:
         """The samples of a stream's steps."""
@@ -258,73 +265,3 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
-
-
-def batches(
-    order: Order,
-    *,
-    micro_batch: int,
-    accumulate: int,
-    replica: int,
-    replicas: int,
-    nodes: int = 1,
-    start: int = 0,
-) -> Iterator[list[Item]]:
-    """One replica's micro-batches, without end, from position `start` on.
-
-    The k-th global batch of micro_batch * accumulate * replicas samples is the next so many
-    positions, whatever the ranks: it may cross into the next epoch, and nothing is left out. Nodes
-    have replicas // nodes replicas each and take places p = node mod nodes, so that each reads its
-    own streams; each micro-batch is a run of a node's positions, of all of its streams.
-    """
-    size, own = micro_batch * accumulate * replicas, replicas // nodes
-    node, place = divmod(replica, own)
-    while True:
-        positions = of_node(order.num_samples, start, size, node, nodes)
-        for part in positions.reshape(accumulate, own, micro_batch)[:, place]:
-            yield order.items(part)
-        start += size
-
-
-def fitting_nodes(nodes: int, order: Order, wanted: int) -> int:
-    """Over how many nodes the streams are split: over all, or over none where a small data set has
-    fewer streams than the `wanted` ones.
-
-    Raises UserError where neither number divides the other.
-    """
-    if not order.streams % nodes or not nodes % order.streams:
-        return nodes
-    if order.streams < wanted:
-        return 1
-    less, more = wanted // nodes * nodes, -(-wanted // nodes) * nodes
-    raise UserError(
-        f"data.streams is {wanted}, which {nodes} nodes do not divide: allowed are such as "
-        f"{less or nodes} and {more}"
-    )
-
-
-def of_node(samples: int, start: int, size: int, node: int, nodes: int) -> Numbers:
-    """A node's positions of a global batch, in order: size // nodes of them.
-
-    Where a batch crosses into the next epoch the places of a node may be one too many or too few:
-    the last of those who have too many go to those who have too few.
-    """
-    positions = np.arange(start, start + size)
-    owner = positions % samples % nodes
-    share = size // nodes
-    if start % samples + size > samples:
-        counts = np.bincount(owner, minlength=nodes)
-        spare = np.concatenate([np.flatnonzero(owner == n)[share:] for n in range(nodes)])
-        wanting = np.repeat(np.arange(nodes), np.maximum(0, share - counts))
-        owner[np.sort(spare)] = wanting
-    return positions[owner == node]
-
-
-def validation_batches(num_samples: int, *, batch: int, rank: int, ranks: int) -> list[list[int]]:
-    """One rank's share of all samples: each is in exactly one batch of one rank.
-
-    Every rank has the same number of batches, so that collectives meet; some may be empty.
-    """
-    own = list(range(rank, num_samples, ranks))
-    rounds = -(-num_samples // (batch * ranks))
-    return [own[k * batch : (k + 1) * batch] for k in range(rounds)]

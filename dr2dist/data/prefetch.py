@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from dr2dist.data.cache import Cache, room_for
 from dr2dist.data.index import Index
-from dr2dist.data.order import Item, Order, Use
+from dr2dist.data.order import Item, Use
+from dr2dist.data.positions import AnyOrder, open_at_most
 from dr2dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -26,10 +27,9 @@ class Prefetcher:
     are used sooner leave room. What it cannot fetch is left to those who read it, who then say why.
     """
 
-    def __init__(self, cache: Cache, index: Index, order: Order, node: int, nodes: int) -> None:
+    def __init__(self, cache: Cache, index: Index, order: AnyOrder, node: int, nodes: int) -> None:
         self.cache, self.index, self.order = cache, index, order
-        self.streams = order.streams_of(node, nodes)
-        self.ahead = max(map(order.window_of, self.streams)) * order.streams
+        self.node, self.nodes, self.ahead = node, nodes, order.span()
         self._wanted = [index.wanted(shard) for shard in index.shards]
         self._names = [wanted.name for wanted in self._wanted]
         self._uses: dict[int, list[Use]] = {}
@@ -71,7 +71,8 @@ class Prefetcher:
     def look(self, position: int) -> None:
         """Says what is used when, and fetches what is used soon."""
         first_uses = self._first_uses(position)
-        soon = {self._names[shard]: samples for shard, samples in first_uses.items()}
+        # A file may be a shard of several sources.
+        soon = {self._names[shard]: first_uses[shard] for shard in reversed(first_uses)}
         self.cache.plan(soon, self.ahead)
         room = self.cache.limit
         for shard, samples in first_uses.items():
@@ -84,7 +85,7 @@ class Prefetcher:
         """In how many samples each shard is used next, 0 for what is in use; the first first."""
         epoch = position // self.order.num_samples
         if epoch not in self._uses:
-            both = (self.order.uses(epoch + k, self.streams) for k in range(EPOCHS))
+            both = (self.order.uses(epoch + k, self.node, self.nodes) for k in range(EPOCHS))
             self._uses = {epoch: sorted((use for uses in both for use in uses), key=_first)}
         found: dict[int, int] = {}
         for use in self._uses[epoch]:
@@ -97,13 +98,13 @@ def _first(use: Use) -> int:
     return use.first
 
 
-def check_limit(cache: Cache, index: Index, order: Order, nodes: int) -> None:
+def check_limit(cache: Cache, index: Index, order: AnyOrder, nodes: int) -> None:
     """Raises UserError for a cache that cannot hold what a node has open at a time and the shard
     that is fetched meanwhile."""
     least = least_cache(index, order, nodes)
     if cache.limit >= least:
         return
-    window = max(map(order.window_of, range(order.streams)))
+    window = order.window_most()
     while window > 1 and least_cache(index, order.within(window), nodes) > cache.limit:
         window //= 2
     fits = least_cache(index, order.within(window), nodes) <= cache.limit
@@ -114,9 +115,9 @@ def check_limit(cache: Cache, index: Index, order: Order, nodes: int) -> None:
     )
 
 
-def least_cache(index: Index, order: Order, nodes: int = 1) -> int:
+def least_cache(index: Index, order: AnyOrder, nodes: int = 1) -> int:
     """Bytes that any node's cache needs."""
     sizes = [room_for(shard.bytes or 0) for shard in index.shards]
     several = range(min(nodes, order.streams))
-    most = max(order.open_at_most(sizes, node, nodes) for node in several)
+    most = max(open_at_most(order, sizes, node, nodes) for node in several)
     return min(sum(sizes), most + max(sizes, default=0))

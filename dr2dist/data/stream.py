@@ -70,7 +70,8 @@ class ShardDataset(Dataset[Read]):
         cache: Cache | None = None,
     ) -> None:
         self.index = pattern if isinstance(pattern, Index) else read_index(pattern)
-        self.fields, self.transform = fields.as_told(self.index.fields), transform
+        self.fields, self.transform = fields, transform
+        self._told_fields: dict[tuple[tuple[str, str], ...], Fields] = {}
         self.seed = seed
         self.unreadable = unreadable
         self._stand_in: Read | None = None
@@ -143,20 +144,29 @@ class ShardDataset(Dataset[Read]):
 
     def _read(self, index: int) -> tuple[str, Values]:
         shard, number = self._locate(index)
+        fields = self._fields_of(shard)
         opened = self._open[shard]
         sample = opened.members[number]
         try:
             members = {}
-            for extension in self.fields.wanted(sample.extensions):
+            for extension in fields.wanted(sample.extensions):
                 if extension in sample.members:
                     members[extension] = opened.read(*sample.members[extension])
                 else:  # what the index alone says
                     members[extension] = str(sample.label).encode()
-            values = self.fields.decode(members or dict.fromkeys(sample.members, b""))
+            values = fields.decode(members or dict.fromkeys(sample.members, b""))
         except (OSError, ValueError) as error:
             path = self.index.where(shard)
             raise UserError(f"{path}: sample '{sample.key}' cannot be read: {error}") from None
         return self._key(shard, sample.key), values
+
+    def _fields_of(self, shard: Shard) -> Fields:
+        """Where a shard's index says that they are, unless the run says otherwise."""
+        told = self.index.fields_of(shard)
+        key = tuple(told.items())
+        if key not in self._told_fields:
+            self._told_fields[key] = self.fields.as_told(told)
+        return self._told_fields[key]
 
     def _key(self, shard: Shard, key: str) -> str:
         """A sample's, with its shard's name where several shards have it."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dr2dist.config.task import DEFAULT_TASK
 from dr2dist.data.cache import Cache
 from dr2dist.data.fields import Fields
-from dr2dist.data.order import validation_batches
+from dr2dist.data.positions import validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import ready

@@ -8,8 +8,11 @@ from dr2dist.config import Config
 from dr2dist.config.task import Data
 from dr2dist.data.cache import Cache
 from dr2dist.data.fields import Fields
-from dr2dist.data.index import Index
+from dr2dist.data.index import Index, read_index
+from dr2dist.data.joined import Joined
+from dr2dist.data.mixing import MixedOrder
 from dr2dist.data.order import Order
+from dr2dist.data.positions import AnyOrder
 from dr2dist.data.stream import ShardDataset
 from dr2dist.tasks.task import Task
 
@@ -41,8 +44,27 @@ def cache_of(data: Data) -> Cache | None:
     return Cache(Path(said.folder), int(said.limit), said.patience, said.of == "all")
 
 
-def order_of(config: Config, index: Index) -> Order:
+def indexes(data: Data) -> tuple[Index, Index | None]:
+    """(of training samples, of held-out ones). Raises UserError for one that cannot be read."""
+    found = [read_index(source.shards) for source in data.train]
+    alone = len(found) == 1 and data.train[0].passes == 1
+    train = found[0] if alone else Joined.of(found, [source.passes for source in data.train])
+    return train, None if data.val is None else read_index(data.val)
+
+
+def order_of(config: Config, index: Index) -> AnyOrder:
     """The order of a run's training samples."""
-    data = config.data
-    counts = [shard.samples for shard in index.shards]
-    return Order(counts, index.digest(), data.streams, data.shuffle_window, config.train.seed)
+    data, parts = config.data, index.sources
+    mixed = isinstance(index, Joined)
+    orders = [
+        Order(
+            [shard.samples for shard in part.shards],
+            part.digest(),
+            data.streams,
+            data.shuffle_window,
+            config.train.seed + number,
+            turned=mixed,
+        )
+        for number, part in enumerate(parts)
+    ]
+    return MixedOrder(orders, index.passes) if isinstance(index, Joined) else orders[0]

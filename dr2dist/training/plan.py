@@ -21,8 +21,9 @@ from dr2dist.coefficients import Schedule
 from dr2dist.config import Config
 from dr2dist.data.compared import check_fields, compare_with_index
 from dr2dist.data.fields import Fields
-from dr2dist.data.index import Index, read_index
-from dr2dist.data.order import Order
+from dr2dist.data.index import Index
+from dr2dist.data.mixing import MixedOrder
+from dr2dist.data.positions import AnyOrder, open_at_most
 from dr2dist.data.prefetch import least_cache
 from dr2dist.errors import UserError
 from dr2dist.loggers.registry import check_loggers
@@ -33,7 +34,7 @@ from dr2dist.parallel.pipeline.partition import partition
 from dr2dist.reversible import Setting
 from dr2dist.reversible.trees import tree_leaves
 from dr2dist.tasks.task import Task
-from dr2dist.training.datasets import datasets, order_of
+from dr2dist.training.datasets import datasets, indexes, order_of
 from dr2dist.training.groups import parameter_groups
 from dr2dist.training.schedule import learning_rate
 
@@ -58,7 +59,7 @@ class Plan:
     parts: tuple[range, ...]
     steps: int
     steps_per_epoch: int
-    order: Order | None
+    order: AnyOrder | None
     schedule: Schedule
     train: Index
     val: Index | None
@@ -96,7 +97,7 @@ class Plan:
 
     def compare_shards(self, config: Config) -> None:
         """Raises UserError for shards that are not those of their index."""
-        for index in filter(None, (self.train, self.val)):
+        for index in (*self.train.sources, *(self.val.sources if self.val else ())):
             compare_with_index(index, config.data.unreadable == "skip")
 
     def describe_longer(self, config: Config, done: int) -> str:
@@ -122,6 +123,7 @@ class Plan:
                 f"coefficients  ({first.alpha:.4f}, {first.beta:.4f}) to "
                 f"({last.alpha:.4f}, {last.beta:.4f})",
                 f"samples       {self.train.num_samples} for training, {held_out} for validation",
+                *self._describe_sources(),
                 f"steps         {self.steps} of {self.global_batch} samples on "
                 f"{self.grid.stages * self.grid.replicas} rank(s), {self.steps_per_epoch} an epoch",
                 *self._describe_order(),
@@ -139,13 +141,30 @@ class Plan:
         rank, count = self.blueprint.lora.rank, len(self.adapted)
         return [f"adapters      rank {rank} on {count} linear layers: {', '.join(kinds)}"]
 
+    def _describe_sources(self) -> list[str]:
+        if not isinstance(self.order, MixedOrder):
+            return []
+        return [
+            f"  source      {part.base}: {part.num_samples} samples, {passes:g} pass(es) and "
+            f"{length / self.order.num_samples:.1%} of an epoch"
+            for part, passes, length in zip(
+                self.train.sources, self.order.passes, self.order.lengths, strict=True
+            )
+        ]
+
     def _describe_order(self) -> list[str]:
         if self.order is None:
             return []
-        lines, shards = [f"order         {self.order.describe()}"], self.train.shards
+        shards = self.train.shards
+        lines = [
+            f"order         {self.order.describe()}: at most {open_at_most(self.order)} shards "
+            "are open at a time"
+        ]
         if all(shard.bytes for shard in shards):
-            each = sum(shard.bytes or 0 for shard in shards) / self.train.num_samples
-            lines.append(f"reads         {each * self.global_batch:,.0f} bytes a step")
+            parts = zip(self.train.sources, self.order.lengths, strict=True)
+            epoch = sum(part.bytes_of(length) for part, length in parts)
+            step = epoch * self.global_batch / self.order.num_samples
+            lines.append(f"reads         {step:,.0f} bytes a step")
         if any(map(self.train.is_remote, shards)):
             least = least_cache(self.train, self.order)
             lines.append(f"cache         at least {least:,} bytes, if one node reads all streams")
@@ -246,20 +265,23 @@ def make_plan(config: Config, ranks: int) -> Plan:
     """
     _check_precision(config.train.precision)
     check_loggers(config.train.loggers)
-    train, val = _indices(config)
+    train, val = indexes(config.data)
     grid = Grid.of(ranks, config.parallel.stages)
     batch = config.train.micro_batch * config.train.accumulate * grid.replicas
-    dealt = config.data.order == "dealt"
-    if train.num_samples < batch:
+    order = None if config.data.order == "dealt" else order_of(config, train)
+    samples = train.num_samples if order is None else order.num_samples
+    if samples < batch:
         raise UserError(
-            f"{config.data.train}: holds {train.num_samples} samples, fewer than a global batch "
+            f"{train.base}: holds {samples} samples, fewer than a global batch "
             f"of {batch} (train.micro_batch x train.accumulate x {grid.replicas} replicas)"
         )
     # Dealt batches end with an epoch; those of streams cross into the next one.
-    per_epoch = train.num_samples // batch if dealt else -(-train.num_samples // batch)
+    per_epoch = samples // batch if order is None else -(-samples // batch)
     passes = config.train.epochs or 0
-    of_epochs = passes * per_epoch if dealt else passes * train.num_samples / batch
-    steps = config.train.steps or max(1, round(of_epochs) if dealt else math.ceil(of_epochs))
+    of_epochs = passes * per_epoch if order is None else passes * samples / batch
+    steps = config.train.steps or max(
+        1, round(of_epochs) if order is None else math.ceil(of_epochs)
+    )
     schedule = config.coefficients.schedule(steps)
     blueprint = Blueprint.of(config, train.classes)
     _check_weights(config.model.given_weights)
@@ -281,7 +303,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
         parts=partition([layer.flops for layer in layers], grid.stages) if layers else (),
         steps=steps,
         steps_per_epoch=per_epoch,
-        order=None if dealt else order_of(config, train),
+        order=order,
         schedule=schedule,
         train=train,
         val=val,
@@ -323,22 +345,17 @@ def _check_precision(precision: str) -> None:
         )
 
 
-def _indices(config: Config) -> tuple[Index, Index | None]:
-    train = read_index(config.data.train)
-    return train, None if config.data.val is None else read_index(config.data.val)
-
-
 def _check_data(config: Config, task: Task, train: Index, val: Index | None) -> None:
     """Raises UserError for data that are not what the task learns."""
     fields = Fields(task.fields, config.data.fields)
     task.check_index(train, "data.train")
-    check_fields(train, fields.as_told(train.fields), "data.train")
+    check_fields(train, fields, "data.train")
     task.transform(config.data)  # says what it cannot do
     if val is not None:
         if val.classes != train.classes:
             raise UserError("data.val: its classes differ from those of data.train")
         task.check_index(val, "data.val")
-        check_fields(val, fields.as_told(val.fields), "data.val")
+        check_fields(val, fields, "data.val")
     task.learn_from(train)
 
 

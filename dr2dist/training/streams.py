@@ -7,7 +7,8 @@ from typing import Any
 
 from dr2dist.config import Config
 from dr2dist.data.dealt import dealt_batches
-from dr2dist.data.order import Item, batches, fitting_nodes, validation_batches
+from dr2dist.data.order import Item
+from dr2dist.data.positions import batches, fitting_nodes, validation_batches
 from dr2dist.data.prefetch import Prefetcher, check_limit
 from dr2dist.data.stream import loader
 from dr2dist.parallel.agreement import agree
