@@ -46,6 +46,7 @@ setup(
     ],
     extras_require={
         "bench": ["momentumnet", "revlib"],
+        "datasets": ["datasets"],
         "demo": ["onnx"],
         "docs": ["griffelib", "mkdocs", "mkdocstrings[python]", "rich", "ruff"],
         "loggers": ["mlflow-skinny", "wandb"],
@@ -54,6 +55,7 @@ setup(
         "remote": ["aiohttp", "gcsfs", "s3fs"],
         "test": [
             "aiohttp",
+            "datasets",
             "grimp",
             "import-linter",
             "mlflow-skinny",

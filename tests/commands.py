@@ -1,4 +1,4 @@
-"""The command line in a process of its own."""
+"""The command line, in a process of its own and in this one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,3 +24,13 @@ def dr2dist(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess
         timeout=240,
         check=False,
     )
+
+
+def call(capfd: Any, *arguments: str) -> tuple[int, str, str]:
+    """`dr2dist ARGUMENTS` in this process: its exit status and what it printed."""
+    from dr2dist.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    found = capfd.readouterr()
+    return int(ended.value.code or 0), found.out, found.err

@@ -51,14 +51,14 @@ def test_slices_and_accumulation_under_sgd_give_the_same_weights(
 @pytest.mark.parametrize(
     ("zero", "kind"),
     [
-        (0, "swin"),
         (1, "eva-mixed-rope"),
         (2, "vit-clip"),
-        (2, "relpos-post-norm"),
-        (3, "beit-shared-bias"),
-        (3, "relpos-shared"),
         (3, "relpos-shared-bias"),
         (3, "swin"),
+        pytest.param(0, "swin", marks=pytest.mark.slow),
+        pytest.param(2, "relpos-post-norm", marks=pytest.mark.slow),
+        pytest.param(3, "beit-shared-bias", marks=pytest.mark.slow),
+        pytest.param(3, "relpos-shared", marks=pytest.mark.slow),
     ],
 )
 def test_memory_modes_agree_in_every_bit_of_the_weights(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from tests.commands import dr2dist
+from tests.commands import call
 from tests.generated import generate, with_fault
 from tests.images import make_small_shards
 from tests.pool import Pool
@@ -51,10 +52,12 @@ def test_a_fault_is_refused_by_the_plan(
 
 
 @pytest.mark.parametrize("seed", [0, 9, *(pytest.param(n, marks=MANY) for n in range(10, 38))])
-def test_the_command_refuses_a_fault_with_status_2(seed: int, shards: Path, tmp_path: Path) -> None:
+def test_the_command_refuses_a_fault_with_status_2(
+    seed: int, shards: Path, tmp_path: Path, capfd: Any
+) -> None:
     path = tmp_path / "config.yaml"
     values = {"output": str(tmp_path / "run"), **with_fault(seed, str(shards))[0]}
     path.write_text(yaml.safe_dump(values))
-    done = dr2dist("train", str(path), "--dry-run")
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("dr2dist: ") and not (tmp_path / "run").exists()
+    status, _, told = call(capfd, "train", str(path), "--dry-run")
+    assert status == 2 and "Traceback" not in told, told
+    assert told.splitlines()[-1].startswith("dr2dist: ") and not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import image_folder
 from dr2dist.errors import UserError
 from dr2dist.training.lock import LOCK, RunLock, check_free
-from tests.commands import ROOT, dr2dist
+from tests.commands import ROOT, call
 from tests.images import make_folder, make_small_shards
 from tests.pool import Pool, wait_for
 from tests.test_checkpoint import weights
@@ -176,26 +177,25 @@ def test_no_checkpoint_that_is_sound_is_an_error(
     ],
 )
 def test_other_damage_is_named(
-    name: str, text: str, message: str, cut: Path, tmp_path: Path
+    name: str, text: str, message: str, cut: Path, tmp_path: Path, capfd: Any
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(cut / "run", run)
     (run / name).write_text(text)
-    status, told = _train(cut / "config.yaml", f"output={run}", "--dry-run")
-    assert status == 2 and message in told.splitlines()[-1], told
+    status, *told = call(capfd, "train", str(cut / "config.yaml"), f"output={run}", "--dry-run")
+    assert status == 2 and message in told[1].splitlines()[-1], told
 
 
-def _train(config: Path, *more: str) -> tuple[int, str]:
-    done = dr2dist("train", str(config), *more)
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_a_run_that_left_no_checkpoint_says_that_it_starts_anew(cut: Path, tmp_path: Path) -> None:
+def test_a_run_that_left_no_checkpoint_says_that_it_starts_anew(
+    cut: Path, tmp_path: Path, capfd: Any
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(cut / "run", run)
     shutil.rmtree(run / "checkpoints")
-    status, told = _train(cut / "config.yaml", "--ranks", "2", f"output={run}", "--dry-run")
-    assert status == 0 and "the run before was cut before its first checkpoint" in told, told
+    status, *told = call(
+        capfd, "train", str(cut / "config.yaml"), "--ranks", "2", f"output={run}", "--dry-run"
+    )
+    assert status == 0 and "the run before was cut before its first checkpoint" in told[0], told
 
 
 HOLD = """
@@ -207,7 +207,9 @@ with RunLock(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_one_folder_one_run_and_a_dead_owners_lock_is_free(cut: Path, tmp_path: Path) -> None:
+def test_one_folder_one_run_and_a_dead_owners_lock_is_free(
+    cut: Path, tmp_path: Path, capfd: Any
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(cut / "run", run)
     holder = subprocess.Popen(
@@ -219,8 +221,9 @@ def test_one_folder_one_run_and_a_dead_owners_lock_is_free(cut: Path, tmp_path: 
             check_free(run)
         with pytest.raises(UserError, match="in use by"), RunLock(run):
             raise AssertionError
-        status, told = _train(cut / "config.yaml", "--ranks", "2", f"output={run}", "--dry-run")
-        assert status == 2 and f"in use by process {holder.pid} of" in told.splitlines()[-1]
+        line = ("train", str(cut / "config.yaml"), "--ranks", "2", f"output={run}", "--dry-run")
+        status, *told = call(capfd, *line)
+        assert status == 2 and f"in use by process {holder.pid} of" in told[1].splitlines()[-1]
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()

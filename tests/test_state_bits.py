@@ -44,8 +44,23 @@ def assert_same(one: list[Tensor | None], other: list[Tensor | None]) -> None:
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
-@pytest.mark.parametrize("kind", ["vit", "eva-mixed-rope", "beit-shared-bias", "relpos", "swin"])
+FAMILIES = ("vit", "eva-mixed-rope", "beit-shared-bias", "relpos", "swin")
+FIRST = (("swin", "fp32"), ("vit", "bf16"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *((kind, "autocast") for kind in FAMILIES),
+        *FIRST,
+        *(
+            pytest.param(kind, precision, marks=pytest.mark.slow)
+            for kind in FAMILIES
+            for precision in ("fp32", "bf16")
+            if (kind, precision) not in FIRST
+        ),
+    ],
+)
 def test_memory_modes_agree_in_every_bit(kind: str, precision: str) -> None:
     slices = [{}, {"chunk_size": 2}, {"chunk_size": 1, "chunk_tokens": 16 if kind == "swin" else 7}]
     for number, layout in enumerate(slices):

@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 DEFAULT = [
     Case("TERM", "command", "step", "ZeRO-2"),
     Case("INT", "rank 1", "validation", "2 stages"),
+]
+MORE = [
     Case("KILL", "command", "checkpoint", "ZeRO-2"),
     Case("USR1", "everyone", "step", "2 stages"),
 ]
@@ -32,7 +34,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("signals"))
 
 
-@pytest.mark.parametrize("case", DEFAULT, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [*DEFAULT, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)],
+    ids=lambda case: case.name,
+)
 def test_a_run_that_is_hit_goes_on_to_the_same_bits(case: Case, bench: Bench) -> None:
     found = bench.run(case)
     text = (bench.folder / f"{case.name}.txt").read_text()

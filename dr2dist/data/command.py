@@ -21,7 +21,7 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
         "--val-fraction 0.1",
     )
     make.add_argument("--from", dest="kind", required=True, choices=tuple(SOURCES))
-    make.add_argument("--source", type=path, required=True, help="folder, or CSV file")
+    make.add_argument("--source", type=path, required=True, help="folder, or table")
     make.add_argument("--output", type=path, required=True, help="folder to make")
     make.add_argument("--samples-per-shard", type=positive, default=256)
     make.add_argument("--val-fraction", type=float, default=0.0, help="held out as OUTPUT/val")

@@ -43,7 +43,7 @@ def left_out(by_reason: Mapping[str, Sequence[Path | str]]) -> list[str]:
     return lines
 
 
-def shown(path: Path | str) -> str:
+def shown(path: os.PathLike[str] | str) -> str:
     """A path as any terminal can show it: bytes that are no UTF-8 and line breaks are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

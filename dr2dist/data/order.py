@@ -76,7 +76,7 @@ class Order:
     ) -> None:
         self.counts, self.digest, self.turned = tuple(counts), digest, turned
         self.num_samples = sum(self.counts)
-        self.lengths = (self.num_samples,)
+        self.lengths: tuple[int, ...] = (self.num_samples,)
         self.streams = _fitting(streams, self.num_samples)
         self.window, self.seed = window, seed & (2**64 - 1)
         self._epochs: OrderedDict[tuple[int, int], _Epoch] = OrderedDict()

@@ -23,8 +23,8 @@ from dr2dist.data.index import FORMAT, INDEX_NAME, Index, Shard, read_index
 from dr2dist.data.labels import class_index
 from dr2dist.data.listing import shown
 from dr2dist.data.members import ShardMembers
+from dr2dist.data.records import Readable, Record
 from dr2dist.data.scan import Scanned, scan
-from dr2dist.data.sources import Record
 from dr2dist.data.split import describe_parts, split
 from dr2dist.data.unfinished import check_output, unfinished
 from dr2dist.data.usable import usable
@@ -196,7 +196,7 @@ def _write_shard(path: Path, records: list[Record], left: list[str] | None) -> N
             writer.write({"__key__": record.key, **files, **record.members})
 
 
-def _readable(extension: str, path: Path) -> bytes:
+def _readable(extension: str, path: Readable) -> bytes:
     try:
         data = path.read_bytes()
         decode(extension, data)

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from dr2dist.data.decoders import IMAGE_TYPES
 from dr2dist.data.fields import split_name
 from dr2dist.data.listing import list_files, shown
+from dr2dist.data.records import COLUMNS, Members, Record, Source, classified, new_key
+from dr2dist.data.saved_datasets import saved_datasets
 from dr2dist.data.tables import read_table
 from dr2dist.errors import UserError, nearest, one_line
-
-
-@dataclass(frozen=True)
-class Record:
-    """One sample: a key that is unique in its source, its files by extension, further members, its
-    class where it has one, where it lies under the source, and what a table says of it by column.
-    """
-
-    key: str
-    files: dict[str, Path]
-    members: dict[str, bytes] = field(default_factory=dict)
-    label: int | None = None
-    place: str = ""
-    columns: dict[str, str] = field(default_factory=dict)
-
-
-Source = tuple[list[Record], list[str]]
-"""Records, and the names of the classes that labels count."""
-
-Members = tuple[dict[str, bytes], int | None]
-"""What is said of an image: further members by extension, and its class."""
-
-Described = tuple[Sequence[Members], list[str]]
-"""That of all images, and the names of the classes."""
-
-Cells = list[tuple[int, str]]
-"""(row, value) of a column."""
 
 
 def image_folder(path: Path) -> Source:
@@ -59,7 +32,7 @@ def image_folder(path: Path) -> Source:
             f"{shown(path)}: holds images but no folders of them; allowed is "
             f"{shown(path)}/CLASS/IMAGE"
         )
-    images = [(image, _classified(n)) for n, name in enumerate(classes) for image in own[name]]
+    images = [(image, classified(n)) for n, name in enumerate(classes) for image in own[name]]
     return _records(path, images), list(map(shown, classes))
 
 
@@ -89,7 +62,7 @@ def csv_table(path: Path) -> Source:
     first row and column that cannot be used; all are looked at.
     """
     rows, columns = read_table(path)
-    for column, read in _COLUMNS.items():
+    for column, read in COLUMNS.items():
         if column in columns and "path" in columns:
             files = [_file_of(path, row.number, row.values["path"]) for row in rows]
             cells = [(row.number, row.values[column].strip()) for row in rows]
@@ -120,52 +93,6 @@ def _file_of(table: Path, row: int, text: str) -> Path:
     raise UserError(f"{table}: row {row}: path: '{shown(text)}' is no file")
 
 
-def _class_names(names: set[str]) -> list[str]:
-    numeric = all(name.isdecimal() for name in names)
-    return sorted(names, key=lambda name: (int(name), name) if numeric else (0, name))
-
-
-def _one_class(path: Path, cells: Cells) -> Described:
-    for row, value in cells:
-        if not value:
-            raise UserError(f"{path}: row {row}: label is empty")
-    classes = _class_names({value for _, value in cells})
-    return [_classified(classes.index(value)) for _, value in cells], classes
-
-
-def _many_classes(path: Path, cells: Cells) -> Described:
-    each = [[name.strip() for name in value.split(";") if name.strip()] for _, value in cells]
-    classes = _class_names({name for names in each for name in names})
-    labels = [sorted({classes.index(name) for name in names}) for names in each]
-    return [({"json": json.dumps({"labels": found}).encode()}, None) for found in labels], classes
-
-
-def _numbers(path: Path, cells: Cells) -> Described:
-    described = []
-    for row, value in cells:
-        try:
-            numbers = [float(part) for part in value.split(";")]
-            if not all(map(math.isfinite, numbers)):
-                raise ValueError(value)
-        except ValueError:
-            raise UserError(
-                f"{path}: row {row}: target is '{value}', allowed are finite numbers between ';'"
-            ) from None
-        described.append(({"json": json.dumps({"target": numbers}).encode()}, None))
-    return described, []
-
-
-_COLUMNS: dict[str, Callable[[Path, Cells], Described]] = {
-    "label": _one_class,
-    "labels": _many_classes,
-    "target": _numbers,
-}
-
-
-def _classified(label: int) -> Members:
-    return {"cls": str(label).encode()}, label
-
-
 def elpv(path: Path) -> Source:
     """The folder of the elpv-dataset package: defective where the probability is over 0.5."""
     try:
@@ -174,7 +101,7 @@ def elpv(path: Path) -> Source:
         raise UserError(f"{path / 'labels.csv'}: cannot be read: {error.strerror}") from None
     rows = [line.split() for line in lines if line.strip()]
     found = [
-        (path / name, _classified(int(float(probability) > 0.5))) for name, probability, *_ in rows
+        (path / name, classified(int(float(probability) > 0.5))) for name, probability, *_ in rows
     ]
     return _records(path, found), ["functional", "defective"]
 
@@ -193,7 +120,7 @@ def folder_of_files(path: Path) -> Source:
         raise UserError(f"{path}: holds no files with extensions")
     taken: set[str] = set()
     records = [
-        Record(_new_key(inner, taken), files, {}, _class_of(files), inner.as_posix())
+        Record(new_key(inner, taken), files, {}, _class_of(files), inner.as_posix())
         for inner, files in samples.items()
     ]
     count = max((record.label + 1 for record in records if record.label is not None), default=0)
@@ -213,18 +140,9 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "imagefolder": image_folder,
     "csv": csv_table,
     "files": folder_of_files,
+    "datasets": saved_datasets,
     "elpv": elpv,
 }
-
-
-def _new_key(inner: Path, taken: set[str]) -> str:
-    """A key from a path that no other has, without a dot: shards end it at the first."""
-    base = shown(inner.as_posix()).replace("/", "-").replace(".", "_")
-    key, number = base, 1
-    while key in taken:
-        key, number = f"{base}-{number}", number + 1
-    taken.add(key)
-    return key
 
 
 def _records(root: Path, found: list[tuple[Path, Members]]) -> list[Record]:
@@ -235,7 +153,7 @@ def _records(root: Path, found: list[tuple[Path, Members]]) -> list[Record]:
     records = []
     for path, (members, label) in found:
         inner = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-        key = _new_key(inner.with_suffix(""), taken)
+        key = new_key(inner.with_suffix(""), taken)
         extension = path.suffix.lower().lstrip(".")
         records.append(Record(key, {extension: path}, members, label, inner.as_posix()))
     return records

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from dr2dist.data.listing import shown
-from dr2dist.data.sources import Record
+from dr2dist.data.records import Record
 from dr2dist.errors import UserError, nearest
 
 PARTS = ("train", "val", "test")

@@ -1,0 +1,118 @@
+"""Samples before they are in shards: files, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from dr2dist.data.listing import shown
+from dr2dist.errors import UserError
+
+
+class Readable(Protocol):
+    """A file of a sample: a Path, or what lies in another file. Its path is what messages say."""
+
+    def read_bytes(self) -> bytes:
+        """All of it. Raises OSError."""
+        ...
+
+    def stat(self) -> os.stat_result:
+        """Of the file that it is in. Raises OSError."""
+        ...
+
+    def __fspath__(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample: a key that is unique in its source, its files by extension, further members, its
+    class where it has one, where it lies under the source, and what a table says of it by column.
+    """
+
+    key: str
+    files: Mapping[str, Readable]
+    members: dict[str, bytes] = field(default_factory=dict)
+    label: int | None = None
+    place: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+Source = tuple[list[Record], list[str]]
+"""Records, and the names of the classes that labels count."""
+
+Members = tuple[dict[str, bytes], int | None]
+"""What is said of an image: further members by extension, and its class."""
+
+Described = tuple[Sequence[Members], list[str]]
+"""That of all images, and the names of the classes."""
+
+Cells = list[tuple[int, str]]
+"""(row, value) of a column."""
+
+
+def _class_names(names: set[str]) -> list[str]:
+    numeric = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name), name) if numeric else (0, name))
+
+
+def _one_class(path: Path, cells: Cells) -> Described:
+    for row, value in cells:
+        if not value:
+            raise UserError(f"{path}: row {row}: label is empty")
+    classes = _class_names({value for _, value in cells})
+    return [classified(classes.index(value)) for _, value in cells], classes
+
+
+def _many_classes(path: Path, cells: Cells) -> Described:
+    each = [[name.strip() for name in value.split(";") if name.strip()] for _, value in cells]
+    classes = _class_names({name for names in each for name in names})
+    labels = [sorted({classes.index(name) for name in names}) for names in each]
+    return [several(found) for found in labels], classes
+
+
+def _numbers(path: Path, cells: Cells) -> Described:
+    described = []
+    for row, value in cells:
+        try:
+            numbers = [float(part) for part in value.split(";")]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError(value)
+        except ValueError:
+            raise UserError(
+                f"{path}: row {row}: target is '{value}', allowed are finite numbers between ';'"
+            ) from None
+        described.append(({"json": json.dumps({"target": numbers}).encode()}, None))
+    return described, []
+
+
+COLUMNS: dict[str, Callable[[Path, Cells], Described]] = {
+    "label": _one_class,
+    "labels": _many_classes,
+    "target": _numbers,
+}
+"""Columns that say something of an image, the first that is there, and how they are read."""
+
+
+def classified(label: int) -> Members:
+    """What is said of an image of a class."""
+    return {"cls": str(label).encode()}, label
+
+
+def several(labels: Sequence[int]) -> Members:
+    """What is said of an image of any number of classes."""
+    return {"json": json.dumps({"labels": list(labels)}).encode()}, None
+
+
+def new_key(inner: Path, taken: set[str]) -> str:
+    """A key from a path that no other has, without a dot: shards end it at the first."""
+    base = shown(inner.as_posix()).replace("/", "-").replace(".", "_")
+    key, number = base, 1
+    while key in taken:
+        key, number = f"{base}-{number}", number + 1
+    taken.add(key)
+    return key
