@@ -1,4 +1,4 @@
 """The version, read by setup.py too."""
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 """What exported files, checkpoints and run folders name as the version that wrote them."""

@@ -25,9 +25,11 @@ from dr2dist.data.stream import ShardDataset
 from dr2dist.inference.exported import export
 from dr2dist.inference.portable import plain
 from dr2dist.tasks.transforms import eval_transform
+from tests.commands import call
 from tests.images import FIELDS, make_small_shards, on_image, samples_of
 from tests.models import build, images
 from tests.pool import Pool
+from tests.servers import serve
 
 CONFIG = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32}
@@ -74,27 +76,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory, finished: Any) -> Path:
     return path
 
 
-def command(capfd: Any, *arguments: str) -> tuple[int, str, str]:
-    from dr2dist.cli import main
-
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    found = capfd.readouterr()
-    return int(ended.value.code or 0), found.out, found.err
-
-
 def test_evaluate_gives_the_runs_own_validation(
     finished: tuple[Path, dict[str, Any]], shards: Path, tmp_path: Path, capfd: Any
 ) -> None:
     run, summary = finished
     for which in ("best", "last"):
         file, report = tmp_path / f"{which}.safetensors", tmp_path / f"{which}.json"
-        status, out, _ = command(capfd, "export", str(run), "--output", str(file), "--which", which)
+        status, out, _ = call(capfd, "export", str(run), "--output", str(file), "--which", which)
         assert status == 0 and f"after {summary[which]['step']} steps" in out
-        again = command(capfd, "export", str(run), "--output", str(file))
+        again = call(capfd, "export", str(run), "--output", str(file))
         assert again[0] == 2 and "exists already" in again[2]
         held_out = str(shards / "val")
-        status, out, _ = command(
+        status, out, _ = call(
             capfd, "evaluate", str(file), held_out, "--output", str(report), "--batch", "5"
         )
         assert status == 0
@@ -103,6 +96,25 @@ def test_evaluate_gives_the_runs_own_validation(
             if name != "step":
                 assert found[name] == pytest.approx(value, rel=1e-5), name
         assert report.with_suffix(".png").stat().st_size > 1000
+
+
+def test_evaluation_of_shards_that_are_elsewhere_is_that_of_these(
+    exported: Path, shards: Path, tmp_path: Path, capfd: Any
+) -> None:
+    server, reports = serve(shards / "val"), []
+    ways: dict[str, list[str]] = {"here": [], "there": ["--cache", str(tmp_path / "cache")]}
+    for name, more in ways.items():
+        source = str(shards / "val") if name == "here" else server.url
+        report = tmp_path / f"{name}.json"
+        status, _, err = call(
+            capfd, "evaluate", str(exported), source, "--output", str(report), *more
+        )
+        assert status == 0, err
+        reports.append(json.loads(report.read_text()))
+    assert reports[0] == reports[1] and list((tmp_path / "cache").glob("dr2dist-*.tar"))
+    status, _, err = call(capfd, "evaluate", str(exported), server.url)
+    server.stop()
+    assert status == 2 and "--cache" in err.splitlines()[-1]
 
 
 def test_evaluation_leaves_out_what_cannot_be_read_if_told_so(
@@ -118,10 +130,10 @@ def test_evaluation_leaves_out_what_cannot_be_read_if_told_so(
         file.write(b"x" * 50)
     report = tmp_path / "report.json"
     line = ["evaluate", str(exported), str(copied), "--output", str(report)]
-    status, _, err = command(capfd, *line)
+    status, _, err = call(capfd, *line)
     assert status == 2 and f"sample '{sample.key}' cannot be read" in err
     assert not report.exists()
-    assert command(capfd, *line, "--skip-unreadable")[0] == 0
+    assert call(capfd, *line, "--skip-unreadable")[0] == 0
     found = json.loads(report.read_text())
     assert (found["samples"], found["skipped"]) == (17, 1)
 
@@ -130,7 +142,7 @@ def test_the_report_is_that_of_plain_counting(
     exported: Path, shards: Path, tmp_path: Path, capfd: Any
 ) -> None:
     report = tmp_path / "report.json"
-    command(capfd, "evaluate", str(exported), str(shards / "val"), "--output", str(report))
+    call(capfd, "evaluate", str(exported), str(shards / "val"), "--output", str(report))
     found = json.loads(report.read_text())
     net = dr2dist.load(exported)
     cfg = net.pretrained_cfg
@@ -199,13 +211,13 @@ def test_what_is_not_an_exported_file_is_refused(
     ):
         with pytest.raises(dr2dist.UserError, match=message):
             dr2dist.load(path)
-    status, _, err = command(capfd, "export", str(tmp_path), "--output", "x.safetensors")
+    status, _, err = call(capfd, "export", str(tmp_path), "--output", "x.safetensors")
     assert status == 2 and "holds no checkpoint" in err
     index = shards / "val" / "index.json"
     other = tmp_path / "shards"
     other.mkdir()
     (other / "index.json").write_text(index.read_text().replace('"bright"', '"light"'))
-    status, _, err = command(capfd, "evaluate", str(exported), str(other))
+    status, _, err = call(capfd, "evaluate", str(exported), str(other))
     assert status == 2 and "has the classes light, dark" in err
 
 
@@ -217,7 +229,7 @@ def test_predictions_of_files_and_folders(
     Image.new("I;16", (50, 37), 40000).save(gray)
     output = tmp_path / "predictions.csv"
     arguments = ("predict", str(exported), str(images), str(gray), "--output")
-    status, out, _ = command(capfd, *arguments, str(output), "--batch", "7")
+    status, out, _ = call(capfd, *arguments, str(output), "--batch", "7")
     assert status == 0 and "61 samples, 0 of them unreadable" in out
     rows = list(csv.DictReader(output.open()))
     assert [row["path"] for row in rows] == [*map(str, sorted(images.rglob("*.*g"))), str(gray)]
@@ -229,7 +241,7 @@ def test_predictions_of_files_and_folders(
             shares = net(on_image(transform, image)[None]).softmax(1)[0]
         assert float(row["p_dark"]) == pytest.approx(float(shares[1]), abs=1e-4)
         assert row["class"] == cfg["label_names"][int(shares.argmax())]
-    assert command(capfd, *arguments, str(tmp_path / "p.txt"))[0] == 2
+    assert call(capfd, *arguments, str(tmp_path / "p.txt"))[0] == 2
 
 
 def test_an_unreadable_image_is_named_or_gets_a_row(
@@ -241,16 +253,16 @@ def test_an_unreadable_image_is_named_or_gets_a_row(
     Image.new("RGB", (40, 40)).save(images / "whole.png")
     output = tmp_path / "predictions.json"
     arguments = ("predict", str(exported), str(images), "--output", str(output))
-    status, _, err = command(capfd, *arguments)
+    status, _, err = call(capfd, *arguments)
     assert status == 2 and f"{images / 'broken.png'}: cannot be read" in err
     assert not output.exists()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        status, out, _ = command(capfd, *arguments, "--skip-unreadable")
+        status, out, _ = call(capfd, *arguments, "--skip-unreadable")
     assert status == 0 and "2 samples, 1 of them unreadable" in out
     broken, whole = json.loads(output.read_text())
     assert "error" in broken and "class" not in broken and whole["class"] in ("bright", "dark")
-    status, _, err = command(capfd, "predict", str(exported), "nowhere", "--output", str(output))
+    status, _, err = call(capfd, "predict", str(exported), "nowhere", "--output", str(output))
     assert status == 2 and "nowhere: does not exist" in err
 
 
@@ -277,7 +289,7 @@ def test_the_readmes_way_from_a_folder_to_predictions_works(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for line in lines:
-        status, out, err = command(capfd, *line[1:])
+        status, out, err = call(capfd, *line[1:])
         assert status == 0, out + err
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     assert len(rows) == 12 and {"path", "class", "p_class4"} <= rows[0].keys()
@@ -288,7 +300,7 @@ def test_portable_files_compute_the_same_in_batches_of_any_size(
     ending: str, finished: tuple[Path, dict[str, Any]], exported: Path, tmp_path: Path, capfd: Any
 ) -> None:
     file, run = tmp_path / f"model.{ending}", str(finished[0])
-    status, out, err = command(capfd, "export", run, "--output", str(file), "--which", "last")
+    status, out, err = call(capfd, "export", run, "--output", str(file), "--which", "last")
     assert status == 0 and "of the module's outputs" in out, err
     net = dr2dist.load(exported)
     for batch in (1, 5):
@@ -303,8 +315,8 @@ def test_portable_files_compute_the_same_in_batches_of_any_size(
         assert torch.allclose(torch.from_numpy(found), wanted, rtol=1e-3, atol=1e-4)
         facts = session.get_modelmeta().custom_metadata_map
         assert json.loads(facts["beta"]) == net.coefficients[1] and "classes" in facts
-    assert "exists already" in command(capfd, "export", run, "--output", str(file))[2]
-    status, _, err = command(capfd, "export", run, "--output", "model.h5")
+    assert "exists already" in call(capfd, "export", run, "--output", str(file))[2]
+    status, _, err = call(capfd, "export", run, "--output", "model.h5")
     assert status == 2 and "allowed endings are .safetensors, .onnx, .pt2" in err
 
 

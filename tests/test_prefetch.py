@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dr2dist.data.cache import Cache
+from dr2dist.data.cache import Cache, Wanted, room_for
 from dr2dist.data.fields import Fields
-from dr2dist.data.index import read_index
+from dr2dist.data.index import Index, Shard, read_index
 from dr2dist.data.order import Order
 from dr2dist.data.prefetch import Prefetcher, check_limit, least_cache
 from dr2dist.data.stream import ShardDataset
@@ -49,6 +49,45 @@ def test_shards_are_there_before_they_are_read(share: float, many: Path, tmp_pat
     server.stop()
     by_epoch = np.diff(fetched) / everything
     assert by_epoch[0] <= 1.05 and by_epoch[2] <= max(0, 1 - share) + 0.05, by_epoch
+
+
+class Counted:
+    """A cache that fetches nothing: it counts, and forgets what is used last."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.fetched = limit, 0
+        self.held: dict[str, int] = {}
+        self.soon: dict[str, int] = {}
+
+    def plan(self, soon: dict[str, int], others: int) -> None:
+        self.soon = soon
+
+    def fetch(self, wanted: Wanted, next_use: int = 0) -> None:
+        if wanted.name in self.held:
+            return
+        room = room_for(wanted.bytes or 0)
+        for name in sorted(self.held, key=lambda each: -self.soon.get(each, 10**9)):
+            if sum(self.held.values()) + room <= self.limit:
+                break
+            del self.held[name]
+        self.held[wanted.name] = room
+        self.fetched += wanted.bytes or 0
+
+
+def test_bytes_are_fetched_evenly() -> None:
+    """In any 100 batches at most 1.5 of the mean, over epochs' ends too."""
+    shards = [Shard(n, f"{n:04}.tar", 100, 10**6, None, ()) for n in range(400)]
+    index = Index("http://nowhere", "index", (), tuple(shards))
+    order = Order([100] * 400, "ab", 4, seed=1)
+    cache: Any = Counted(2 * least_cache(index, order))
+    prefetcher, fetched = Prefetcher(cache, index, order, 0, 1), []
+    for position in range(0, 3 * order.num_samples, 32):
+        prefetcher.look(position)
+        fetched.append(cache.fetched)
+    each = np.array(fetched)
+    later = each[len(each) // 3 :]
+    in_100 = later[100:] - later[:-100]
+    assert in_100.max() <= 1.5 * (later[-1] - later[0]) / (len(later) - 1) * 100
 
 
 def test_a_cache_that_is_too_small_is_refused(many: Path) -> None:

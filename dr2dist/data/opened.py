@@ -52,11 +52,12 @@ class LostShardError(UserError):
 class OpenShards:
     """The shards of an index, opened when they are asked for, the latest kept open.
 
-    cache: where those are kept that are elsewhere.
+    cache: where those are kept that are elsewhere. most: how many are open at a time; None: half
+    of the files that this process may open, and a thousand.
     """
 
-    def __init__(self, index: Index, cache: Cache | None = None) -> None:
-        self.index, self.cache = index, cache
+    def __init__(self, index: Index, cache: Cache | None = None, most: int | None = None) -> None:
+        self.index, self.cache, self.most = index, cache, most
         self._opened: OrderedDict[int, OpenShard] = OrderedDict()
         self._lost: dict[int, tuple[float, str]] = {}
 
@@ -70,7 +71,7 @@ class OpenShards:
                 raise LostShardError(fault)
             self._close_deleted()
             found = self._opened[shard.number] = self._open(shard)
-            if len(self._opened) > _most():
+            if len(self._opened) > min(self.most or MOST, _allowed()):
                 self._opened.popitem(last=False)
         self._opened.move_to_end(shard.number)
         return found
@@ -105,14 +106,14 @@ class OpenShards:
         file, members = self.cache.open(self.index.wanted(shard))
         return OpenShard(file, self.index.checked(shard, members))
 
-    def __getstate__(self) -> tuple[Index, Cache | None]:
+    def __getstate__(self) -> tuple[Index, Cache | None, int | None]:
         """Another process opens its own."""
-        return self.index, self.cache
+        return self.index, self.cache, self.most
 
-    def __setstate__(self, state: tuple[Index, Cache | None]) -> None:
+    def __setstate__(self, state: tuple[Index, Cache | None, int | None]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
 
-def _most() -> int:
+def _allowed() -> int:
     """A half of the files that this process may open."""
-    return max(8, min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+    return max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)

@@ -57,7 +57,7 @@ class ShardDataset(Dataset[Read]):
     pattern: see read_index, or an index. fields: what is decoded. transform: of a sample's fields.
     Randomness in it is keyed by (seed, epoch, sample), whatever rank or worker reads the sample.
     unreadable: what becomes of a sample that cannot be read: "fail" raises UserError, "other" takes
-    one from anywhere, "drop" the one before, which does not count. cache: see OpenShards.
+    one from anywhere, "drop" the one before, which does not count. cache, most: see OpenShards.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class ShardDataset(Dataset[Read]):
         seed: int = 0,
         unreadable: Unreadable = "fail",
         cache: Cache | None = None,
+        most: int | None = None,
     ) -> None:
         self.index = pattern if isinstance(pattern, Index) else read_index(pattern)
         self.fields, self.transform = fields, transform
@@ -76,7 +77,7 @@ class ShardDataset(Dataset[Read]):
         self.unreadable = unreadable
         self._stand_in: Read | None = None
         self._ends = list(accumulate(shard.samples for shard in self.index.shards))
-        self._open = OpenShards(self.index, cache)
+        self._open = OpenShards(self.index, cache, most)
         self._told: set[str] = set()
         stems = [Path(shard.name).stem for shard in self.index.shards]
         self._by_stem = len(set(stems)) == len(stems)

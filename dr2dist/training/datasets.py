@@ -18,15 +18,15 @@ from dr2dist.tasks.task import Task
 
 
 def datasets(
-    config: Config, task: Task, train: Index, val: Index | None
+    config: Config, task: Task, train: Index, val: Index | None, most: int | None = None
 ) -> tuple[ShardDataset, ShardDataset | None]:
-    """(training, held out), the second None where there is none. Raises UserError for transforms
-    that cannot be."""
+    """(training, held out), the second None where there is none. most: training shards that are
+    open at a time. Raises UserError for transforms that cannot be."""
     data = config.data
     skip, fields = data.unreadable == "skip", Fields(task.fields, data.fields)
     transform, seed, cache = task.transform(data), config.train.seed, cache_of(data)
     training = ShardDataset(
-        train, fields, transform, seed, "other" if skip else "fail", cache=cache
+        train, fields, transform, seed, "other" if skip else "fail", cache, most
     )
     if val is None:
         return training, None

@@ -8,7 +8,7 @@ from typing import Any
 from dr2dist.config import Config
 from dr2dist.data.dealt import dealt_batches
 from dr2dist.data.order import Item
-from dr2dist.data.positions import batches, fitting_nodes, validation_batches
+from dr2dist.data.positions import batches, fitting_nodes, open_at_most, validation_batches
 from dr2dist.data.prefetch import Prefetcher, check_limit
 from dr2dist.data.stream import loader
 from dr2dist.parallel.agreement import agree
@@ -22,7 +22,8 @@ def streams(config: Config, plan: Plan, engine: ReversibleEngine, start: int) ->
     """(training, validation): endless micro-batches of this replica, and its share of the held-out
     samples, None without any. start: samples that the run has consumed so far."""
     data, train = config.data, config.train
-    dataset, held_out = datasets(config, plan.task, plan.train, plan.val)
+    most = None if plan.order is None else open_at_most(plan.order)
+    dataset, held_out = datasets(config, plan.task, plan.train, plan.val, most)
     needed = engine.first or engine.last
     collate = plan.task.collate
     items = _training_items(config, plan, engine, start)
