@@ -21,7 +21,7 @@ from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepE
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.reversible import Chain
 from dr2dist.training.run import run
-from tests.models import build
+from tests.models import CLIP, VIDEO, build
 
 GLOBAL_BATCH = 8
 LEARNING_RATE = 1e-3
@@ -74,10 +74,12 @@ def make_engine(
     return ReversibleEngine(net.train(), optimizer, config, "bf16" if bf16 else "fp32")
 
 
-def micro_batches(step: int, accumulate: int) -> list[tuple[Tensor, Tensor]]:
+def micro_batches(
+    step: int, accumulate: int, shape: Sequence[int] = (3, 32, 32)
+) -> list[tuple[Tensor, Tensor]]:
     """This rank's share of the step's global batch."""
     generator = torch.Generator().manual_seed(step)
-    images = torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=generator)
+    images = torch.randn(GLOBAL_BATCH, *shape, generator=generator)
     labels = torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator)
     parts = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -86,7 +88,8 @@ def micro_batches(step: int, accumulate: int) -> list[tuple[Tensor, Tensor]]:
 
 def take_step(engine: ReversibleEngine, step: int, accumulate: int = 1, between: Any = None) -> Any:
     """One step; `between` is called after each forward pass."""
-    batches = micro_batches(step, accumulate)
+    is_video = any(engine.net.family.name == kind for kind in VIDEO)
+    batches = micro_batches(step, accumulate, CLIP if is_video else (3, 32, 32))
 
     def loss(number: int, output: Any) -> Tensor:
         if between is not None:

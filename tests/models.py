@@ -20,6 +20,9 @@ from timm.models.vision_transformer import (
 )
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
+from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+from dr2dist.backbones.videomae import VideoMae
 
 DEPTH = 6
 _size: dict[str, Any] = {"img_size": 32, "num_classes": 5}
@@ -80,14 +83,54 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+CLIP = (3, 8, 32, 32)
+
+
+def _swin3d(drop_path_rate: float = 0.0, proj_drop_rate: float = 0.0, **options: Any) -> nn.Module:
+    model: Any = SwinTransformer3d(
+        [2, 4, 4],
+        12,
+        num_heads=[2, 4],
+        window_size=[2, 3, 3],
+        num_classes=5,
+        stochastic_depth_prob=drop_path_rate,
+        dropout=proj_drop_rate,
+        **options,
+    )
+    model.clip_size = CLIP[1:]
+    return model
+
+
+VIDEO: dict[str, Callable[..., Any]] = {
+    "swin3d": _swin3d,
+    "videomae": partial(
+        VideoMae,
+        embed_dim=48,
+        num_heads=3,
+        img_size=(32, 32),
+        frames=8,
+        patch_size=8,
+        num_classes=5,
+        init_values=0.5,
+    ),
+}
+"""Those that take clips of the shape CLIP."""
+
+
+def shape_of(kind: str) -> tuple[int, ...]:
+    """Of one input."""
+    return CLIP if kind in VIDEO else (3, 32, 32)
+
+
 def build(kind: str, seed: int = 0, depth: int = DEPTH, **options: Any) -> nn.Module:
     """A model whose layer scales lie in 0.1 to 1 and whose biases are not zero.
 
-    depth: number of blocks; Swin's three stages have two each at least.
+    depth: number of blocks; Swin's stages have two each at least.
     """
     torch.manual_seed(seed)
-    options |= {"depths": (2, 2, max(2, depth - 4))} if kind == "swin" else {"depth": depth}
-    model = MODELS[kind](**options)
+    stages = {"swin": (2, 2, max(2, depth - 4)), "swin3d": (2, max(2, depth - 2))}
+    options |= {"depths": stages[kind]} if kind in stages else {"depth": depth}
+    model = {**MODELS, **VIDEO}[kind](**options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "gamma" in name or ".ls" in name:
@@ -104,3 +147,9 @@ def build(kind: str, seed: int = 0, depth: int = DEPTH, **options: Any) -> nn.Mo
 def images(batch: int = 5, seed: int = 1) -> torch.Tensor:
     """Random images [batch, 3, 32, 32]."""
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(kind: str, batch: int = 3, seed: int = 1) -> torch.Tensor:
+    """Random images or clips."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, *shape_of(kind), generator=generator)

@@ -19,7 +19,7 @@ from dr2dist.parallel.pipeline.layers import keep_only, layers_of
 from dr2dist.parallel.pipeline.partition import partition
 from dr2dist.reversible.budget.costs import Watermark
 from tests.cases import GLOBAL_BATCH, full_state
-from tests.models import build
+from tests.models import CLIP, VIDEO, build
 
 SIZE = (32, 32)
 
@@ -68,7 +68,9 @@ def make_engine(
 def work(engine: StagedEngine, step: int, accumulate: int) -> StepBatches:
     """This replica's share of the step's global batch."""
     generator = torch.Generator().manual_seed(step)
-    images = torch.randn(GLOBAL_BATCH, 3, *SIZE, generator=generator)
+    is_video = any(engine.net.family.name == kind for kind in VIDEO)
+    shape = CLIP if is_video else (3, *SIZE)
+    images = torch.randn(GLOBAL_BATCH, *shape, generator=generator)
     labels = torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator)
 
     def own(values: Tensor, number: int) -> Tensor:

@@ -18,7 +18,7 @@ def input_channels(model: nn.Module) -> int:
         said = getattr(module, "in_chans", None)
         if isinstance(said, int):
             return said
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
             return module.in_channels
     return 3
 
@@ -31,10 +31,12 @@ def with_channels(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = dict(state)
     for name in _first_convolutions(model):
         weight, wanted = state.get(f"{name}.weight"), model.get_submodule(name)
-        if weight is None or weight.ndim != 4 or wanted.weight.shape[1] == weight.shape[1]:
+        if weight is None or weight.ndim < 4 or wanted.weight.shape[1] == weight.shape[1]:
             continue
         given = weight.shape[1]
-        state[f"{name}.weight"] = adapt_input_conv(wanted.in_channels, weight, given)
+        rows = weight.flatten(2, -2)  # of a video model, frames are rows beside each other
+        adapted = adapt_input_conv(wanted.in_channels, rows, given)
+        state[f"{name}.weight"] = adapted.unflatten(2, weight.shape[2:-1])
         log.info("%s: weights of %d channels are adapted to %d", name, given, wanted.in_channels)
     return state
 

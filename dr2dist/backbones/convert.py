@@ -19,7 +19,9 @@ from dr2dist.backbones.network import ReversibleNetwork, blank
 from dr2dist.backbones.refusal import check_is_model, unsupported
 from dr2dist.backbones.relpos import RelPosBackbone
 from dr2dist.backbones.swin import SwinBackbone
+from dr2dist.backbones.swin3d import Swin3dBackbone
 from dr2dist.backbones.torchvision_vit import TorchvisionVitBackbone
+from dr2dist.backbones.videomae import VideoMaeBackbone
 from dr2dist.backbones.vit import VitBackbone
 from dr2dist.errors import UserError
 from dr2dist.reversible import Setting
@@ -34,6 +36,8 @@ _families: list[Backbone] = [
     BeitBackbone(),
     SwinBackbone(),
     RelPosBackbone(),
+    Swin3dBackbone(),
+    VideoMaeBackbone(),
     TorchvisionVitBackbone(),
 ]
 

@@ -16,6 +16,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torchvision.ops import StochasticDepth
 
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
@@ -173,10 +174,12 @@ class Factor:
         return x * self.value.view(-1, *[1] * (x.ndim - 1))
 
 
-def drop_paths(part: nn.Module) -> dict[str, DropPath]:
-    """The branch's active DropPaths by name."""
-    return {
-        name: module
-        for name, module in part._modules.items()
-        if isinstance(module, DropPath) and module.training and module.drop_prob
-    }
+def drop_paths(part: nn.Module) -> dict[str, nn.Module]:
+    """The branch's active DropPaths by name, timm's and torchvision's."""
+    found: dict[str, nn.Module] = {}
+    for name, module in part._modules.items():
+        timms = isinstance(module, DropPath) and module.drop_prob
+        torchvisions = isinstance(module, StochasticDepth) and module.p
+        if module is not None and module.training and (timms or torchvisions):
+            found[name] = module
+    return found

@@ -1,0 +1,299 @@
+"""Video Swin and VideoMAE: the models themselves, reversed exactly, in slices, from any file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models.video.swin_transformer import SwinTransformer3d
+from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
+
+import dr2dist
+from dr2dist.backbones.build import build_model
+from dr2dist.errors import UserError
+from tests.models import VIDEO, build, inputs
+from tests.modes import assert_modes_agree
+from tests.pool import Pool
+from tests.test_backbones import CONVENTIONAL, assert_close, assert_state_is_of
+
+SIZES = [(8, 32, 32), (5, 26, 33), (12, 16, 48), (2, 8, 8)]
+
+
+def swin3d(window: list[int], **options: Any) -> SwinTransformer3d:
+    torch.manual_seed(0)
+    model = SwinTransformer3d(
+        [2, 4, 4], 12, [2, 2], [2, 4], window, num_classes=5, stochastic_depth_prob=0.3, **options
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("window", [[2, 3, 3], [8, 7, 7]])
+def test_video_swin_is_itself_at_any_size_and_in_slices(
+    size: tuple[int, ...], window: list[int]
+) -> None:
+    model, clips = swin3d(window).eval(), torch.randn(2, 3, *size)
+    net = dr2dist.convert(model, **CONVENTIONAL)
+    assert_state_is_of(net, model)
+    wanted = model(clips)
+    assert torch.equal(net(clips), wanted)
+    for tokens in (1, 40, 10**6):
+        sliced = dr2dist.convert(model, **CONVENTIONAL, chunk_size=1, chunk_tokens=tokens)
+        assert (sliced(clips) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_slices_are_rows_of_windows() -> None:
+    """Attention over all of a map is larger than any slice of it."""
+    model, largest = swin3d([2, 3, 3]), []
+    net = dr2dist.convert(model, chunk_size=1, chunk_tokens=1).train()
+    original = nn.functional.scaled_dot_product_attention
+
+    def watched(query: Tensor, *rest: Any, **more: Any) -> Tensor:
+        largest.append(query.shape[0])
+        return original(query, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+        net(torch.randn(1, 3, 8, 36, 36)).sum().backward()
+    assert max(largest) == 2 * 3  # two windows of time by three of width, of eighteen
+
+
+def step(model: nn.Module, x: Tensor, bf16: bool, **setting: Any) -> list[Tensor | None]:
+    net = dr2dist.convert(model, **setting).train()
+    x = x.clone().requires_grad_()
+    net.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = net(x)
+    output.float().square().sum().backward()
+    assert net.certificate().failures == 0
+    return [output.detach(), x.grad, *(p.grad for p in net.parameters())]
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("pair", [(0.9, 0.1), (0.5, 0.5), (1, 0.1)])
+@pytest.mark.parametrize("kind", VIDEO)
+def test_reversal_is_exact_with_droppath_and_slices(
+    kind: str, pair: tuple[float, float], bf16: bool
+) -> None:
+    model = build(kind, depth=4, drop_path_rate=0.3, proj_drop_rate=0.1)
+    x = inputs(kind)
+    for slices in ({}, {"chunk_size": 2}, {"chunk_size": 1, "chunk_tokens": 30}):
+        found = step(model, x, bf16, alpha=pair[0], beta=pair[1], **slices)
+        for memory in ("store", "checkpoint"):
+            setting = {"alpha": pair[0], "beta": pair[1], "memory": memory, **slices}
+            for one, two in zip(found, step(model, x, bf16, **setting), strict=True):
+                assert (one is None and two is None) or torch.equal(one, two)
+
+
+def test_a_samples_path_is_dropped_alike_in_all_slices_of_it() -> None:
+    """By the mean of many draws, the branches of a sample are there as often as they should be."""
+    model = swin3d([2, 3, 3]).train()
+    x = torch.randn(1, 3, 8, 36, 36)
+    whole = dr2dist.convert(model, chunk_size=1)
+    sliced = dr2dist.convert(model, chunk_size=1, chunk_tokens=1)
+    seen: list[set[Tensor]] = []
+    for net in (whole, sliced):
+        outputs = []
+        for seed in range(12):
+            torch.manual_seed(seed)
+            outputs.append(net(x).detach())
+        seen.append({round(float(output.sum()), 3) for output in outputs})
+    # As many different outcomes as seven random branches give of twelve draws: not one a slice.
+    assert all(1 < len(each) <= 12 for each in seen)
+
+
+@pytest.mark.parametrize("kind", VIDEO)
+def test_engines_agree_in_every_bit_of_the_weights(kind: str, two_ranks: Pool) -> None:
+    assert_modes_agree(two_ranks, kind, 3, chunk_size=1, chunk_tokens=30)
+
+
+@pytest.mark.parametrize("kind", VIDEO)
+def test_zero_and_stages_follow_one_curve(
+    kind: str, one_rank: Pool, two_ranks: Pool, four_ranks: Pool
+) -> None:
+    (wanted, *_), *_ = two_ranks.run("tests.cases:curve", kind=kind, zero=0, steps=6)
+    for zero in (1, 2, 3):
+        (found, *_), *_ = two_ranks.run("tests.cases:curve", kind=kind, zero=zero, steps=6)
+        assert found == pytest.approx(wanted, rel=1e-4)
+    ((wanted, *_),) = one_rank.run("tests.stage_cases:curve", kind=kind, stages=1, steps=6)
+    for stages, pool in ((2, two_ranks), (4, four_ranks)):
+        (found, *_), *_ = pool.run("tests.stage_cases:curve", kind=kind, stages=stages, steps=6)
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 3, "num_heads": 3, "frames": 4}
+NAME = "videomae_small_patch16"
+
+
+def videomae(path: Path | None = None, size: tuple[int, int] = (224, 224), **options: Any) -> Any:
+    torch.manual_seed(1)
+    return build_model(
+        NAME,
+        weights=None if path is None else str(path),
+        image_size=size,
+        num_classes=5,
+        options={**SMALL, **options},
+    ).eval()
+
+
+def of_transformers(kind: Any, **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = VideoMAEConfig(
+        image_size=224,
+        num_frames=4,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=192,
+        num_labels=5,
+        **more,
+    )
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_transformers_files_give_transformers_outputs(tmp_path: Path) -> None:
+    """With its table of positions for four frames, which begins as that for sixteen does."""
+    theirs = of_transformers(VideoMAEForVideoClassification)
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    ours = videomae(tmp_path / "model.safetensors", norm_eps=1e-12, fc_norm_eps=1e-5)
+    ours.pos_embed.copy_(theirs.videomae.embeddings.position_embeddings)
+    clips = torch.randn(2, 3, 4, 224, 224)
+    wanted = theirs(clips.transpose(1, 2)).logits
+    assert_close(ours(clips), wanted)
+    assert_close(dr2dist.convert(ours, **CONVENTIONAL)(clips), wanted)
+
+
+def test_positions_are_transformers_where_they_are_not_resized() -> None:
+    theirs = VideoMAEForVideoClassification(
+        VideoMAEConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=3)
+    )
+    ours = videomae(frames=16)
+    assert (ours.pos_embed - theirs.videomae.embeddings.position_embeddings).abs().max() < 1e-6
+    longer = videomae(frames=32, size=(112, 224))
+    assert longer.pos_embed.shape == (1, 16 * 7 * 14, 48)
+    maps = ours.pos_embed.unflatten(1, (8, 14, 14))
+    # Linear in time: a new frame lies between its neighbours.
+    again = videomae(frames=32).pos_embed.unflatten(1, (16, 14, 14))
+    assert_close(again[:, 1], 0.75 * maps[:, 0] + 0.25 * maps[:, 1])
+
+
+@pytest.mark.parametrize("layout", ["transformers", "authors"])
+def test_pretraining_files_give_all_but_the_head(layout: str, tmp_path: Path) -> None:
+    theirs = of_transformers(
+        VideoMAEForPreTraining, decoder_hidden_size=24, decoder_num_hidden_layers=1
+    )
+    state = theirs.state_dict()
+    if layout == "authors":
+        blocks = videomae(_saved(state, tmp_path / "a.safetensors")).state_dict()
+        state = {f"encoder.{name}": v for name, v in blocks.items() if "head" not in name}
+        state = {name: v for name, v in state.items() if "fc_norm" not in name}
+        state |= {"encoder.norm.weight": torch.ones(48), "encoder.norm.bias": torch.ones(48)}
+        state |= {"mask_token": torch.ones(1), "decoder.head.weight": torch.ones(3, 3)}
+    found = videomae(_saved(state, tmp_path / "b.safetensors")).state_dict()
+    query = theirs.state_dict()["videomae.encoder.layer.2.attention.attention.query.weight"]
+    assert torch.equal(found["blocks.2.attn.qkv.weight"][:48], query)
+    assert torch.equal(found["fc_norm.weight"], torch.ones(48))  # new, as finetuning has it
+
+
+def _saved(state: dict[str, Tensor], path: Path) -> Path:
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    return path
+
+
+def test_an_image_model_gives_a_video_start(tmp_path: Path) -> None:
+    """On a still clip the inflated model gives what the image model gives."""
+    torch.manual_seed(0)
+    image_model = timm.create_model(
+        "vit_tiny_patch16_224",
+        embed_dim=48,
+        depth=3,
+        num_heads=3,
+        class_token=False,
+        global_pool="avg",
+        num_classes=5,
+    ).eval()
+    with torch.no_grad():
+        for parameter in image_model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    path = _saved(image_model.state_dict(), tmp_path / "image.safetensors")
+    model = videomae(path, positions="learned")
+    image = torch.randn(2, 3, 224, 224)
+    assert_close(model(image[:, :, None].expand(-1, -1, 4, -1, -1)), image_model(image))
+    with pytest.raises(UserError, match=r"has learned positions: .*positions: learned"):
+        videomae(path)
+    wider = videomae(path, size=(112, 112), positions="learned", frames=6)
+    assert wider.pos_embed.shape == (1, 3 * 49, 48)
+
+
+def test_beit_and_class_tokens_give_a_start_too(tmp_path: Path) -> None:
+    shape = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
+    for name, more in (
+        ("beit_base_patch16_224", {"init_values": 0.1}),
+        ("vit_tiny_patch16_224", {}),
+    ):
+        torch.manual_seed(0)
+        source = timm.create_model(name, **shape)
+        path = _saved(source.state_dict(), tmp_path / f"{name}.safetensors")
+        learned = {"positions": "learned"} if name.startswith("vit") else {}
+        model = videomae(path, **more, **learned)
+        found = model.state_dict()["blocks.1.mlp.fc1.weight"]
+        assert torch.equal(found, source.state_dict()["blocks.1.mlp.fc1.weight"])
+        assert model(torch.randn(1, 3, 4, 224, 224)).shape == (1, 5)
+
+
+def test_models_by_name_and_what_they_cannot_be() -> None:
+    options = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": (2, 3, 3)}
+    model = build_model(
+        "swin3d_t",
+        weights=None,
+        image_size=(36, 36),
+        num_classes=7,
+        options={**options, "frames": 4},
+    )
+    net = dr2dist.convert(model)
+    assert net(net.family.example(net)).shape == (1, 7)
+    said = net.family.preprocessing(net)
+    assert (said["frames"], said["size"], said["channels"]) == (4, [36, 36], 3)
+    with pytest.raises(UserError, match="frames is 5, allowed are multiples of 2"):
+        videomae(frames=5)
+    with pytest.raises(UserError, match="positions is none, allowed is fixed or learned"):
+        videomae(positions="none")
+    with pytest.raises(UserError, match=r"clips of \[8, 224, 224\] .* built for \[4, 224, 224\]"):
+        videomae()(torch.randn(1, 3, 8, 224, 224))
+    with pytest.raises(UserError, match="image_size"):
+        videomae(size=(100, 100))
+    with pytest.raises(UserError, match="window_size are of time, height, width"):
+        build_model(
+            "swin3d_t",
+            weights=None,
+            image_size=None,
+            num_classes=7,
+            options={"window_size": (7, 7)},
+        )
+
+
+def test_one_channel_and_two(tmp_path: Path) -> None:
+    path = _saved(videomae().state_dict(), tmp_path / "three.safetensors")
+    for channels in (1, 2):
+        model = build_model(
+            NAME,
+            weights=str(path),
+            image_size=(224, 224),
+            num_classes=5,
+            in_channels=channels,
+            options=SMALL,
+        )
+        assert model(torch.randn(1, channels, 4, 224, 224)).shape == (1, 5)
