@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from timm.models.beit import Beit
+from timm.models.convnext import ConvNeXt
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
     ParallelScalingBlock,
@@ -40,6 +42,11 @@ _swin = partial(
     num_heads=(2, 4, 8),
     drop_path_rate=0.0,
 )
+
+
+def _convnext(proj_drop_rate: float = 0.0, **options: Any) -> nn.Module:
+    """timm's has no dropout in its blocks."""
+    return ConvNeXt(num_classes=5, dims=(24, 32, 48, 64), **options)
 
 
 def _relpos(**options: Any) -> nn.Module:
@@ -80,22 +87,36 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         _relpos, class_token=True, block_fn=ResPostRelPosBlock, init_values=0.9, fc_norm=True
     ),
     "swin": partial(_swin, depths=(2, 2, 2)),
+    "swin-v2": partial(
+        SwinTransformerV2,
+        **_size,
+        patch_size=2,
+        window_size=4,
+        embed_dim=24,
+        num_heads=(2, 4, 8),
+        depths=(2, 2, 2),
+        drop_path_rate=0.0,
+    ),
+    "convnext": partial(_convnext, ls_init_value=0.5),
+    "convnext-v2": partial(_convnext, ls_init_value=None, use_grn=True, conv_mlp=True),
 }
 
 
 CLIP = (3, 8, 32, 32)
 
 
-def _swin3d(drop_path_rate: float = 0.0, proj_drop_rate: float = 0.0, **options: Any) -> nn.Module:
+def _swin3d(
+    depths: tuple[int, ...] = (2, 2), drop_path_rate: float = 0.0, proj_drop_rate: float = 0.0
+) -> nn.Module:
     model: Any = SwinTransformer3d(
         [2, 4, 4],
         12,
+        list(depths),
         num_heads=[2, 4],
         window_size=[2, 3, 3],
         num_classes=5,
         stochastic_depth_prob=drop_path_rate,
         dropout=proj_drop_rate,
-        **options,
     )
     model.clip_size = CLIP[1:]
     return model
@@ -106,6 +127,7 @@ VIDEO: dict[str, Callable[..., Any]] = {
     "videomae": partial(
         VideoMae,
         embed_dim=48,
+        depth=3,
         num_heads=3,
         img_size=(32, 32),
         frames=8,
@@ -115,6 +137,10 @@ VIDEO: dict[str, Callable[..., Any]] = {
     ),
 }
 """Those that take clips of the shape CLIP."""
+
+
+MAPS = ("swin", "swin-v2", "convnext", "convnext-v2")
+"""Those of stages of maps."""
 
 
 def shape_of(kind: str) -> tuple[int, ...]:
@@ -128,7 +154,9 @@ def build(kind: str, seed: int = 0, depth: int = DEPTH, **options: Any) -> nn.Mo
     depth: number of blocks; Swin's stages have two each at least.
     """
     torch.manual_seed(seed)
-    stages = {"swin": (2, 2, max(2, depth - 4)), "swin3d": (2, max(2, depth - 2))}
+    stages: dict[str, tuple[int, ...]] = dict.fromkeys(MAPS, (2, 2, max(2, depth - 4)))
+    stages["swin3d"] = (2, max(2, depth - 2))
+    stages |= dict.fromkeys(("convnext", "convnext-v2"), (1, 1, 2, max(2, depth - 4)))
     options |= {"depths": stages[kind]} if kind in stages else {"depth": depth}
     model = {**MODELS, **VIDEO}[kind](**options)
     with torch.no_grad():

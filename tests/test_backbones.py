@@ -14,7 +14,7 @@ import dr2dist
 from dr2dist.backbones import convert as registry
 from tests.bounds import float_bound
 from tests.chain_helpers import error
-from tests.models import DEPTH, MODELS, build, images
+from tests.models import DEPTH, MAPS, MODELS, build, images
 
 CONVENTIONAL: dict[str, Any] = {
     "alpha": 1.0,
@@ -70,7 +70,7 @@ def _intermediate_options(kind: str) -> list[dict[str, Any]]:
         {"indices": [1], "stop_early": True},
         {"indices": 1, "intermediates_only": True},
     ]
-    if kind != "swin":
+    if kind not in MAPS:
         options += [{"indices": [3, 1], "return_prefix_tokens": True, "output_fmt": "NLC"}]
     if kind.startswith("vit"):
         options += [{"indices": 2, "return_prefix_tokens": True, "output_dict": True}]
@@ -102,7 +102,7 @@ def test_masks_reach_the_functions_and_are_cut_with_the_batch() -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_slices_of_tokens_compute_what_timm_does(kind: str) -> None:
     # In fp64: post-norm models amplify what fp32 rounds off. The last slice is shorter.
-    chunk_tokens = 48 if kind == "swin" else 5
+    chunk_tokens = 48 if kind in MAPS else 5
     model = build(kind, depth=4).train().double()
     x = images(2).double().requires_grad_()
     wanted = model(x)
@@ -127,7 +127,14 @@ def test_slices_of_tokens_compute_what_timm_does(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "most"),
-    [("vit", 7), ("eva-rope", 7), ("beit", 7), ("relpos", 7), ("swin", 4 * 16)],
+    [
+        ("vit", 7),
+        ("eva-rope", 7),
+        ("beit", 7),
+        ("relpos", 7),
+        ("swin", 4 * 16),
+        ("swin-v2", 4 * 16),
+    ],
 )
 def test_slices_of_tokens_are_taken_where_functions_allow_it(kind: str, most: int) -> None:
     seen: dict[str, int] = {}
@@ -163,7 +170,7 @@ def _step(model: nn.Module, bf16: bool, **setting: Any) -> Any:
 def test_reversal_is_exact_with_dropout_and_slices(kind: str) -> None:
     rates = {"proj_drop_rate": 0.1, "drop_path_rate": 0.2}
     model = build(kind, depth=4, **rates)
-    in_tokens = {"chunk_size": 1, "chunk_tokens": 48 if kind == "swin" else 6}
+    in_tokens = {"chunk_size": 1, "chunk_tokens": 48 if kind in MAPS else 6}
     for slices, bf16 in (({}, False), ({"chunk_size": 2}, False), (in_tokens, True)):
         output, of_input, grads, certificate, rng = _step(model, bf16, **slices)
         assert certificate.failures == 0 and certificate.remainder_bytes > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,17 +13,18 @@ from safetensors.torch import save_file
 from dr2dist.backbones.build import build_deferred, build_model
 from dr2dist.backbones.deferred import deferred, make_buffers
 from dr2dist.errors import UserError
-from tests.models import MODELS
+from tests.models import MODELS, VIDEO
 from tests.pool import Pool
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [*MODELS, *VIDEO])
 def test_every_tensor_has_the_bits_of_the_model_built_whole(kind: str) -> None:
     torch.manual_seed(3)
-    whole, after = MODELS[kind](), torch.rand(3)
+    make: Any = {**MODELS, **VIDEO}[kind]
+    whole, after = make(), torch.rand(3)
     torch.manual_seed(3)
     with deferred() as maker:
-        model = MODELS[kind]()
+        model = make()
     assert torch.equal(after, torch.rand(3))
     pairs = list(zip(whole.named_parameters(), model.named_parameters(), strict=True))
     for (name, value), (other, place) in reversed(pairs):  # any order will do

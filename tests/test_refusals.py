@@ -16,14 +16,17 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 import dr2dist
+from dr2dist.backbones import videomae
 from dr2dist.backbones.convert import known_families
 from tests.models import build
 
 MODULES = {
     "timm.models.beit",
+    "timm.models.convnext",
     "timm.models.deit",
     "timm.models.eva",
     "timm.models.swin_transformer",
+    "timm.models.swin_transformer_v2",
     "timm.models.vision_transformer",
     "timm.models.vision_transformer_hybrid",
     "timm.models.vision_transformer_relpos",
@@ -95,7 +98,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: timm.create_model("resnet18"),
         r"ResNet of timm\.models\.resnet is not supported: .* such as layer1\.0, a BasicBlock; ",
     ),
-    "convnext": (lambda: timm.create_model("convnext_atto"), r"stages\.0\.blocks\.0, a ConvNeXtBl"),
+    "mvit": (lambda: timm.create_model("mvitv2_tiny"), r"stages\.1\.blocks\.0, a MultiScaleBlock"),
     "swinv2": (
         lambda: timm.create_model("swinv2_cr_tiny_ns_224"),
         r"stages\.0\.blocks\.0, a SwinTransformerV2CrBlock",
@@ -144,7 +147,7 @@ def test_a_refusal_lists_every_family_and_no_name_of_another_models() -> None:
     own = [each for each in known_families() if type(each).__module__.startswith("dr2dist.")]
     told = [pattern for family in own for pattern in family.patterns]
     assert len(told) > 15
-    names = {*timm.list_models(), *torchvision.models.list_models()}
+    names = {*timm.list_models(), *torchvision.models.list_models(), *videomae.SHAPES}
     for pattern in told:
         assert any(fnmatchcase(name, pattern) for name in names), pattern
     for name in timm.list_models():

@@ -13,6 +13,7 @@ from torch import nn
 
 from dr2dist.backbones.backbone import Backbone
 from dr2dist.backbones.beit import BeitBackbone
+from dr2dist.backbones.convnext import ConvNextBackbone
 from dr2dist.backbones.eva import EvaBackbone
 from dr2dist.backbones.in_force import COEFFICIENTS_NAME
 from dr2dist.backbones.network import ReversibleNetwork, blank
@@ -20,6 +21,7 @@ from dr2dist.backbones.refusal import check_is_model, unsupported
 from dr2dist.backbones.relpos import RelPosBackbone
 from dr2dist.backbones.swin import SwinBackbone
 from dr2dist.backbones.swin3d import Swin3dBackbone
+from dr2dist.backbones.swin_v2 import SwinV2Backbone
 from dr2dist.backbones.torchvision_vit import TorchvisionVitBackbone
 from dr2dist.backbones.videomae import VideoMaeBackbone
 from dr2dist.backbones.vit import VitBackbone
@@ -35,6 +37,8 @@ _families: list[Backbone] = [
     EvaBackbone(),
     BeitBackbone(),
     SwinBackbone(),
+    SwinV2Backbone(),
+    ConvNextBackbone(),
     RelPosBackbone(),
     Swin3dBackbone(),
     VideoMaeBackbone(),

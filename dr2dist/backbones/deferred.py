@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +67,16 @@ class _Recorder(TorchDispatchMode):
             written = touched if mutates else touched - reads
             self.notes.append(_Note(function, args, options, result, reads, written, state))
         return result
+
+
+    def truncated(self, draw: Any, tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        """torch's own truncated normal values, which it does not draw on the meta device."""
+        if not _is_meta(tensor):
+            return draw(tensor, *args, **options)
+        state, own = torch.get_rng_state(), _storages(tensor)
+        draw(_blank(tensor), *args, **options)
+        self.notes.append(_Note(draw, (tensor, *args), options, tensor, own, own, state))
+        return tensor
 
 
 def _blank(values: Any) -> Any:
@@ -135,9 +146,14 @@ def _keep(result: Any, note: _Note, bases: dict[int, Tensor]) -> None:
 @contextmanager
 def deferred() -> Iterator[Deferred]:
     """Inside, modules are built on the meta device, with the random stream moving on as usual."""
-    maker = Deferred()
+    maker, init = Deferred(), "_no_grad_trunc_normal_"
+    draw = getattr(nn.init, init)
     with META, maker._recorder:
-        yield maker
+        setattr(nn.init, init, partial(maker._recorder.truncated, draw))
+        try:
+            yield maker
+        finally:
+            setattr(nn.init, init, draw)
 
 
 def make_buffers(model: nn.Module, maker: Deferred) -> None:

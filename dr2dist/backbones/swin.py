@@ -7,21 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
-from dr2dist.backbones.backbone import (
-    OUTPUT,
-    Backbone,
-    ChainOf,
-    FeatureInfo,
-    Stem,
-    Transition,
-    is_built_as,
-)
-from dr2dist.backbones.branch import BranchSpec, branches
+from dr2dist.backbones.backbone import Stem, is_built_as
+from dr2dist.backbones.branch import BranchSpec
 from dr2dist.backbones.compute import match_buffer
+from dr2dist.backbones.maps import MapBackbone, Parts
 from dr2dist.backbones.slicing import Given, Run, Slicing, Tokenwise
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
@@ -74,7 +66,7 @@ def _wrapped(start: int, count: int, height: int) -> Ranges:
     return (slice(start, height), slice(0, stop - height))
 
 
-PARTS = {
+PARTS: Parts = {
     SwinTransformerBlock: (
         BranchSpec(("norm1", "attn", "drop_path1"), _attention, slicing=Windows()),
         BranchSpec(("norm2", "mlp", "drop_path2"), _mlp, slicing=Tokenwise()),
@@ -82,80 +74,19 @@ PARTS = {
 }
 
 
-class SwinBackbone(Backbone):
+class SwinBackbone(MapBackbone):
     """A chain for each stage; patch mergings are the transitions."""
 
     name = "swin"
     patterns = ("swin_*",)
     classes = (SwinTransformer,)
     tail = ("norm", "head")
+    parts = PARTS
 
     def matches(self, model: nn.Module) -> bool:
         """See Backbone."""
         return is_built_as(model, SwinTransformer)
 
-    def layers(self, model: Any) -> list[ChainOf | Transition]:
-        """See Backbone."""
-        found: list[ChainOf | Transition] = []
-        for index, layer in enumerate(model.layers):
-            if not isinstance(layer.downsample, nn.Identity):
-                found.append(Transition(f"layers.{index}.downsample", layer.downsample))
-            name = f"layers.{index}.blocks"
-            found.append(ChainOf(name, branches(layer.blocks, PARTS, name)))
-        return found
-
-    def features(self, model: Any) -> list[FeatureInfo]:
-        """See Backbone: after each stage."""
-        infos = [
-            FeatureInfo(
-                f"layers.{index}",
-                index,
-                2 * len(layer.blocks) - 1,
-                info["num_chs"],
-                info["reduction"],
-                "BHWC",
-            )
-            for index, (layer, info) in enumerate(
-                zip(model.layers, model.feature_info, strict=True)
-            )
-        ]
-        return [*infos, infos[-1]._replace(name=OUTPUT)]
-
-    def to_map(self, model: Any, tokens: Tensor) -> Tensor:
-        """See Backbone."""
-        return tokens.permute(0, 3, 1, 2)
-
     def stem(self, model: Any, images: Tensor, /, **options: Any) -> Stem:
         """No options."""
         return Stem(model.patch_embed(images))
-
-    def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
-        """See Backbone."""
-        return self._maps(net, images, **options)
-
-    def _maps(
-        self,
-        net: Any,
-        images: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Maps [B, C, H, W] after chosen stages. Raises ValueError for another output_fmt."""
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt is {output_fmt!r}, allowed is NCHW")
-        taken, last = feature_take_indices(len(net.layers), indices)
-        ends = [(n, len(i.functions) - 1) for n, i in enumerate(net.items) if i in net.chains]
-        stop = ends[last] if stop_early else None
-        flow = net.forward_taps(images, [ends[index] for index in taken], stop)
-        maps = []
-        for index in sorted(set(taken)):
-            tokens = flow.taps[ends[index]]
-            chosen = net.norm(tokens) if norm and index == len(ends) - 1 else tokens
-            maps.append(chosen.permute(0, 3, 1, 2).contiguous())
-        tokens, whole = flow.value, not stop_early or last == len(ends) - 1
-        if intermediates_only:
-            return maps
-        return (net.norm(tokens) if whole else tokens), maps
