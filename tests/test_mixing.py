@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from dr2dist.data.mixing import Deal, MixedOrder
 from dr2dist.data.order import Item, Order
 from dr2dist.data.positions import batches, of_node, open_at_most
 from dr2dist.errors import UserError
+from dr2dist.training.datasets import datasets
 from dr2dist.training.folder import find_start
 from dr2dist.training.plan import make_plan
 from tests.images import make_small_shards
@@ -173,6 +175,21 @@ def test_a_run_of_two_sources_breaks_off_and_goes_on_with_the_same_bits(
     with pytest.raises(UserError, match=r"data\.train: .*goes on"):
         again = written(tmp_path, shards, "[{shards: ONE/train, passes: 0.25}, TWO/train]")
         find_start(load_config(again, [cut]), plan.global_batch, plan.steps, plan.train.digest())
+
+
+def test_sources_may_be_named_from_the_present_folder(
+    tmp_path: Path, shards: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shards[0])
+    other = os.path.relpath(shards[1] / "train")
+    found = load_config(written(tmp_path, shards, f"[train, {{shards: {other}, passes: 2}}]"))
+    plan = make_plan(found, 1)
+    plan.try_out(found, fetch=False)
+    order: Any = plan.order
+    assert order.lengths == (42, 42)
+    dataset, _ = datasets(found, plan.task, plan.train, plan.val)
+    keys = {dataset[item].key for item in order.items(np.arange(84))}
+    assert len(keys) == 63 and any(key.startswith(f"{other}/shard-0") for key in keys)
 
 
 REFUSED = [

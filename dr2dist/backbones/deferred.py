@@ -68,7 +68,6 @@ class _Recorder(TorchDispatchMode):
             self.notes.append(_Note(function, args, options, result, reads, written, state))
         return result
 
-
     def truncated(self, draw: Any, tensor: Tensor, *args: Any, **options: Any) -> Tensor:
         """torch's own truncated normal values, which it does not draw on the meta device."""
         if not _is_meta(tensor):

@@ -59,7 +59,7 @@ class Source(Section):
 
 def _listed(value: Any) -> Any:
     """One source stands alone, or is a member of a list; it may be said by its shards."""
-    listed = [value] if isinstance(value, str) else value
+    listed = [value] if isinstance(value, str | dict) else value
     if not isinstance(listed, list):
         return listed
     return [{"shards": each} if isinstance(each, str) else each for each in listed]

@@ -60,6 +60,11 @@ class Joined(Index):
         """See Index."""
         return self.parts
 
+    def where(self, shard: Shard) -> str:
+        """See Index."""
+        part, own = self._own(shard)
+        return part.where(own)
+
     def fields_of(self, shard: Shard) -> dict[str, str]:
         """See Index."""
         part, own = self._own(shard)
