@@ -24,7 +24,7 @@ from dr2dist.data.indexing import index_shards
 from dr2dist.data.remote import RemoteReader
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
-from tests.commands import ROOT, dr2dist
+from tests.commands import ROOT, call, dr2dist
 from tests.images import make_folder, make_small_shards, samples_of
 from tests.pool import Pool
 from tests.servers import S3_BUCKET, Server, s3, serve
@@ -300,6 +300,23 @@ def test_shards_of_a_bucket_are_indexed_where_they_are(shards: Path, tmp_path: P
     assert found.index is not None and all(map(found.index.is_remote, found.index.shards))
     assert samples_of(found.index) == samples_of(read_index(shards))
     assert found.index.digest() == read_index(shards).digest()
+
+
+def test_a_cache_that_is_too_small_is_refused_before_anything_starts(
+    server: Server, tmp_path: Path, capfd: Any
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {name: vit_tiny_patch16_224, weights: random, image_size: 32}\n"
+        "task: {name: classification, num_classes: 2}\n"
+        f"data: {{train: '{server.url}', cache: {{folder: {tmp_path}/cache, limit: 5000}}}}\n"
+        "optim: {name: sgd, lr: 0.01}\n"
+        f"train: {{steps: 2, micro_batch: 4}}\noutput: {tmp_path}/run\n"
+    )
+    for more in ((), ("--dry-run",)):
+        status, _, err = call(capfd, "train", str(path), *more)
+        assert status == 2 and "data.cache.limit is 5000 bytes" in err.splitlines()[-1], err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_readmes_way_from_a_bucket_to_a_run_works(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch.distributed as dist
+
 from dr2dist.parallel import adapter
 from dr2dist.parallel.adapter import ProcessState
 
@@ -34,6 +36,7 @@ def end_with(owner: Any, engine: Any) -> None:
 
 def _end(owner: weakref.ref[Any], engine: Any) -> None:
     adapter.forget_network(engine.module)
-    engine.destroy()
+    if dist.is_initialized():  # an error may end the ranks' group before it ends the engine
+        engine.destroy()
     if owner in _before:  # otherwise the settings are a later engine's
         _before.pop(owner).set()

@@ -48,6 +48,7 @@ def run(given: argparse.Namespace) -> int:
 def _run(given: argparse.Namespace, signals: Signals) -> int:
     read_settings(given.config, given.overrides)  # before what takes seconds to import
     from dr2dist.config import load_config
+    from dr2dist.training.datasets import check_cache
     from dr2dist.training.folder import find_start
     from dr2dist.training.plan import make_plan
 
@@ -59,6 +60,8 @@ def _run(given: argparse.Namespace, signals: Signals) -> int:
     if start.finished is not None:
         print(f"output        {config.output} is finished: nothing is left to do")
         return 0
+    if given.hostfile is None and plan.order is not None:
+        check_cache(config.data, plan.train, plan.order, nodes=1)
     plan.try_out(config, fetch=not (given.dry_run or start.checkpoints))
     print(f"starts from   {start.describe(config.model.weights)}")
     if start.longer is not None:

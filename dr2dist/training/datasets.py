@@ -13,6 +13,7 @@ from dr2dist.data.joined import Joined
 from dr2dist.data.mixing import MixedOrder
 from dr2dist.data.order import Order
 from dr2dist.data.positions import AnyOrder
+from dr2dist.data.prefetch import check_limit
 from dr2dist.data.stream import ShardDataset
 from dr2dist.tasks.task import Task
 
@@ -42,6 +43,18 @@ def cache_of(data: Data) -> Cache | None:
     if said is None:
         return None
     return Cache(Path(said.folder), int(said.limit), said.patience, said.of == "all")
+
+
+def check_cache(data: Data, index: Index, order: AnyOrder, nodes: int) -> Cache | None:
+    """Where shards of the index are kept that are elsewhere; None if they all are here.
+
+    Raises UserError for a cache that cannot hold what a node has open at a time.
+    """
+    cache = cache_of(data)
+    if cache is None or not (cache.of_all or any(map(index.is_remote, index.shards))):
+        return None
+    check_limit(cache, index, order, nodes)
+    return cache
 
 
 def indexes(data: Data) -> tuple[Index, Index | None]:

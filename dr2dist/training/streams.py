@@ -9,12 +9,12 @@ from dr2dist.config import Config
 from dr2dist.data.dealt import dealt_batches
 from dr2dist.data.order import Item
 from dr2dist.data.positions import batches, fitting_nodes, open_at_most, validation_batches
-from dr2dist.data.prefetch import Prefetcher, check_limit
+from dr2dist.data.prefetch import Prefetcher
 from dr2dist.data.stream import loader
 from dr2dist.parallel.agreement import agree
 from dr2dist.parallel.engine import ReversibleEngine
 from dr2dist.parallel.processes import nodes_of
-from dr2dist.training.datasets import cache_of, datasets
+from dr2dist.training.datasets import check_cache, datasets
 from dr2dist.training.plan import Plan
 
 
@@ -57,13 +57,11 @@ def _training_items(
         nodes = fitting_nodes(nodes, order, config.data.streams)
     place = {"replica": engine.replica, "replicas": engine.replicas, "nodes": nodes}
     found = batches(order, start=start, **place, **ways)
-    cache = cache_of(config.data)
-    if cache is None or not (cache.of_all or any(map(index.is_remote, index.shards))):
-        return found
     with agree():
-        check_limit(cache, index, order, nodes)
+        cache = check_cache(config.data, index, order, nodes)
     own = engine.replicas // nodes
-    if engine.replica % own or not engine.first:  # one process of a node fetches ahead
+    # One process of a node fetches ahead.
+    if cache is None or engine.replica % own or not engine.first:
         return found
     prefetcher = Prefetcher(cache, index, order, engine.replica // own, nodes)
     return prefetcher.follow(found, start, train.micro_batch * engine.replicas)
