@@ -55,6 +55,7 @@ setup(
         "remote": ["aiohttp", "gcsfs", "s3fs"],
         "test": [
             "aiohttp",
+            "av",
             "datasets",
             "grimp",
             "import-linter",
@@ -77,6 +78,7 @@ setup(
             "types-tqdm",
             "wandb",
         ],
+        "video": ["av"],
     },
     entry_points={"console_scripts": ["dr2dist = dr2dist.cli:command"]},
 )

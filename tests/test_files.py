@@ -140,7 +140,10 @@ TABLE: dict[str, tuple[bytes, str | None]] = {
     "no path": (b"path,label\na.png,cat\n,dog\n", "row 3: path: '' is no file"),
     "an empty label": (b"path,label\na.png,cat\n\nb.png, \n", "row 4: label is empty"),
     "Latin-1": (b"path,label\na.png,caf\xe9\n", "row 2: label: 'caf\xe9' (read as Latin-1) is not"),
-    "no ending": (b"path,label\nnoext,cat\n", "row 2: path: 'noext' has no ending of an image"),
+    "no ending": (
+        b"path,label\nnoext,cat\n",
+        "row 2: path: 'noext' has no ending of an image or film",
+    ),
     "a file of a class": (b"path,label\nx.cls,cat\n", "'x.cls' has the ending .cls, which is none"),
     "no such file": (b"path,label\na.png,cat\nz.png,cat\n", "row 3: path: 'z.png' is no file"),
     "a folder": (b"path,label\nfolder.png,cat\n", "row 2: path: 'folder.png' is no file"),

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from dr2dist.data.film import FILM_TYPES, Film
 from dr2dist.errors import one_line
 
 _FORMATS = {
@@ -113,12 +114,13 @@ def _array(data: bytes) -> Any:
 
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     **dict.fromkeys(IMAGE_TYPES, _image),
+    **dict.fromkeys(FILM_TYPES, Film),
     "cls": _number,
     "json": json.loads,
     "npy": _array,
     "txt": _text,
 }
-"""By the last part of an extension: PIL images, a whole number, JSON, numpy arrays, text."""
+"""By the last part of an extension: PIL images, films, a whole number, JSON, numpy arrays, text."""
 
 
 def decode(extension: str, data: bytes) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dr2dist.data.decoders import IMAGE_TYPES
 from dr2dist.data.fields import split_name
+from dr2dist.data.film import FILM_TYPES
 from dr2dist.data.listing import list_files, shown
 from dr2dist.data.records import COLUMNS, Members, Record, Source, classified, new_key
 from dr2dist.data.saved_datasets import saved_datasets
@@ -19,30 +20,41 @@ from dr2dist.errors import UserError, nearest, one_line
 
 def image_folder(path: Path) -> Source:
     """PATH/class name/**/image: classes in the order of their names. What is left out is said."""
-    found = list_files(path, partial(_why_no_image, root=path))
+    return _class_folders(path, IMAGE_TYPES, "image")
+
+
+def video_folder(path: Path) -> Source:
+    """PATH/class name/**/film: the same."""
+    return _class_folders(path, FILM_TYPES, "film")
+
+
+def _class_folders(path: Path, types: Sequence[str], kind: str) -> Source:
+    found = list_files(path, partial(_why_not, root=path, types=types, kind=kind))
     own: dict[str, list[Path]] = {}
     for file in found.files:
         own.setdefault(file.relative_to(path).parts[0], []).append(file)
     classes = sorted(own)
     if empty := _empty_classes(path, classes):
-        found.left["folders without images, which are no classes"] = empty
+        found.left[f"folders without {kind}s, which are no classes"] = empty
     found.tell()
     if not classes and BESIDE in found.left:
         raise UserError(
-            f"{shown(path)}: holds images but no folders of them; allowed is "
-            f"{shown(path)}/CLASS/IMAGE"
+            f"{shown(path)}: holds {kind}s but no folders of them; allowed is "
+            f"{shown(path)}/CLASS/{kind.upper()}"
         )
     images = [(image, classified(n)) for n, name in enumerate(classes) for image in own[name]]
-    return _records(path, images), list(map(shown, classes))
+    return _records(path, images, types, kind), list(map(shown, classes))
 
 
 BESIDE = "not in the folder of a class"
 
 
-def _why_no_image(file: Path, root: Path) -> str | None:
+def _why_not(file: Path, root: Path, types: Sequence[str], kind: str) -> str | None:
     ending = file.suffix.lower().lstrip(".")
-    if ending not in IMAGE_TYPES:
-        return f"no images by their ending {file.suffix.lower()}" if ending else "without an ending"
+    if ending not in types:
+        return (
+            f"no {kind}s by their ending {file.suffix.lower()}" if ending else "without an ending"
+        )
     return BESIDE if file.parent == root else None
 
 
@@ -84,11 +96,12 @@ def _file_of(table: Path, row: int, text: str) -> Path:
         file = table.parent / name
         if name and os.path.isfile(file):
             ending = file.suffix.lower().lstrip(".")
-            if ending in IMAGE_TYPES:
+            if ending in IMAGE_TYPES or ending in FILM_TYPES:
                 return file
             raise UserError(
                 f"{table}: row {row}: path: '{shown(name)}' has "
-                f"{f'the ending .{ending}, which is none' if ending else 'no ending'} of an image"
+                f"{f'the ending .{ending}, which is none' if ending else 'no ending'} of an image "
+                "or film"
             )
     raise UserError(f"{table}: row {row}: path: '{shown(text)}' is no file")
 
@@ -138,6 +151,7 @@ def _class_of(files: dict[str, Path]) -> int | None:
 
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "imagefolder": image_folder,
+    "videofolder": video_folder,
     "csv": csv_table,
     "files": folder_of_files,
     "datasets": saved_datasets,
@@ -145,10 +159,15 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
 }
 
 
-def _records(root: Path, found: list[tuple[Path, Members]]) -> list[Record]:
+def _records(
+    root: Path,
+    found: list[tuple[Path, Members]],
+    types: Sequence[str] = IMAGE_TYPES,
+    kind: str = "image",
+) -> list[Record]:
     """Records with keys from their paths. A key holds no dot: shards end it at the first."""
     if not found:
-        raise UserError(f"{root}: holds no images of the types {', '.join(IMAGE_TYPES)}")
+        raise UserError(f"{root}: holds no {kind}s of the types {', '.join(types)}")
     taken: set[str] = set()
     records = []
     for path, (members, label) in found:

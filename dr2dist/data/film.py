@@ -1,0 +1,156 @@
+"""Films as members of samples: frames at given times, decoded when they are wanted (PyAV)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dr2dist.errors import UserError, one_line
+
+FILM_TYPES = ("avi", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "webm", "wmv")
+"""Extensions of films."""
+GAP = 1.0
+"""Seconds between wanted frames from which on it is sought, not decoded, what lies between."""
+SLACK = 1e-4
+"""Seconds by which a time may miss its frame's own, for times have been fractions."""
+
+
+class Film:
+    """A film of which some frames are decoded at a time.
+
+    data: a whole file. Raises ValueError for one without a film, or whose first frame cannot be
+    decoded.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self._first = self.read([0.0])[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of frames, turned as the file says."""
+        height, width = self._first.shape[:2]
+        return int(height), int(width)
+
+    @cached_property
+    def times(self) -> NDArray[np.float64]:
+        """When each frame is shown, in seconds from the first: [N], rising. Read from the packets;
+        nothing is decoded."""
+        with _opened(self.data) as container:
+            stream = container.streams.video[0]
+            found = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+            base = float(stream.time_base)
+        shown = np.unique(np.array(found, np.float64)) * base
+        return shown - shown[0] if len(shown) else np.zeros(1)
+
+    @property
+    def seconds(self) -> float:
+        """From the first frame to the end of the last, which is shown as long as others are."""
+        times = self.times
+        return float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0.0))
+
+    def read(self, times: Sequence[float]) -> NDArray[np.uint8]:
+        """The frames that are seen at these seconds, in any order: RGB [T, H, W, 3].
+
+        Before the first frame that is the first, after the last the last. Raises ValueError for
+        what cannot be decoded.
+        """
+        with _opened(self.data) as container:
+            order = np.argsort(np.asarray(times, np.float64), kind="stable")
+            reader = _Reader(container)
+            frames: list[Any] = [None] * len(times)
+            for place in order:
+                frames[place] = reader.at(float(times[place]))
+        return np.stack(frames)
+
+
+class _opened:  # noqa: N801  (a context, named for what it gives)
+    """A container of a file's bytes. Raises ValueError in one line for what is wrong with it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __enter__(self) -> Any:
+        try:
+            import av
+        except ImportError:
+            raise UserError("films need PyAV: pip install 'dr2dist[video]'") from None
+        try:
+            self.container = av.open(io.BytesIO(self.data), metadata_errors="ignore")
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise ValueError(f"is no film: {_reason(error)}") from None
+        if not self.container.streams.video:
+            self.container.close()
+            raise ValueError("has no pictures, only sound")
+        return self.container
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        import av
+
+        self.container.close()
+        if isinstance(error, av.FFmpegError):
+            raise ValueError(f"cannot be decoded: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
+class _Reader:
+    """Frames of a container by time, for times that rise."""
+
+    def __init__(self, container: Any) -> None:
+        self.container, self.stream = container, container.streams.video[0]
+        self.base = float(self.stream.time_base)
+        self.frames = self._decoded()
+        self.next = self._next()
+        if self.next is None:
+            raise ValueError("has no frame that can be decoded")
+        self.shown, self.start = self.next, self.next[0]
+
+    def at(self, time: float) -> NDArray[np.uint8]:
+        """The frame that is shown at a time, in seconds from the first frame."""
+        wanted = self.start + max(time, 0.0) + SLACK
+        if wanted - self.shown[0] > GAP:
+            self._seek(wanted)
+        while self.next is not None and self.next[0] <= wanted:
+            self.shown, self.next = self.next, self._next()
+        frame = self.shown[1]
+        quarters = round(frame.rotation / 90)  # counterclockwise, as the file says
+        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
+
+    def _seek(self, wanted: float) -> None:
+        """To the last key frame before; where that fails, what lies between is decoded."""
+        before = self.shown
+        self.container.seek(int(wanted / self.base), stream=self.stream, backward=True)
+        self.frames = self._decoded()
+        found = self._next()
+        if found is None or found[0] > wanted:  # an index that is wrong
+            self.container.seek(int(self.start / self.base), stream=self.stream, backward=True)
+            self.frames = self._decoded()
+            found = self._next()
+        self.shown, self.next = (before if found is None else found), found
+
+    def _decoded(self) -> Iterator[Any]:
+        return iter(self.container.decode(self.stream))
+
+    def _next(self) -> tuple[float, Any] | None:
+        """(when, frame); None at the end, or where the file is broken after a frame."""
+        import av
+
+        while True:
+            try:
+                frame = next(self.frames)
+            except StopIteration:
+                return None
+            except av.InvalidDataError:
+                if hasattr(self, "shown"):
+                    return None
+                raise
+            if frame.pts is not None:
+                return frame.pts * self.base, frame

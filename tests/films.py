@@ -1,0 +1,58 @@
+"""Small films whose frames' brightness says their number."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+DARKEST, STEP = 20, 5
+
+
+def film(
+    frames: int = 40,
+    rate: int = 10,
+    codec: str = "libx264",
+    kind: str = "mp4",
+    times: Sequence[float] | None = None,
+    size: tuple[int, int] = (48, 64),
+) -> bytes:
+    """A file. times: of frames in seconds, where they are not even. Key frames are 8 apart."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container:
+        stream: Any = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = *size, "yuv420p", 8
+        stream.bit_rate = 4_000_000
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(frames):
+            pixels = np.full((*size, 3), DARKEST + STEP * number, np.uint8)
+            pixels[: size[0] // 4] = 255 - pixels[: size[0] // 4]  # so that one sees which way up
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            shown = number / rate if times is None else times[number]
+            frame.time_base, frame.pts = Fraction(1, 1000), round(1000 * shown)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def sound() -> bytes:
+    """A file without pictures."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream: Any = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def numbers(pixels: NDArray[np.uint8]) -> list[int]:
+    """Of frames [T, H, W, 3], by the lower half of each."""
+    means = pixels[:, pixels.shape[1] // 2 :].mean((1, 2, 3))
+    return [round(float(mean - DARKEST) / STEP) for mean in means]
