@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dr2dist.data.cache import Cache, Wanted, room_for
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, Shard, read_index
 from dr2dist.data.order import Order
+from dr2dist.data.positions import open_at_most
 from dr2dist.data.prefetch import Prefetcher, check_limit, least_cache
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
@@ -102,6 +104,19 @@ def test_a_cache_that_is_too_small_is_refused(many: Path) -> None:
     window = int(str(caught.value).split("window of ")[1].split()[0])
     assert window < 16
     check_limit(Cache(Path("x"), least - 1), index, order.within(window), 1)
+
+
+def test_a_rank_keeps_no_more_shards_open_than_the_plan_says(many: Path) -> None:
+    index = read_index(many)
+    order = Order([shard.samples for shard in index.shards], index.digest(), 2, 8)
+    most = open_at_most(order)
+    found = ShardDataset(index, Fields({"label": "cls"}), lambda values: values, most=most)
+    opened = []
+    for item in order.items(np.arange(2 * order.num_samples)):
+        found[item]
+        links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+        opened.append(sum(os.path.realpath(link).startswith(str(many)) for link in links))
+    assert 2 <= max(opened) <= most < len(index.shards) / 2
 
 
 def dataset(source: Path, unreadable: Any = "other") -> ShardDataset:

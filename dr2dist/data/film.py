@@ -41,7 +41,7 @@ class Film:
     def times(self) -> NDArray[np.float64]:
         """When each frame is shown, in seconds from the first: [N], rising. Read from the packets;
         nothing is decoded."""
-        with _opened(self.data) as container:
+        with _Opened(self.data) as container:
             stream = container.streams.video[0]
             found = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             base = float(stream.time_base)
@@ -60,7 +60,7 @@ class Film:
         Before the first frame that is the first, after the last the last. Raises ValueError for
         what cannot be decoded.
         """
-        with _opened(self.data) as container:
+        with _Opened(self.data) as container:
             order = np.argsort(np.asarray(times, np.float64), kind="stable")
             reader = _Reader(container)
             frames: list[Any] = [None] * len(times)
@@ -69,7 +69,7 @@ class Film:
         return np.stack(frames)
 
 
-class _opened:  # noqa: N801  (a context, named for what it gives)
+class _Opened:
     """A container of a file's bytes. Raises ValueError in one line for what is wrong with it."""
 
     def __init__(self, data: bytes) -> None:
