@@ -164,6 +164,7 @@ def test_a_run_of_two_sources_breaks_off_and_goes_on_with_the_same_bits(
     said = plan.describe()
     # 42 and 21 samples for training: 21 and 21 in an epoch.
     assert (plan.steps, plan.steps_per_epoch) == (11, 6) and "63 for training" in said, said
+    assert "mixes         a micro-batch is of up to 4 shards" in said
     assert said.count("50.0% of an epoch") == 2 and "0.5 pass(es)" in said and "1 pass(es)" in said
     whole, cut = (f"output={tmp_path / name}" for name in ("whole", "cut"))
     two_ranks.run("tests.cases:run_config", path=str(path), overrides=[whole])

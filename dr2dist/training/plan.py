@@ -155,10 +155,13 @@ class Plan:
     def _describe_order(self) -> list[str]:
         if self.order is None:
             return []
-        shards = self.train.shards
+        shards, most = self.train.shards, open_at_most(self.order)
+        alone = open_at_most(self.order, nodes=self.order.streams)
+        size = int(self.deepspeed["train_micro_batch_size_per_gpu"])
         lines = [
-            f"order         {self.order.describe()}: at most {open_at_most(self.order)} shards "
-            "are open at a time"
+            f"order         {self.order.describe()}: at most {most} shards are open at a time",
+            f"mixes         a micro-batch is of up to {min(size, most)} shards where one node reads "
+            f"all streams, {min(size, alone)} where each reads one",
         ]
         if all(shard.bytes for shard in shards):
             parts = zip(self.train.sources, self.order.lengths, strict=True)
