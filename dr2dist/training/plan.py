@@ -160,8 +160,8 @@ class Plan:
         size = int(self.deepspeed["train_micro_batch_size_per_gpu"])
         lines = [
             f"order         {self.order.describe()}: at most {most} shards are open at a time",
-            f"mixes         a micro-batch is of up to {min(size, most)} shards where one node reads "
-            f"all streams, {min(size, alone)} where each reads one",
+            f"mixes         a micro-batch is of up to {min(size, most)} shards where one node "
+            f"reads all streams, {min(size, alone)} where each reads one",
         ]
         if all(shard.bytes for shard in shards):
             parts = zip(self.train.sources, self.order.lengths, strict=True)
