@@ -21,7 +21,7 @@ def dr2dist(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
 

@@ -337,6 +337,7 @@ def test_the_readmes_way_from_a_bucket_to_a_run_works(
         ["dr2dist", "train"],
     ]
     lines[3] += ["model.name=vit_tiny_patch16_224", "model.weights=random", "model.image_size=32"]
+    lines[3] += ["model.options={depth: 2}"]
     lines[3] += ["train.micro_batch=4", "task.num_classes=2", "train.epochs=1"]
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
