@@ -21,7 +21,7 @@ from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepE
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.reversible import Chain
 from dr2dist.training.run import run
-from tests.models import CLIP, VIDEO, build
+from tests.models import build, shape_of
 
 GLOBAL_BATCH = 8
 LEARNING_RATE = 1e-3
@@ -88,8 +88,7 @@ def micro_batches(
 
 def take_step(engine: ReversibleEngine, step: int, accumulate: int = 1, between: Any = None) -> Any:
     """One step; `between` is called after each forward pass."""
-    is_video = any(engine.net.family.name == kind for kind in VIDEO)
-    batches = micro_batches(step, accumulate, CLIP if is_video else (3, 32, 32))
+    batches = micro_batches(step, accumulate, shape_of(engine.net.family.name))
 
     def loss(number: int, output: Any) -> Tensor:
         if between is not None:

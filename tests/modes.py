@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+import dr2dist
 from tests.pool import Pool
 
 
@@ -27,3 +29,16 @@ def assert_modes_agree(pool: Pool, kind: str, zero: int, **options: Any) -> None
         assert losses == found[0][0]
         for name, value in weights.items():
             assert torch.equal(value, found[0][1][name]), name
+
+
+def one_step(model: nn.Module, x: Tensor, bf16: bool, **setting: Any) -> list[Tensor | None]:
+    """Output and all gradients of a converted model's step, whose reversal is proven."""
+    net = dr2dist.convert(model, **setting).train()
+    x = x.clone().requires_grad_()
+    net.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = net(x)
+    output.float().square().sum().backward()
+    assert net.certificate().failures == 0
+    return [output.detach(), x.grad, *(p.grad for p in net.parameters())]

@@ -19,7 +19,7 @@ from dr2dist.parallel.pipeline.layers import keep_only, layers_of
 from dr2dist.parallel.pipeline.partition import partition
 from dr2dist.reversible.budget.costs import Watermark
 from tests.cases import GLOBAL_BATCH, full_state
-from tests.models import CLIP, VIDEO, build
+from tests.models import build, shape_of
 
 SIZE = (32, 32)
 
@@ -68,8 +68,7 @@ def make_engine(
 def work(engine: StagedEngine, step: int, accumulate: int) -> StepBatches:
     """This replica's share of the step's global batch."""
     generator = torch.Generator().manual_seed(step)
-    is_video = any(engine.net.family.name == kind for kind in VIDEO)
-    shape = CLIP if is_video else (3, *SIZE)
+    shape = shape_of(engine.net.family.name)
     images = torch.randn(GLOBAL_BATCH, *shape, generator=generator)
     labels = torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator)
 

@@ -13,6 +13,7 @@ from torchvision.models.vision_transformer import ConvStemConfig, VisionTransfor
 
 import dr2dist
 from tests.models import images
+from tests.modes import one_step
 from tests.test_backbones import CONVENTIONAL, assert_close, assert_state_is_of
 
 DEPTH = 4
@@ -55,25 +56,13 @@ def test_conventional_setting_is_the_model_itself(options: dict[str, Any]) -> No
         assert_close(net(images()), model(images()))
 
 
-def _step(model: nn.Module, bf16: bool, **setting: Any) -> Any:
-    net = dr2dist.convert(model, **setting).train()
-    x = images(3).requires_grad_()
-    net.zero_grad(set_to_none=True)
-    torch.manual_seed(3)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = net(x)
-    output.float().square().sum().backward()
-    assert net.certificate().failures == 0
-    return [output.detach(), x.grad, *(p.grad for p in net.parameters())]
-
-
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_reversal_is_exact_with_dropout_and_slices(bf16: bool) -> None:
     model = build(dropout=0.1, attention_dropout=0.1)
     for slices in ({}, {"chunk_size": 2}, {"chunk_size": 1, "chunk_tokens": 6}):
-        found = _step(model, bf16, **slices)
+        found = one_step(model, images(3), bf16, **slices)
         for memory in ("store", "checkpoint"):
-            wanted = _step(model, bf16, memory=memory, **slices)
+            wanted = one_step(model, images(3), bf16, memory=memory, **slices)
             assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
 
 

@@ -17,7 +17,7 @@ import dr2dist
 from dr2dist.backbones.build import build_model
 from dr2dist.errors import UserError
 from tests.models import VIDEO, build, inputs
-from tests.modes import assert_modes_agree
+from tests.modes import assert_modes_agree, one_step
 from tests.pool import Pool
 from tests.test_backbones import CONVENTIONAL, assert_close, assert_state_is_of
 
@@ -66,18 +66,6 @@ def test_slices_are_rows_of_windows() -> None:
     assert max(largest) == 2 * 3  # two windows of time by three of width, of eighteen
 
 
-def step(model: nn.Module, x: Tensor, bf16: bool, **setting: Any) -> list[Tensor | None]:
-    net = dr2dist.convert(model, **setting).train()
-    x = x.clone().requires_grad_()
-    net.zero_grad(set_to_none=True)
-    torch.manual_seed(3)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = net(x)
-    output.float().square().sum().backward()
-    assert net.certificate().failures == 0
-    return [output.detach(), x.grad, *(p.grad for p in net.parameters())]
-
-
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("pair", [(0.9, 0.1), (0.5, 0.5), (1, 0.1)])
 @pytest.mark.parametrize("kind", VIDEO)
@@ -87,10 +75,10 @@ def test_reversal_is_exact_with_droppath_and_slices(
     model = build(kind, depth=4, drop_path_rate=0.3, proj_drop_rate=0.1)
     x = inputs(kind)
     for slices in ({}, {"chunk_size": 2}, {"chunk_size": 1, "chunk_tokens": 30}):
-        found = step(model, x, bf16, alpha=pair[0], beta=pair[1], **slices)
+        found = one_step(model, x, bf16, alpha=pair[0], beta=pair[1], **slices)
         for memory in ("store", "checkpoint"):
             setting = {"alpha": pair[0], "beta": pair[1], "memory": memory, **slices}
-            for one, two in zip(found, step(model, x, bf16, **setting), strict=True):
+            for one, two in zip(found, one_step(model, x, bf16, **setting), strict=True):
                 assert (one is None and two is None) or torch.equal(one, two)
 
 

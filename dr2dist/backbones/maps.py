@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any, ClassVar
 
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from dr2dist.backbones.backbone import OUTPUT, Backbone, ChainOf, FeatureInfo, Stem, Transition
+from dr2dist.backbones.backbone import OUTPUT, Backbone, ChainOf, FeatureInfo, Transition
 from dr2dist.backbones.branch import BranchSpec, branches
 
 Parts = dict[type, tuple[BranchSpec, ...]]
@@ -39,32 +38,23 @@ class MapBackbone(Backbone):
 
     def features(self, model: Any) -> list[FeatureInfo]:
         """See Backbone: after each stage."""
+        chains = [layer for layer in self.layers(model) if isinstance(layer, ChainOf)]
         infos = [
             FeatureInfo(
                 f"{self.stages}.{index}",
                 index,
-                sum(len(self.parts_of(block)) for block in stage.blocks) - 1,
+                len(chain.functions) - 1,
                 info["num_chs"],
                 info["reduction"],
                 "BHWC" if self.channel_dim == -1 else "BCHW",
             )
-            for index, (stage, info) in enumerate(
-                zip(getattr(model, self.stages), model.feature_info, strict=True)
-            )
+            for index, (chain, info) in enumerate(zip(chains, model.feature_info, strict=True))
         ]
         return [*infos, infos[-1]._replace(name=OUTPUT)]
-
-    def parts_of(self, block: nn.Module) -> tuple[BranchSpec, ...]:
-        """The branches of a block."""
-        return next(found for kind, found in self.parts.items() if isinstance(block, kind))
 
     def to_map(self, model: Any, tokens: Tensor) -> Tensor:
         """See Backbone."""
         return tokens.permute(0, 3, 1, 2) if self.channel_dim == -1 else tokens
-
-    @abstractmethod
-    def stem(self, model: Any, images: Any, /, **options: Any) -> Stem:
-        """See Backbone."""
 
     def intermediates(self, net: Any, images: Tensor, /, **options: Any) -> Any:
         """See Backbone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,11 +17,12 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torchvision.ops import StochasticDepth
+from torchvision.models.vision_transformer import MLPBlock
+from torchvision.ops import MLP, StochasticDepth
 
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
-MLPS = (Mlp, GluMlp, SwiGLU)
+MLPS = (Mlp, GluMlp, SwiGLU, MLP, MLPBlock)
 ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention)
 
 
@@ -58,10 +60,14 @@ class Tokenwise(Slicing):
 
     def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
         """See Slicing."""
-        layers = (getattr(part.mlp, name, None) for name in ("fc1", "fc1_g"))
-        if type(part.mlp) not in MLPS or not any(type(layer) is nn.Linear for layer in layers):
+        if type(part.mlp) not in MLPS or not any(type(e) is nn.Linear for e in _entries(part.mlp)):
             return []
-        return even_ranges(shape[1], tokens if len(shape) == 3 else max(tokens // shape[2], 1))
+        return even_ranges(shape[1], max(tokens // math.prod(shape[2:-1]), 1))
+
+
+def _entries(mlp: Any) -> list[Any]:
+    """What may be an MLP's first layer, by timm's names and in torchvision's order."""
+    return [getattr(mlp, name, None) for name in ("fc1", "fc1_g")] + list(mlp.children())[:1]
 
 
 class Queries(Slicing):

@@ -21,7 +21,7 @@ from torchvision.models.video.swin_transformer import (
 
 from dr2dist.backbones.backbone import OUTPUT, Backbone, ChainOf, FeatureInfo, Stem, Transition
 from dr2dist.backbones.branch import BranchSpec, branches
-from dr2dist.backbones.slicing import Given, Run, Slicing, even_ranges, replaced_modules
+from dr2dist.backbones.slicing import Given, Run, Slicing, Tokenwise, replaced_modules
 from dr2dist.errors import UserError
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
@@ -116,8 +116,7 @@ class _Band:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, frames, columns = _axes(self.attention, self.told.length, *x.shape[2:4])
-        shifted, index = self._shifted(rows, x)
-        there = index >= 0
+        shifted, index, there = (each.to(x.device) for each in self._shifted(rows, x.shape[1]))
         padding = (0, 0, 0, columns.padded - columns.size, 0, frames.padded - frames.size)
         padded = functional.pad(x, (*padding, 0, 1))[:, index]  # -1 is the row of zeros
         rolled = padded.roll((-frames.shift, -columns.shift), (2, 3))
@@ -130,17 +129,17 @@ class _Band:
         whole = found.roll((frames.shift, columns.shift), (2, 3))
         return whole[:, there, : frames.size, : columns.size]
 
-    def _shifted(self, rows: _Axis, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(places of the band's padded rows in the shifted map, which of x's rows is there; -1
-        where there is none)."""
+    def _shifted(self, rows: _Axis, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the band's padded rows: (places in the shifted map, which of the `length` rows is
+        there, -1 for none, and those with one). On the CPU: nobody waits for a GPU's numbers."""
         first = (self.told.ranges[0].start - rows.shift) % rows.padded // rows.window * rows.window
         count, real = 0, 0
-        while real < x.shape[1]:
+        while real < length:
             count += rows.window
-            places = torch.arange(first, first + count, device=x.device)
+            places = torch.arange(first, first + count)
             there = (places + rows.shift) % rows.padded < rows.size
             real = int(there.sum())
-        return places, torch.where(there, there.cumsum(0) - 1, -1)
+        return places, torch.where(there, there.cumsum(0) - 1, -1), there.nonzero()[:, 0]
 
 
 def _attend(attention: Any, x: Tensor, axes: Sequence[_Axis], places: Sequence[Tensor]) -> Tensor:
@@ -179,19 +178,10 @@ def _cut(x: Tensor, rows: int, frames: int, columns: int) -> Tensor:
     return split.permute(0, 2, 4, 3, 1, 5, 6).reshape(-1, frames * rows * columns, channels)
 
 
-class _Tokenwise(Slicing):
-    """The MLP with its norm, each token by itself."""
-
-    def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
-        """See Slicing."""
-        known = type(part.mlp[0]) is nn.Linear
-        return even_ranges(shape[1], max(tokens // (shape[2] * shape[3]), 1)) if known else []
-
-
 PARTS = {
     SwinTransformerBlock: (
         BranchSpec(("norm1", "attn", "stochastic_depth"), _attention, slicing=_Windows()),
-        BranchSpec(("norm2", "mlp", "stochastic_depth"), _mlp, slicing=_Tokenwise()),
+        BranchSpec(("norm2", "mlp", "stochastic_depth"), _mlp, slicing=Tokenwise()),
     )
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,14 +9,12 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import (
     Encoder,
     EncoderBlock,
-    MLPBlock,
     VisionTransformer,
 )
 
 from dr2dist.backbones.backbone import Backbone, ChainOf, Stem, Transition
 from dr2dist.backbones.branch import BranchSpec, branches
-from dr2dist.backbones.slicing import Given, Slicing, even_ranges
-from dr2dist.reversible.calls.slices import Ranges
+from dr2dist.backbones.slicing import Tokenwise
 
 
 def _attention(block: Any, x: Tensor) -> Tensor:
@@ -30,19 +27,10 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
     return block.mlp(block.ln_2(x))
 
 
-class _Tokenwise(Slicing):
-    """The MLP with its norm, each token by itself."""
-
-    def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
-        """See Slicing."""
-        known = type(part.mlp) is MLPBlock and type(part.mlp[0]) is nn.Linear
-        return even_ranges(shape[1], tokens) if known else []
-
-
 PARTS = {
     EncoderBlock: (
         BranchSpec(("ln_1", "self_attention", "dropout"), _attention),
-        BranchSpec(("ln_2", "mlp"), _mlp, slicing=_Tokenwise()),
+        BranchSpec(("ln_2", "mlp"), _mlp, slicing=Tokenwise()),
     )
 }
 

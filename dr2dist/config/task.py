@@ -65,8 +65,13 @@ def _listed(value: Any) -> Any:
     return [{"shards": each} if isinstance(each, str) else each for each in listed]
 
 
+def stands_alone(sources: tuple[Source, ...]) -> bool:
+    """Whether nothing is mixed: one source, and one pass over it is an epoch."""
+    return len(sources) == 1 and sources[0].passes == 1
+
+
 def _as_said(sources: tuple[Source, ...]) -> Any:
-    alone = len(sources) == 1 and sources[0].passes == 1
+    alone = stands_alone(sources)
     return sources[0].shards if alone else [source.effective() for source in sources]
 
 
@@ -111,7 +116,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _one_source_dealt(self) -> Self:
-        if self.order == "dealt" and (len(self.train) > 1 or self.train[0].passes != 1):
+        if self.order == "dealt" and not stands_alone(self.train):
             raise ValueError("order is dealt, allowed with one source of one pass only")
         return self
 

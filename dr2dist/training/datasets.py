@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dr2dist.config import Config
-from dr2dist.config.task import Data
+from dr2dist.config.task import Data, stands_alone
 from dr2dist.data.cache import Cache
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, read_index
@@ -60,8 +60,8 @@ def check_cache(data: Data, index: Index, order: AnyOrder, nodes: int) -> Cache 
 def indexes(data: Data) -> tuple[Index, Index | None]:
     """(of training samples, of held-out ones). Raises UserError for one that cannot be read."""
     found = [read_index(source.shards) for source in data.train]
-    alone = len(found) == 1 and data.train[0].passes == 1
-    train = found[0] if alone else Joined.of(found, [source.passes for source in data.train])
+    passes = [source.passes for source in data.train]
+    train = found[0] if stands_alone(data.train) else Joined.of(found, passes)
     return train, None if data.val is None else read_index(data.val)
 
 
