@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -41,7 +42,7 @@ class Film:
     def times(self) -> NDArray[np.float64]:
         """When each frame is shown, in seconds from the first: [N], rising. Read from the packets;
         nothing is decoded."""
-        with _Opened(self.data) as container:
+        with _opened(self.data) as container:
             stream = container.streams.video[0]
             found = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             base = float(stream.time_base)
@@ -60,7 +61,7 @@ class Film:
         Before the first frame that is the first, after the last the last. Raises ValueError for
         what cannot be decoded.
         """
-        with _Opened(self.data) as container:
+        with _opened(self.data) as container:
             order = np.argsort(np.asarray(times, np.float64), kind="stable")
             reader = _Reader(container)
             frames: list[Any] = [None] * len(times)
@@ -69,31 +70,23 @@ class Film:
         return np.stack(frames)
 
 
-class _Opened:
+@contextmanager
+def _opened(data: bytes) -> Iterator[Any]:
     """A container of a file's bytes. Raises ValueError in one line for what is wrong with it."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    def __enter__(self) -> Any:
-        try:
-            import av
-        except ImportError:
-            raise UserError("films need PyAV: pip install 'dr2dist[video]'") from None
-        try:
-            self.container = av.open(io.BytesIO(self.data), metadata_errors="ignore")
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise ValueError(f"is no film: {_reason(error)}") from None
-        if not self.container.streams.video:
-            self.container.close()
-            raise ValueError("has no pictures, only sound")
-        return self.container
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    try:
         import av
-
-        self.container.close()
-        if isinstance(error, av.FFmpegError):
+    except ImportError:
+        raise UserError("films need PyAV: pip install 'dr2dist[video]'") from None
+    try:
+        container = av.open(io.BytesIO(data), metadata_errors="ignore")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise ValueError(f"is no film: {_reason(error)}") from None
+    with container:
+        if not container.streams.video:
+            raise ValueError("has no pictures, only sound")
+        try:
+            yield container
+        except av.FFmpegError as error:
             raise ValueError(f"cannot be decoded: {_reason(error)}") from None
 
 
