@@ -55,7 +55,7 @@ setup(
         "remote": ["aiohttp", "gcsfs", "s3fs"],
         "test": [
             "aiohttp",
-            "av",
+            "av>=18",
             "datasets",
             "grimp",
             "import-linter",
@@ -78,7 +78,7 @@ setup(
             "types-tqdm",
             "wandb",
         ],
-        "video": ["av"],
+        "video": ["av>=18"],
     },
     entry_points={"console_scripts": ["dr2dist = dr2dist.cli:command"]},
 )

@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 from numpy.typing import NDArray
+
+from dr2dist.data.shards import make_shards
+from dr2dist.data.sources import video_folder
 
 DARKEST, STEP = 20, 5
 
@@ -21,8 +25,10 @@ def film(
     kind: str = "mp4",
     times: Sequence[float] | None = None,
     size: tuple[int, int] = (48, 64),
+    backwards: bool = False,
 ) -> bytes:
-    """A file. times: of frames in seconds, where they are not even. Key frames are 8 apart."""
+    """A file. times: of frames in seconds, where they are not even. Key frames are 8 apart.
+    backwards: the last frame first."""
     file = io.BytesIO()
     with av.open(file, "w", format=kind) as container:
         stream: Any = container.add_stream(codec, rate=rate)
@@ -30,7 +36,8 @@ def film(
         stream.bit_rate = 4_000_000
         stream.codec_context.time_base = Fraction(1, 1000)
         for number in range(frames):
-            pixels = np.full((*size, 3), DARKEST + STEP * number, np.uint8)
+            bright = frames - 1 - number if backwards else number
+            pixels = np.full((*size, 3), DARKEST + STEP * bright, np.uint8)
             pixels[: size[0] // 4] = 255 - pixels[: size[0] // 4]  # so that one sees which way up
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             shown = number / rate if times is None else times[number]
@@ -56,3 +63,16 @@ def numbers(pixels: NDArray[np.uint8]) -> list[int]:
     """Of frames [T, H, W, 3], by the lower half of each."""
     means = pixels[:, pixels.shape[1] // 2 :].mean((1, 2, 3))
     return [round(float(mean - DARKEST) / STEP) for mean in means]
+
+
+def make_film_shards(root: Path, count: int = 12, classes: int = 2) -> Path:
+    """root/shards/{train,val} of films that grow brighter or darker, or some number of classes."""
+    for number in range(count * classes):
+        kind = number % classes
+        place = root / "films" / f"kind_{kind}" / f"{number}.mp4"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(film(20 + number % 20, backwards=kind == 1))
+    records, names = video_folder(root / "films")
+    output = root / "shards"
+    make_shards(records, names, output, samples_per_shard=8, val_fraction=0.3, progress=False)
+    return output

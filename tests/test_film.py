@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from dr2dist.data.broken import BrokenError
 from dr2dist.data.decoders import decode
 from dr2dist.data.fields import Fields
 from dr2dist.data.film import Film
 from dr2dist.data.index import read_index
+from dr2dist.data.shards import make_shards
+from dr2dist.data.sources import video_folder
 from dr2dist.data.stream import ShardDataset
+from dr2dist.errors import UserError
 from tests.commands import call
-from tests.films import film, numbers, sound
+from tests.films import DARKEST, STEP, film, numbers, sound
 
 KINDS = [("libx264", "mp4"), ("mpeg4", "avi"), ("libvpx-vp9", "webm"), ("libx264", "matroska")]
 
@@ -56,6 +63,20 @@ def test_frames_are_turned_as_the_file_says() -> None:
     plain, turned = Film(film(3)), Film(rotated(film(3)))
     assert turned.size == (64, 48)
     assert np.array_equal(turned.read([0.1])[0], np.rot90(plain.read([0.1])[0], -1))
+
+
+def _archive(files: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def _picture(side: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side)).save(file, "png")
+    return file.getvalue()
 
 
 def broken(data: bytes) -> bytes:
@@ -115,3 +136,117 @@ def test_shards_of_films_with_classes(
 
 def _values(dataset: ShardDataset) -> list[Any]:
     return [dataset[0, number].values for number in range(len(dataset))]
+
+
+def _folder_of_frames(folder: Path, count: int) -> None:
+    """Images whose brightness says their number, as in tests.films."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.full((16, 24, 3), DARKEST + STEP * number, np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+
+
+def test_folders_of_frames_are_films(tmp_path: Path, capfd: Any, caplog: Any) -> None:
+    source = tmp_path / "films"
+    _folder_of_frames(source / "pan" / "one", 12)
+    _folder_of_frames(source / "turn" / "far" / "two", 5)
+    (source / "turn" / "three.mp4").write_bytes(film(7))
+    Image.new("RGB", (9, 9)).save(source / "turn" / "loose.png")
+    make = ("shards", "make", "--from", "videofolder", "--source", str(source))
+    output = tmp_path / "shards"
+    status, out, err = call(capfd, *make, "--output", str(output), "--frame-rate", "5")
+    assert status == 0 and "3 samples of 2 classes" in out, err
+    assert "a film's frames lie in a folder of their own in it: 1" in caplog.text
+    fields = Fields({"video": "mp4;zip", "label": "cls"})
+    found = _values(ShardDataset(read_index(output), fields, lambda values: values))
+    said = sorted((int(v["label"]), len(v["video"].times), v["video"].seconds) for v in found)
+    assert [(label, count) for label, count, _ in said] == [(0, 12), (1, 5), (1, 7)]
+    assert [seconds for *_, seconds in said] == pytest.approx([2.4, 1.0, 0.7])
+    (frames,) = [v["video"] for v in found if len(v["video"].times) == 12]
+    assert numbers(frames.read([0.0, 1.0, 0.39, 99.0])) == [0, 5, 1, 11] and frames.size == (16, 24)
+    status, _, err = call(capfd, *make, "--output", str(output / "no"), "--frame-rate", "-1")
+    assert status == 2 and "frame-rate is -1, allowed is more than 0" in err
+
+
+def test_a_frame_rate_without_frames_is_refused(tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "films" / "pan").mkdir(parents=True)
+    (tmp_path / "films" / "pan" / "a.mp4").write_bytes(film(4))
+    make = ("shards", "make", "--from", "videofolder", "--source", str(tmp_path / "films"))
+    status, _, err = call(capfd, *make, "--output", str(tmp_path / "no"), "--frame-rate", "5")
+    assert status == 2 and "no film is a folder of frames" in err
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"PK nothing", "is no readable archive"),
+        (_archive({}), "has no images"),
+        (_archive({"a.png": b"none"}), "a.png: cannot identify"),
+        (_archive({"a.txt": b"none"}), "has no images"),
+        (_archive({"a.png": _picture(8), "b.png": _picture(9)}), "frames of different sizes"),
+    ],
+    ids=["no zip", "empty", "no image", "no frame", "sizes"],
+)
+def test_what_is_no_archive_of_frames_is_said(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        decode("zip", data).read([0.0, 1.0])
+
+
+def test_spans_of_a_table_are_samples(tmp_path: Path, capfd: Any, caplog: Any) -> None:
+    (tmp_path / "a.mp4").write_bytes(film(30))
+    _folder_of_frames(tmp_path / "b", 10)
+    table = tmp_path / "spans.csv"
+    rows = ("a.mp4,pan,0,1", "a.mp4,turn,1.5,2.5", "b,pan,,")
+    table.write_text("\n".join(("path,label,start,stop", *rows)))
+    make = ("shards", "make", "--from", "csv", "--source", str(table))
+    status, out, err = call(capfd, *make, "--output", str(tmp_path / "out"))
+    assert status == 0 and "3 samples of 2 classes" in out, err
+    assert "3 spans are of 2 films" in caplog.text
+    fields = Fields({"video": "mp4;zip", "span": "json#span?", "label": "cls"})
+    found = _values(ShardDataset(read_index(tmp_path / "out"), fields, lambda values: values))
+    said = sorted((len(v["video"].times), v.get("span"), v["label"]) for v in found)
+    assert said == [(10, None, 0), (30, [0.0, 1.0], 0), (30, [1.5, 2.5], 1)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (("path,label,start", "a.mp4,x,1"), "has the column 'start' and no column 'stop'"),
+        (("path,label,start,stop", "a.mp4,x,2,1"), "row 2: start is '2' and stop '1'; allowed is"),
+        (("path,label,start,stop", "a.mp4,x,0,1", "a.mp4,x,,1"), "row 3: start is '' and stop '1'"),
+        (("path,label,start,stop", "c.png,x,0,1"), "row 2: start and stop are of films"),
+        (("path,label,start,stop", "empty,x,0,1"), "empty: holds no images"),
+    ],
+    ids=["one", "order", "half", "image", "empty"],
+)
+def test_spans_that_are_none_are_said(
+    tmp_path: Path, capfd: Any, lines: tuple[str, ...], reason: str
+) -> None:
+    (tmp_path / "a.mp4").write_bytes(film(4))
+    (tmp_path / "c.png").write_bytes(_picture(8))
+    (tmp_path / "empty").mkdir()
+    table = tmp_path / "spans.csv"
+    table.write_text("\n".join(lines))
+    make = ("shards", "make", "--from", "csv", "--source", str(table))
+    status, _, err = call(capfd, *make, "--output", str(tmp_path / "out"))
+    assert status == 2 and reason in err.splitlines()[-1]
+
+
+def test_a_film_that_breaks_when_it_is_seen_counts_as_unreadable(tmp_path: Path) -> None:
+    def broken(values: Any) -> Any:
+        if len(values["video"].times) == 5:
+            raise BrokenError("cannot be decoded")
+        return values
+
+    for number in range(4):
+        (tmp_path / "pan").mkdir(exist_ok=True)
+        (tmp_path / "pan" / f"{number}.mp4").write_bytes(film(4 + number))
+    records, classes = video_folder(tmp_path)
+    make_shards(records, classes, tmp_path / "out", progress=False)
+    fields = Fields({"video": "mp4", "label": "cls"})
+    index = read_index(tmp_path / "out")
+    with pytest.raises(UserError, match=r"sample 'pan-1' cannot be read: cannot be decoded"):
+        _values(ShardDataset(index, fields, broken))
+    other = ShardDataset(index, fields, broken, unreadable="other")
+    assert sum(other[0, number].skipped for number in range(4)) == 1

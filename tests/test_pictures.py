@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dr2dist.data.decoders import IMAGE_TYPES, decode
+from dr2dist.data.decoders import decode
+from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.tasks.transforms import to_channels, upright
 
 

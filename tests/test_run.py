@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dr2dist.data.index import read_index
 from dr2dist.training.progress import ProgressLine
 from tests.commands import ROOT, call, dr2dist
+from tests.films import make_film_shards
 from tests.images import make_small_shards, place_of
 from tests.pool import Pool
 
@@ -29,6 +30,12 @@ SMALLER = {
     ],
     "vit_giant_patch14_224": ["model.options={embed_dim: 128, num_heads: 4, depth: 8}"],
     "vit_small_patch14_dinov2": ["model.options={depth: 4}"],
+    "swin3d_t": [],
+    "videomae_large_patch16": [
+        "model.image_size=32",
+        "model.options={frames: 4, embed_dim: 64, num_heads: 2, depth: 4}",
+        "task.num_classes=8",
+    ],
 }
 TINY = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32}
@@ -46,6 +53,11 @@ output: OUTPUT
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_small_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def film_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_film_shards(tmp_path_factory.mktemp("films"), 4, classes=8)
 
 
 def write_config(tmp_path: Path, shards: Path, name: str = "run") -> Path:
@@ -103,9 +115,11 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], sh
 
 @pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_starts(
-    config: Path, tmp_path: Path, shards: Path, request: pytest.FixtureRequest
+    config: Path, tmp_path: Path, shards: Path, film_shards: Path, request: pytest.FixtureRequest
 ) -> None:
-    stages = yaml.safe_load(config.read_text())["parallel"].get("stages", 2)
+    said = yaml.safe_load(config.read_text())
+    stages = said["parallel"].get("stages", 2)
+    shards = film_shards if said["task"]["name"] == "video_classification" else shards
     pool: Pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[stages])
     overrides = [
         "model.weights=random",
@@ -115,8 +129,8 @@ def test_every_shipped_config_starts(
         "train.epochs=null",
         "train.steps=2",
         "train.micro_batch=2",
-        *SMALLER.get(yaml.safe_load(config.read_text())["model"]["name"], []),
-        f"parallel.deepspeed={ROOT / yaml.safe_load(config.read_text())['parallel']['deepspeed']}",
+        *SMALLER.get(said["model"]["name"], []),
+        f"parallel.deepspeed={ROOT / said['parallel']['deepspeed']}",
     ]
     results = pool.run("tests.cases:run_config", path=str(config), overrides=overrides)
     for summary in results:

@@ -168,6 +168,17 @@ def test_options_that_cannot_be_read_are_asked_for(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.safetensors"]
 
 
+def test_options_may_be_lists(tmp_path: Path) -> None:
+    path, sizes = tmp_path / "file.safetensors", {"img_size": 64, "window_size": 2}
+    depths = {"depths": (1, 2, 1, 1), "num_classes": 2}
+    swin = timm.create_model("swin_tiny_patch4_window7_224", **sizes, **depths)
+    dr2dist.save(dr2dist.convert(swin), path, depths=[1, 2, 1, 1], window_size=2)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        loaded, own = dr2dist.load(path), dr2dist.convert(swin).eval()
+        assert torch.equal(loaded.eval()(images), own(images))
+
+
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     net = trained("vit")
@@ -192,7 +203,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
         (features, {}, "it needs a classifier"),
         (net, {"classes": ["a"]}, "classes are 1 names, 1 of them different; the .* 2 outputs"),
         (net, {"classes": ["a", "a"]}, "classes are 2 names, 1 of them different"),
-        (net, {"depths": (2, 2)}, r"depths is \(2, 2\), allowed is one of bool, int, float, str"),
+        (net, {"depths": {2: 2}}, r"depths is \{2: 2\}, allowed are numbers, texts, truth values"),
         (net, {"mean": (0.5,)}, "mean"),
         (net, {"dephh": 2}, "cannot be built with .*'dephh'"),
         (net, {"depth": 3}, r"blocks\.2\.attn\.proj\.bias is not there, in timm's .*depth=3"),

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from dr2dist.assembly.blueprint import Blueprint
 from dr2dist.backbones.backbone import built_size
 from dr2dist.backbones.channels import input_channels
-from dr2dist.config.schema import Lora
+from dr2dist.config.schema import Lora, Option
 from dr2dist.config.task import DEFAULT_TASK
 from dr2dist.errors import UserError, one_line
 from dr2dist.tasks.registry import options_from
@@ -27,8 +27,6 @@ WARNING = (
 
 PRESENT = {"resize": "timm", "orientation": "exif"}
 """How images are prepared where nothing else is said; files of versions before do not have all."""
-
-Option = bool | int | float | str
 
 
 class ExportMetadata(BaseModel):

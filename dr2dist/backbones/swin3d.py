@@ -205,6 +205,7 @@ class Swin3dBackbone(Backbone):
     name = "swin3d"
     patterns = ("swin3d_*",)
     classes = (SwinTransformer3d,)
+    input = "video"
     tail = ("norm", "avgpool", "head")
 
     def build(self, name: str, **options: Any) -> nn.Module | None:

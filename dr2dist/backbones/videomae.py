@@ -298,6 +298,7 @@ class VideoMaeBackbone(Backbone):
     name = "videomae"
     patterns = ("videomae_*",)
     classes = (VideoMae,)
+    input = "video"
     tail = ("norm", "fc_norm", "head")
 
     def build(self, name: str, **options: Any) -> nn.Module | None:

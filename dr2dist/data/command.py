@@ -6,6 +6,7 @@ import argparse
 import os
 
 from dr2dist.arguments import Commands, path, positive
+from dr2dist.errors import UserError
 from dr2dist.status import say
 
 
@@ -32,6 +33,9 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
         help="what is never in two parts: a column of the table, or what is found in files' paths",
     )
     make.add_argument("--split-by", metavar="COLUMN", help="a column with train, val or test")
+    make.add_argument(
+        "--frame-rate", type=float, help="frames a second of folders of frames; default: 25"
+    )
     make.add_argument("--seed", type=int, default=0, help="of the mixing and the split")
     make.add_argument("--workers", type=positive, help="files at a time; default: all cores")
     make.add_argument(
@@ -99,9 +103,14 @@ def _shards_make(given: argparse.Namespace) -> int:
     from dr2dist.data.shards import make_shards
     from dr2dist.data.sources import SOURCES
     from dr2dist.data.unfinished import check_output
+    from dr2dist.data.video_records import at_rate
 
+    if given.frame_rate is not None and not 0 < given.frame_rate < 1e4:
+        raise UserError(f"frame-rate is {given.frame_rate:g}, allowed is more than 0, below 10000")
     check_output(given.output)
     records, classes = SOURCES[given.kind](given.source)
+    if given.frame_rate is not None:
+        records = at_rate(records, given.frame_rate)
     made = make_shards(
         records,
         classes,

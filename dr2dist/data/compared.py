@@ -57,7 +57,7 @@ def check_fields(index: Index, fields: Fields, source: str) -> None:
     for shard in index.shards:
         told = fields.as_told(index.fields_of(shard))
         for field in told.all if shard.extensions else ():
-            if field.choose(shard.extensions) is None:
+            if not field.optional and field.choose(shard.extensions) is None:
                 found = ", ".join(f".{name}" for name in shard.extensions)
                 raise UserError(
                     f"{source}: the first sample of {shard.name} has no {field.name} "

@@ -4,94 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dr2dist.data.film import FILM_TYPES, Film
-from dr2dist.errors import one_line
-
-_FORMATS = {
-    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
-    *("SGI", "TGA", "TIFF", "WEBP"),
-}
-"""What Pillow decodes by itself: no film, no vector graphics, nothing that starts a program."""
-
-
-def _image_types() -> tuple[str, ...]:
-    Image.init()
-    known = Image.registered_extensions().items()
-    found = {ending[1:] for ending, kind in known if kind in _FORMATS and kind in Image.OPEN}
-    return tuple(sorted({*found, "mpo"}))  # which Pillow opens as JPEG
-
-
-IMAGE_TYPES = _image_types()
-"""Extensions of images."""
+from dr2dist.data.frames import Frames
+from dr2dist.data.images import IMAGE_TYPES, open_image
 
 LARGEST = 2**30
 """Bytes of a member that are read at most."""
-
-
-def open_image(source: Path | BinaryIO) -> Image.Image:
-    """A whole image in its own size, decoded: 8 bits, or one channel of 16 bits over their whole
-    range (mode I;16) or of floats from 0 to 1 (mode F). Raises ValueError if that fails."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, and of tags that nothing here needs
-            with Image.open(source) as image:
-                image.load()
-                return _over_range(image)
-    except Exception as error:  # Pillow's readers raise anything on damaged files
-        raise ValueError(one_line(str(error) or type(error).__name__)) from None
-
-
-_CHANNELS, _BITS, _SIGN, _PHOTOMETRIC = 277, 258, 339, 262
-"""Tags of TIFF files."""
-
-
-def _over_range(image: Any) -> Image.Image:
-    """An image of more than 8 bits over its type's range, or its file's where that says one."""
-    tags = getattr(image, "tag_v2", {})
-    if tags.get(_CHANNELS, 1) > 4:
-        raise ValueError(
-            f"has {tags[_CHANNELS]} channels, allowed are up to 4; more as .npy arrays [H, W, C]"
-        )
-    if image.mode == "F":
-        return _of_floats(image)
-    if not image.mode.startswith("I"):
-        return image
-    bits = tags.get(_BITS, (16,))[0]
-    if bits > 16:
-        raise ValueError(
-            f"has whole numbers of {bits} bits, which have no range of their own; allowed are 8 "
-            "and 16 bits, and floats from 0 to 1"
-        )
-    values = np.asarray(image).astype(np.int64)
-    if tags.get(_SIGN, (1,))[0] == 2:
-        values += 2 ** (bits - 1)
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero
-        values = 2**bits - 1 - values
-    scaled = (values * 65535 + (2**bits - 1) // 2) // (2**bits - 1)
-    return _like(image, Image.fromarray(scaled.clip(0, 65535).astype(np.uint16)))
-
-
-def _of_floats(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"has floats from {low:g} to {high:g}, allowed are those from 0 to 1")
-    return image
-
-
-def _like(image: Image.Image, changed: Image.Image) -> Image.Image:
-    """The changed image with what the file says of its orientation."""
-    said = ("exif", "xmp", "XML:com.adobe.xmp")
-    changed.info.update({name: image.info[name] for name in said if name in image.info})
-    return changed
 
 
 def _image(data: bytes) -> Image.Image:
@@ -115,12 +39,14 @@ def _array(data: bytes) -> Any:
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     **dict.fromkeys(IMAGE_TYPES, _image),
     **dict.fromkeys(FILM_TYPES, Film),
+    "zip": Frames,
     "cls": _number,
     "json": json.loads,
     "npy": _array,
     "txt": _text,
 }
-"""By the last part of an extension: PIL images, films, a whole number, JSON, numpy arrays, text."""
+"""By the last part of an extension: PIL images, films, archives of a film's frames, a whole number,
+JSON, numpy arrays, text."""
 
 
 def decode(extension: str, data: bytes) -> Any:

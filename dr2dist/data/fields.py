@@ -43,12 +43,14 @@ class Field:
     """A field of a sample: what a task calls it, and which files may carry it.
 
     name: the task's. text: extensions that may carry it, the first one that is there counts:
-    `jpg;png;json#image`. Raises UserError for a text without any.
+    `jpg;png;json#image`; with `?` at the end a sample may be without. Raises UserError for a text
+    without any.
     """
 
     def __init__(self, name: str, text: str) -> None:
-        self.name, self.text = name, text
-        self.alternatives = [Alternative.parse(part) for part in text.split(";") if part.strip()]
+        self.name, self.text, self.optional = name, text, text.rstrip().endswith("?")
+        parts = text.rstrip().removesuffix("?").split(";")
+        self.alternatives = [Alternative.parse(part) for part in parts if part.strip()]
         if not self.alternatives or not all(each.extension for each in self.alternatives):
             raise UserError(f"data.fields: {name} is '{text}', allowed is such as jpg;png")
 
@@ -62,14 +64,19 @@ class Field:
         return next((each for each in self.alternatives if each.extension in extensions), None)
 
     def decode(self, members: Members) -> Any:
-        """The field's value. Raises ValueError if it is not there or cannot be read."""
+        """The field's value, None where it is optional and not there. Raises ValueError if it
+        should be there or cannot be read."""
         chosen = self.choose(list(members))
+        if chosen is None and self.optional:
+            return None
         if chosen is None:
             found = ", ".join(f".{name}" for name in members) or "nothing"
             raise ValueError(f"has no {self.name} ({self.text}), only {found}")
         value = decode(chosen.extension, members[chosen.extension])
         for part in chosen.key.split(".") if chosen.key else ():
             if not isinstance(value, dict) or part not in value:
+                if self.optional:
+                    return None
                 raise ValueError(f".{chosen.extension} has no key '{chosen.key}'")
             value = value[part]
         return value
@@ -109,5 +116,8 @@ class Fields:
         return Fields(self._usual, {**more, **self._said}) if more else self
 
     def decode(self, members: Members) -> dict[str, Any]:
-        """All fields by name. Raises ValueError for one that is not there or cannot be read."""
-        return {field.name: field.decode(members) for field in self.all}
+        """All fields by name, without optional ones that are not there. Raises ValueError for one
+        that should be, or cannot be read."""
+        found = {field.name: field.decode(members) for field in self.all}
+        left = {field.name for field in self.all if field.optional and found[field.name] is None}
+        return {name: value for name, value in found.items() if name not in left}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dr2dist.data.broken import BrokenError
 from dr2dist.errors import UserError, one_line
 
 FILM_TYPES = ("avi", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "webm", "wmv")
@@ -24,7 +25,7 @@ SLACK = 1e-4
 class Film:
     """A film of which some frames are decoded at a time.
 
-    data: a whole file. Raises ValueError for one without a film, or whose first frame cannot be
+    data: a whole file. Raises BrokenError for one without a film, or whose first frame cannot be
     decoded.
     """
 
@@ -58,7 +59,7 @@ class Film:
     def read(self, times: Sequence[float]) -> NDArray[np.uint8]:
         """The frames that are seen at these seconds, in any order: RGB [T, H, W, 3].
 
-        Before the first frame that is the first, after the last the last. Raises ValueError for
+        Before the first frame that is the first, after the last the last. Raises BrokenError for
         what cannot be decoded.
         """
         with _opened(self.data) as container:
@@ -72,7 +73,7 @@ class Film:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Any]:
-    """A container of a file's bytes. Raises ValueError in one line for what is wrong with it."""
+    """A container of a file's bytes. Raises BrokenError in one line for what is wrong with it."""
     try:
         import av
     except ImportError:
@@ -80,14 +81,14 @@ def _opened(data: bytes) -> Iterator[Any]:
     try:
         container = av.open(io.BytesIO(data), metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise ValueError(f"is no film: {_reason(error)}") from None
+        raise BrokenError(f"is no film: {_reason(error)}") from None
     with container:
         if not container.streams.video:
-            raise ValueError("has no pictures, only sound")
+            raise BrokenError("has no pictures, only sound")
         try:
             yield container
         except av.FFmpegError as error:
-            raise ValueError(f"cannot be decoded: {_reason(error)}") from None
+            raise BrokenError(f"cannot be decoded: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -100,10 +101,12 @@ class _Reader:
     def __init__(self, container: Any) -> None:
         self.container, self.stream = container, container.streams.video[0]
         self.base = float(self.stream.time_base)
+        # Loader processes share the cores: threads would cost more than they bring.
+        self.stream.codec_context.thread_count = 1
         self.frames = self._decoded()
         self.next = self._next()
         if self.next is None:
-            raise ValueError("has no frame that can be decoded")
+            raise BrokenError("has no frame that can be decoded")
         self.shown, self.start = self.next, self.next[0]
 
     def at(self, time: float) -> NDArray[np.uint8]:
@@ -115,7 +118,8 @@ class _Reader:
             self.shown, self.next = self.next, self._next()
         frame = self.shown[1]
         quarters = round(frame.rotation / 90)  # counterclockwise, as the file says
-        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
+        pixels = frame.reformat(format="rgb24", threads=1).to_ndarray()
+        return np.ascontiguousarray(np.rot90(pixels, quarters))
 
     def _seek(self, wanted: float) -> None:
         """To the last key frame before; where that fails, what lies between is decoded."""

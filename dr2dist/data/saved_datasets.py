@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from dr2dist.data.decoders import IMAGE_TYPES
+from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.data.listing import shown
 from dr2dist.data.records import COLUMNS, Members, Record, Source, classified, new_key, several
 from dr2dist.errors import UserError, one_line

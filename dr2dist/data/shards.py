@@ -104,7 +104,7 @@ def _digest(records: Sequence[Record], plan: Any) -> str:
                 info = file.stat()
             except OSError:  # named when it is read
                 continue
-            found.update(repr((name, os.fspath(file), info.st_size, info.st_mtime_ns)).encode())
+            found.update(repr((name, file, info.st_size, info.st_mtime_ns)).encode())
     return found.hexdigest()
 
 

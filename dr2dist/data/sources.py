@@ -8,13 +8,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dr2dist.data.decoders import IMAGE_TYPES
 from dr2dist.data.fields import split_name
 from dr2dist.data.film import FILM_TYPES
+from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.data.listing import list_files, shown
-from dr2dist.data.records import COLUMNS, Members, Record, Source, classified, new_key
+from dr2dist.data.records import COLUMNS, Members, Readable, Record, Source, classified, new_key
 from dr2dist.data.saved_datasets import saved_datasets
 from dr2dist.data.tables import read_table
+from dr2dist.data.video_records import OF_FRAMES, frame_folder, frames_joined, with_spans
 from dr2dist.errors import UserError, nearest, one_line
 
 
@@ -24,8 +25,9 @@ def image_folder(path: Path) -> Source:
 
 
 def video_folder(path: Path) -> Source:
-    """PATH/class name/**/film: the same."""
-    return _class_folders(path, FILM_TYPES, "film")
+    """PATH/class name/**/film, and folders of a film's frames, PATH/class name/**/film/image."""
+    records, classes = _class_folders(path, (*FILM_TYPES, *IMAGE_TYPES), "film")
+    return frames_joined(records), classes
 
 
 def _class_folders(path: Path, types: Sequence[str], kind: str) -> Source:
@@ -47,6 +49,7 @@ def _class_folders(path: Path, types: Sequence[str], kind: str) -> Source:
 
 
 BESIDE = "not in the folder of a class"
+LOOSE = "images in the folder of a class: a film's frames lie in a folder of their own in it"
 
 
 def _why_not(file: Path, root: Path, types: Sequence[str], kind: str) -> str | None:
@@ -55,7 +58,10 @@ def _why_not(file: Path, root: Path, types: Sequence[str], kind: str) -> str | N
         return (
             f"no {kind}s by their ending {file.suffix.lower()}" if ending else "without an ending"
         )
-    return BESIDE if file.parent == root else None
+    if file.parent == root:
+        return BESIDE
+    loose = kind == "film" and ending in IMAGE_TYPES and file.parent.parent == root
+    return LOOSE if loose else None
 
 
 def _empty_classes(path: Path, classes: Sequence[str]) -> list[Path]:
@@ -70,8 +76,9 @@ def csv_table(path: Path) -> Source:
     """A table with a header, the column `path` (relative to the table), and one more.
 
     label: a class's name. labels: any number of names, between semicolons. target: numbers, one
-    or more between semicolons. The table is of UTF-8, separated by commas. Raises UserError for the
-    first row and column that cannot be used; all are looked at.
+    or more between semicolons. A film may have start and stop, in seconds: what lies between is the
+    sample. The table is of UTF-8, separated by commas. Raises UserError for the first row and
+    column that cannot be used; all are looked at.
     """
     rows, columns = read_table(path)
     for column, read in COLUMNS.items():
@@ -81,7 +88,8 @@ def csv_table(path: Path) -> Source:
             described, classes = read(path, cells)
             records = _records(path.parent, list(zip(files, described, strict=True)))
             each = zip(records, rows, strict=True)
-            return [replace(record, columns=row.values) for record, row in each], classes
+            records = [replace(record, columns=row.values) for record, row in each]
+            return with_spans(path, rows, columns, records), classes
     column = "path" if "path" not in columns else "label"
     hint, found = nearest(column, columns), ", ".join(columns)
     if any(separator in found for separator in ";\t|"):
@@ -91,9 +99,11 @@ def csv_table(path: Path) -> Source:
 
 
 def _file_of(table: Path, row: int, text: str) -> Path:
-    """The image of a row, relative to the table."""
+    """The image or film of a row, or the folder of a film's frames, relative to the table."""
     for name in (text, text.strip(), os.path.expanduser(text.strip())):
         file = table.parent / name
+        if name and os.path.isdir(file):
+            return file  # of a film's frames
         if name and os.path.isfile(file):
             ending = file.suffix.lower().lstrip(".")
             if ending in IMAGE_TYPES or ending in FILM_TYPES:
@@ -173,6 +183,9 @@ def _records(
     for path, (members, label) in found:
         inner = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
         key = new_key(inner.with_suffix(""), taken)
-        extension = path.suffix.lower().lstrip(".")
-        records.append(Record(key, {extension: path}, members, label, inner.as_posix()))
+        if path.is_dir():
+            files: dict[str, Readable] = {OF_FRAMES: frame_folder(path)}
+        else:
+            files = {path.suffix.lower().lstrip("."): path}
+        records.append(Record(key, files, members, label, inner.as_posix()))
     return records

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dr2dist.data.batch import Batch
+from dr2dist.data.broken import BrokenError
 from dr2dist.data.cache import Cache
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, Shard, read_index
@@ -38,6 +39,10 @@ to be skipped: their server is gone, not they."""
 Transform = Callable[[Values], Values]
 Collate = Callable[[Sequence[Values]], tuple[dict[str, torch.Tensor], Any]]
 """Samples to inputs of the network, by name, and targets."""
+
+
+class PreparationError(UserError):
+    """A sample that was read, of which a transform says that it is none of the task's."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ class ShardDataset(Dataset[Read]):
         lost, fault = set[str](), "there is none"
         for attempt in range(len(self)):
             try:
-                key, values = self._read(index)
-            except PlaceError:
+                found = self._transformed(*self._read(index), epoch, index)
+            except (PlaceError, PreparationError):
                 raise
             except UserError as error:
                 if isinstance(error, LostShardError):
@@ -108,7 +113,6 @@ class ShardDataset(Dataset[Read]):
                     return replace(self._stand_in, skipped=int(epoch >= 0))
                 index = self._another(item, attempt, index, isinstance(error, LostShardError))
                 continue
-            found = self._transformed(key, values, epoch, index)
             skipped = int(attempt > 0 and epoch >= 0)
             if self.unreadable == "drop":
                 self._stand_in = replace(found, count=False)
@@ -135,7 +139,9 @@ class ShardDataset(Dataset[Read]):
                 return Read(key, self.transform(values), count=epoch >= 0, skipped=0)
         except ValueError as error:
             path = self.index.where(self._locate(index)[0])
-            raise UserError(f"{path}: sample '{key}': {error}") from None
+            if isinstance(error, BrokenError):  # films are decoded here
+                raise UserError(f"{path}: sample '{key}' cannot be read: {error}") from None
+            raise PreparationError(f"{path}: sample '{key}': {error}") from None
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         """A sample's shard, and its number there."""

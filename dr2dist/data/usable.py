@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dr2dist.data.decoders import IMAGE_TYPES
 from dr2dist.data.fields import Field
+from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.data.members import Sample
 from dr2dist.data.scan import Readable, Scanned, scan
 from dr2dist.errors import one_line

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from dr2dist.assembly import ExportMetadata, Option, assemble
+from dr2dist.assembly import ExportMetadata, assemble
 from dr2dist.assembly.metadata import class_names, metadata_of
 from dr2dist.backbones.arguments import arguments_of
 from dr2dist.backbones.in_force import adjusted_names
@@ -39,7 +39,7 @@ def save(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     orientation: Literal["exif", "stored"] = "exif",
-    **options: bool | int | float | str,
+    **options: Any,
 ) -> None:
     """Writes a converted network as an exported file, aside and renamed; it stays as it is.
 
@@ -121,9 +121,12 @@ def _facts(
     options: Mapping[str, Any],
 ) -> ExportMetadata:
     for key, value in options.items():
-        if not isinstance(value, get_args(Option)):
-            allowed = ", ".join(kind.__name__ for kind in get_args(Option))
-            raise UserError(f"save: {key} is {value!r}, allowed is one of {allowed}")
+        each = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(one, bool | int | float | str | None) for one in each):
+            raise UserError(
+                f"save: {key} is {value!r}, allowed are numbers, texts, truth values, None and "
+                "lists of them"
+            )
     if task is None and (output.dim() != 2 or not getattr(net, "num_classes", 1)):
         raise UserError("save: the network gives no logits [batch, classes]; it needs a classifier")
     count = output.shape[1] if output.dim() == 2 else 0
@@ -138,7 +141,8 @@ def _facts(
     }
     facts = metadata_of(net, task, names, said, options)
     found = arguments_of(net, assemble(facts.blueprint(), "meta").model)
-    return facts.model_copy(update={"options": {**found, **options}})
+    lists = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
+    return facts.model_copy(update={"options": {**found, **lists}})
 
 
 def _tensors(net: nn.Module, path: Path, facts: ExportMetadata) -> dict[str, Source]:

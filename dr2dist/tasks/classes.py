@@ -11,8 +11,7 @@ from pydantic import Field
 from dr2dist.config.task import TaskOptions
 from dr2dist.data.index import Index
 from dr2dist.errors import UserError
-from dr2dist.tasks.images import ImageTask
-from dr2dist.tasks.task import Row
+from dr2dist.tasks.task import Row, Task
 
 Weight = Annotated[float, Field(gt=0)]
 
@@ -36,8 +35,8 @@ class ClassOptions(TaskOptions):
             )
 
 
-class ClassTask(ImageTask):
-    """A task on images whose outputs are one for each class; names are numbers where there are
+class ClassTask(Task):
+    """A task whose outputs are one for each class; names are numbers where there are
     none."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

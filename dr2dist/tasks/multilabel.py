@@ -23,7 +23,7 @@ from dr2dist.data.stream import Values
 from dr2dist.errors import UserError
 from dr2dist.reversible.transfer import to_device
 from dr2dist.tasks.classes import ClassOptions, ClassTask, Weight, mean_of_present
-from dr2dist.tasks.images import IMAGE, SHOWN
+from dr2dist.tasks.images import IMAGE, SHOWN, ImageTask
 from dr2dist.tasks.metrics import GatheredMetrics
 from dr2dist.tasks.task import Loss, Row, loss_of_samples, words_of
 
@@ -42,7 +42,7 @@ class MultilabelOptions(ClassOptions):
         return self
 
 
-class Multilabel(ClassTask):
+class Multilabel(ClassTask, ImageTask):
     """The mean over classes of binary cross entropy; the best has the highest mean average
     precision.
 

@@ -1,0 +1,133 @@
+"""Films that lie as one image a frame: a zip archive of them in a shard, read like any film."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dr2dist.data.broken import BrokenError
+from dr2dist.data.film import SLACK
+from dr2dist.data.images import IMAGE_TYPES, open_image
+from dr2dist.errors import one_line
+
+RATE = 25.0
+"""Frames a second of a folder of frames of which nothing is said."""
+LARGEST_FRAME = 2**28
+"""Bytes of a frame that are read at most: archives can promise any number."""
+
+
+class Frames:
+    """A film of images, in the order of their names, as even over time as its archive says.
+
+    data: a zip archive, whose comment may be JSON with `rate`, frames a second. Raises BrokenError
+    for one without images, or whose first image cannot be decoded.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        with self._opened() as archive:
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+            self.names = sorted(name for name in names if _is_image(name))
+            self.rate = _rate_of(archive.comment)
+        if not self.names:
+            raise BrokenError("has no images")
+        self._first = self.read([0.0])[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """See Film."""
+        height, width = self._first.shape[:2]
+        return int(height), int(width)
+
+    @cached_property
+    def times(self) -> NDArray[np.float64]:
+        """See Film."""
+        return np.arange(len(self.names)) / self.rate
+
+    @property
+    def seconds(self) -> float:
+        """See Film."""
+        return len(self.names) / self.rate
+
+    def read(self, times: Sequence[float]) -> NDArray[np.uint8]:
+        """See Film. Raises BrokenError for frames of other sizes than the first."""
+        places = np.floor((np.asarray(times, np.float64) + SLACK) * self.rate).astype(int)
+        wanted = places.clip(0, len(self.names) - 1).tolist()
+        with self._opened() as archive:
+            found = {place: self._frame(archive, self.names[place]) for place in set(wanted)}
+        shapes = {frame.shape for frame in found.values()}
+        if len(shapes) > 1:
+            raise BrokenError(f"has frames of different sizes, such as {sorted(shapes)[:2]}")
+        return np.stack([found[place] for place in wanted])
+
+    @contextmanager
+    def _opened(self) -> Iterator[zipfile.ZipFile]:
+        try:
+            with zipfile.ZipFile(io.BytesIO(self.data)) as archive:
+                yield archive
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            raise BrokenError(f"is no readable archive: {one_line(error)}") from None
+
+    def _frame(self, archive: zipfile.ZipFile, name: str) -> NDArray[np.uint8]:
+        with archive.open(name) as file:
+            data = file.read(LARGEST_FRAME + 1)
+        if len(data) > LARGEST_FRAME:
+            raise BrokenError(f"{name} has more than {LARGEST_FRAME} bytes")
+        try:
+            return np.asarray(open_image(io.BytesIO(data)).convert("RGB"))
+        except ValueError as error:
+            raise BrokenError(f"{name}: {error}") from None
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower().lstrip(".") in IMAGE_TYPES
+
+
+def _rate_of(comment: bytes) -> float:
+    if not comment:
+        return RATE
+    try:
+        rate = float(json.loads(comment)["rate"])
+    except (ValueError, KeyError, TypeError):
+        return RATE  # another program's comment
+    if not 0 < rate < 1e4:
+        raise BrokenError(f"says {rate:g} frames a second")
+    return rate
+
+
+@dataclass(frozen=True)
+class FrameFolder:
+    """A folder of frames, as the file of a sample (a `Readable`): an archive of its images.
+
+    files: the images. rate: frames a second.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    rate: float = RATE
+
+    def read_bytes(self) -> bytes:
+        """The archive; the same images give the same bytes. Raises OSError."""
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for image in sorted(self.files):
+                archive.writestr(zipfile.ZipInfo(image.name), image.read_bytes())
+            archive.comment = json.dumps({"rate": self.rate}).encode()
+        return file.getvalue()
+
+    def stat(self) -> os.stat_result:
+        """Of the folder. Raises OSError."""
+        return self.path.stat()
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)

@@ -1,0 +1,121 @@
+"""Records of films: folders of frames as one film, and spans of films that a table names."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dr2dist.data.film import FILM_TYPES
+from dr2dist.data.frames import FrameFolder
+from dr2dist.data.images import IMAGE_TYPES
+from dr2dist.data.listing import shown
+from dr2dist.data.records import Record, new_key
+from dr2dist.data.tables import Row
+from dr2dist.errors import UserError
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("start", "stop")
+"""Of a table, in seconds from a film's first frame."""
+OF_FRAMES = "zip"
+"""The extension of a folder of frames in a shard."""
+
+
+def frames_joined(records: Sequence[Record]) -> list[Record]:
+    """The records, of which images in one folder are one film."""
+    folders: dict[Path, list[tuple[Path, Record]]] = {}
+    films = []
+    for record in records:
+        ((extension, file),) = record.files.items()
+        if extension in FILM_TYPES:
+            films.append(record)
+        else:
+            folders.setdefault(Path(file).parent, []).append((Path(file), record))
+    taken = {record.key for record in films}
+    return films + [_joined(folder, found, taken) for folder, found in folders.items()]
+
+
+def _joined(folder: Path, found: list[tuple[Path, Record]], taken: set[str]) -> Record:
+    first, place = found[0][1], Path(found[0][1].place).parent
+    files = {OF_FRAMES: FrameFolder(folder, tuple(file for file, _ in found))}
+    return replace(first, key=new_key(place, taken), files=files, place=place.as_posix())
+
+
+def frame_folder(folder: Path) -> FrameFolder:
+    """The images of a folder as a film. Raises UserError where there are none."""
+    names = sorted(os.listdir(folder))
+    found = [folder / name for name in names if not name.startswith(".") and _is_image(name)]
+    if not found:
+        raise UserError(f"{shown(folder)}: holds no images, which a film's frames are")
+    return FrameFolder(folder, tuple(found))
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower().lstrip(".") in IMAGE_TYPES
+
+
+def at_rate(records: Sequence[Record], rate: float) -> list[Record]:
+    """The records, whose folders of frames are `rate` frames a second.
+
+    Raises UserError where no record is a folder of frames: the rate would say nothing.
+    """
+    found = [
+        {
+            name: replace(file, rate=rate) if isinstance(file, FrameFolder) else file
+            for name, file in record.files.items()
+        }
+        for record in records
+    ]
+    if not any(OF_FRAMES in files for files in found):
+        raise UserError("frame-rate is given, and no film is a folder of frames")
+    return [replace(record, files=own) for record, own in zip(records, found, strict=True)]
+
+
+def with_spans(
+    path: Path, rows: Sequence[Row], columns: Sequence[str], records: Sequence[Record]
+) -> list[Record]:
+    """The records of a table's rows, with the spans that it says, if it says any.
+
+    A row's sample holds its whole film. Raises UserError for the first row whose span is none, or
+    whose file is no film.
+    """
+    there = [name for name in COLUMNS if name in columns]
+    if not there:
+        return list(records)
+    if len(there) == 1:
+        (other,) = set(COLUMNS) - set(there)
+        raise UserError(f"{path}: has the column '{there[0]}' and no column '{other}'")
+    found = [_with_span(path, row, each) for row, each in zip(rows, records, strict=True)]
+    films = {os.fspath(file) for record in found for file in record.files.values()}
+    if len(films) < len(found):
+        log.warning(
+            "%s: %d spans are of %d films, and each is a sample with its whole film: cut long "
+            "films first where shards grow too large",
+            path,
+            len(found),
+            len(films),
+        )
+    return found
+
+
+def _with_span(path: Path, row: Row, record: Record) -> Record:
+    values = [row.values[name].strip() for name in COLUMNS]
+    if not any(values):
+        return record
+    try:
+        start, stop = map(float, values)
+    except ValueError:
+        start = stop = 0.0
+    if not 0 <= start < stop < float("inf"):
+        raise UserError(
+            f"{path}: row {row.number}: start is '{values[0]}' and stop '{values[1]}'; allowed is "
+            "0 <= start < stop in seconds, or nothing in both"
+        )
+    if not any(name in FILM_TYPES or name == OF_FRAMES for name in record.files):
+        raise UserError(f"{path}: row {row.number}: start and stop are of films, this is none")
+    said = {**json.loads(record.members.get("json", b"{}")), "span": [start, stop]}
+    return replace(record, members={**record.members, "json": json.dumps(said).encode()})
