@@ -30,6 +30,8 @@ PATHS = [
     Conserve(beta=(0.03, 0.97), until=0.7, every=3, shape="cosine"),
     Conserve(beta=(0.9, 0.1), until=1.0, every=1),
     Paper(kind="paper", until=0.5, every=7),
+    Paper(kind="paper", until=0.8, every=4, order="beta_first"),
+    Paper(kind="paper", until=1.0, every=5, order="alpha_first", shape="cosine"),
     Piecewise(kind="piecewise", knots=((0.1, 1, 0.1), (0.5, 0.5, 0.5), (0.9, 0, 1)), every=4),
 ]
 
@@ -55,6 +57,34 @@ def test_paper_moves_both_at_once() -> None:
     assert (alpha, beta) == (pytest.approx(0.65, abs=2**-16), pytest.approx(0.4, abs=2**-16))
     assert schedule.at(100).alpha == pytest.approx(0.3, abs=2**-16)
     assert schedule.at(10**6) == schedule.at(100)
+
+
+def test_orders_of_the_paper_move_one_after_the_other() -> None:
+    said: dict[str, Any] = {"alpha": (1.0, 0.4), "beta": (0.1, 0.7), "until": 0.8, "every": 1}
+    for order, halfway in (("beta_first", (1.0, 0.7)), ("alpha_first", (0.4, 0.1))):
+        schedule = Paper(kind="paper", order=order, **said).schedule(100)  # type: ignore[arg-type]
+        assert schedule.at(40) == pytest.approx(halfway, abs=2**-16)
+        assert schedule.at(80) == pytest.approx((0.4, 0.7), abs=2**-16)
+        # One of them stands still in each half.
+        first, second = (0, 1) if order == "beta_first" else (1, 0)
+        assert len({schedule.at(step)[first] for step in range(41)}) == 1
+        assert len({schedule.at(step)[second] for step in range(40, 81)}) == 1
+        assert schedule.pairs() == [schedule.at(step) for step in range(81)]
+
+
+def test_interleaved_alpha_is_half_a_move_behind_beta() -> None:
+    # What the code of openpoints gives for freq 1000 and a freeze_ratio of 0.6.
+    said: dict[str, Any] = {"alpha": (1.0, 0.4), "beta": (0.1, 0.7), "until": 0.6, "every": 1000}
+    schedule = Paper(kind="paper", order="interleaved", **said).schedule(49_750)
+    wanted = {0: (1, 0.1), 999: (1, 0.1), 1000: (1, 0.1201), 1500: (0.9799, 0.1201)}
+    wanted |= {1999: (0.9799, 0.1201), 2000: (0.9799, 0.1402), 30_500: (0.4, 0.7)}
+    for step, pair in wanted.items():
+        assert schedule.at(step) == pytest.approx(pair, abs=5e-5)
+    assert schedule.end == 30_500 and schedule.at(schedule.end) == schedule.at(49_750)
+    assert schedule.at(schedule.end - 1) != schedule.at(schedule.end)
+    assert schedule.pairs() == list(dict.fromkeys(map(schedule.at, range(49_751))))
+    with pytest.raises(ValueError, match="every is 1, allowed with order interleaved is 2"):
+        Paper(kind="paper", order="interleaved", every=1)
 
 
 def test_cosine_eases() -> None:

@@ -34,7 +34,8 @@ class Schedule:
 
     knots: in order of their shares. steps: optimiser steps of the run. every: the coefficients
     change only at multiples of this many applied steps. shape: of the way between two knots.
-    conserve: alpha is 1 - beta, exactly, and the knots' own alphas do not count.
+    conserve: alpha is 1 - beta, exactly, and the knots' own alphas do not count. alpha_lag: steps
+    by which alpha is behind, fewer than `every`.
     """
 
     knots: tuple[Knot, ...]
@@ -42,22 +43,29 @@ class Schedule:
     every: int = 1
     shape: Shape = "linear"
     conserve: bool = False
+    alpha_lag: int = 0
 
     def at(self, step: int) -> Coefficients:
         """The coefficients in force for the optimiser step after `step` applied ones."""
-        share = step // self.every * self.every / self.steps
-        alpha, beta = self._between(share)
-        beta = round_coefficient(beta)
+        beta = round_coefficient(self._between(self._share(step))[1])
+        alpha, _ = self._between(self._share(max(step - self.alpha_lag, 0)))
         return Coefficients(1 - beta if self.conserve else round_coefficient(alpha), beta)
 
     @property
     def end(self) -> int:
         """The first applied step from which it stays where it is."""
-        return math.ceil(self.knots[-1].share * self.steps / self.every) * self.every
+        moves = math.ceil(self.knots[-1].share * self.steps / self.every)
+        return moves * self.every + self.alpha_lag
 
     def pairs(self) -> list[Coefficients]:
         """Every pair that is ever in force, in order."""
-        return list(dict.fromkeys(map(self.at, range(0, self.steps + 1, self.every))))
+        moves = range(0, self.steps + 1, self.every)
+        steps = [move + lag for move in moves for lag in sorted({0, self.alpha_lag})]
+        return list(dict.fromkeys(self.at(step) for step in steps if step <= self.steps))
+
+    def _share(self, step: int) -> float:
+        """Of the run, up to the last move."""
+        return step // self.every * self.every / self.steps
 
     def _between(self, share: float) -> tuple[float, float]:
         for low, high in pairwise(self.knots):

@@ -40,17 +40,38 @@ class Conserve(Moving):
 
 
 class Paper(Moving):
-    """Both moved at once, as in Dr2Net (arXiv 2401.04105), from (1, 0.1)."""
+    """Both moved from (1, 0.1): at once, as in Dr2Net (arXiv 2401.04105), or one after the other.
+
+    The other orders are those of an author's code for points (guochengqian/openpoints,
+    models/backbone/pointvit_inv.py): there they are interleaved, beta first, and end at about
+    (0.4, 0.7) after 60 % of the interval.
+    """
 
     kind: Literal["paper"]
     alpha: tuple[Alpha, Alpha] = Field((1.0, 0.3), description="alpha at the start and the end")
     beta: tuple[Beta, Beta] = Field((0.1, 0.7), description="beta at the start and the end")
+    order: Literal["together", "beta_first", "alpha_first", "interleaved"] = Field(
+        "together",
+        description="both at each move; one over the first half of the way and the other over the "
+        "second; or in turns, beta at each move and alpha half of `every` later",
+    )
 
     def schedule(self, steps: int) -> Schedule:
         """The path over a run of `steps` optimiser steps."""
         start, end = zip(self.alpha, self.beta, strict=True)
-        knots = (Knot(0, *start), Knot(self.until, *end))
-        return Schedule(knots, steps, self.every, self.shape)
+        halfway = {
+            "beta_first": (Knot(self.until / 2, self.alpha[0], self.beta[1]),),
+            "alpha_first": (Knot(self.until / 2, self.alpha[1], self.beta[0]),),
+        }.get(self.order, ())
+        knots = (Knot(0, *start), *halfway, Knot(self.until, *end))
+        lag = self.every // 2 if self.order == "interleaved" else 0
+        return Schedule(knots, steps, self.every, self.shape, alpha_lag=lag)
+
+    @model_validator(mode="after")
+    def _room_in_between(self) -> Self:
+        if self.order == "interleaved" and self.every < 2:
+            raise ValueError(f"every is {self.every}, allowed with order interleaved is 2 and more")
+        return self
 
 
 class Guarded(Conserve):
