@@ -45,12 +45,34 @@ def test_measurements_of_several_commands_are_one_table(
 
 
 @pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("swin3d_t", "{frames: 4, embed_dim: 24, depths: [2, 2], num_heads: [2, 2]}"),
+        ("videomae_small_patch16", "{frames: 4, embed_dim: 24, num_heads: 2}"),
+    ],
+)
+def test_models_of_clips_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, options: str
+) -> None:
+    depth = [] if model.startswith("swin") else ["--depths", "2"]
+    line = ["bench", "--model", model, "--size", "32", *depth, *SMALL, "--options", options]
+    cases = ["--cases", PER_BLOCK, "exact sliced", "--measure", "memory", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as end:
+        main([*line, *cases])
+    assert end.value.code == 0
+    assert "'frames': 4" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())["elements"] > 0
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--cases", "exactt"], "did you mean 'exact'"),
         (["--batches", "3", "1"], "--batches: found 3 1"),
         (["--limit", "much"], "--limit: found 'much'"),
         (["--model", "vit_tiny"], "is not a model of timm"),
+        (["--options", "frames"], "--options: found 'frames', allowed is such as {frames: 32}"),
+        (["--options", "{pretrained: true}"], "pretrained is not one of a model's shape"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

@@ -68,7 +68,9 @@ def build_model(
         found = one_line(f"{type(e).__name__} {e}")
         raise UserError(f"model: {name} cannot be built with {given}: {found}") from None
     if own is not None and weights == "hub":
-        raise UserError(f"model.weights: hub is timm's, {name} is a model of a family of your own")
+        raise UserError(
+            f"model.weights: hub is timm's, which has no {name}: allowed are random, and a file"
+        )
     _check_size(model, image_size)
     finish(model)
     if weights not in (None, "hub"):

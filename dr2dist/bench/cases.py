@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from dr2dist.backbones.convert import convert
+from dr2dist.backbones.backbone import ChainOf
+from dr2dist.backbones.build import build_model
+from dr2dist.backbones.convert import convert, family_of
 from dr2dist.backbones.forward import AutogradDriver
 from dr2dist.backbones.walk import Flow, Place, walk
 from dr2dist.bench.names import (
@@ -26,14 +27,15 @@ from dr2dist.bench.names import (
     PER_BLOCK,
     WHOLE_BLOCK,
 )
-from dr2dist.errors import UserError, nearest
+from dr2dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class Spec:
     """A model in one case, as plain values.
 
-    size: pixels of a side. depth: blocks, None for the model's own. slices: of `convert`, for
+    size: pixels of a side. options: of the model, as `model.options` of a run, such as frames of
+    clips. depth: blocks, None for the model's own. slices: of `convert`, for
     cases that are sliced. memory_budget: bytes, for case budget. bf16: weights, images and tokens
     are held in it, as DeepSpeed's bf16 holds them.
     """
@@ -47,6 +49,7 @@ class Spec:
     slices: dict[str, int] = field(default_factory=dict)
     memory_budget: int | None = None
     bf16: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def build(spec: Spec) -> nn.Module:
@@ -54,6 +57,14 @@ def build(spec: Spec) -> nn.Module:
     torch.manual_seed(0)
     net = _network(_model(spec), spec)
     return net.bfloat16() if spec.bf16 else net
+
+
+def example_shape(spec: Spec) -> tuple[int, ...]:
+    """Of one input: an image, or a clip."""
+    with torch.device("meta"):
+        model = _model(spec)
+        shape: tuple[int, ...] = tuple(family_of(model).example(model).shape[1:])
+    return shape
 
 
 def _network(model: nn.Module, spec: Spec) -> nn.Module:
@@ -75,7 +86,10 @@ def _network(model: nn.Module, spec: Spec) -> nn.Module:
 
 
 def _checkpointed(model: nn.Module, case: str) -> nn.Module:
-    model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    else:
+        _checkpoint_blocks(model)
     if case == COMPILED:
         for block in model.blocks:  # type: ignore[union-attr]
             gpu = next(block.parameters()).is_cuda
@@ -92,6 +106,17 @@ def _grouped(model: Any, size: int) -> nn.Module:
     groups = [nn.Sequential(*blocks[n : n + size]) for n in range(0, len(blocks), size)]
     model.blocks = nn.Sequential(*map(_Checkpointed, groups))
     return model
+
+
+def _checkpoint_blocks(model: nn.Module) -> None:
+    """Makes each block of a model's chains a checkpoint, in place."""
+    layers = family_of(model).layers(model)
+    chains = [layer for layer in layers if isinstance(layer, ChainOf)]
+    blocks = {id(function.block) for chain in chains for function in chain.functions}
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if id(child) in blocks:
+                setattr(module, name, _Checkpointed(child))
 
 
 class _Checkpointed(nn.Module):
@@ -116,17 +141,9 @@ def _on_host(images: Tensor) -> AbstractContextManager[Any]:
 
 
 def _model(spec: Spec) -> nn.Module:
-    if not timm.is_model(spec.model):
-        hint = nearest(spec.model, timm.list_models())
-        raise UserError(f"--model: '{spec.model}' is not a model of timm{hint}")
-    options: dict[str, Any] = {"num_classes": 10, "img_size": spec.size}
-    if spec.depth is not None:
-        options["depth"] = spec.depth
-    try:
-        model: nn.Module = timm.create_model(spec.model, **options)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise UserError(f"--model: {spec.model} cannot be built with {options}: {error}") from None
-    return model
+    options = {**spec.options, **({} if spec.depth is None else {"depth": spec.depth})}
+    size = (spec.size, spec.size)
+    return build_model(spec.model, weights=None, image_size=size, num_classes=10, options=options)
 
 
 class _Within(nn.Module):

@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from dr2dist.arguments import path
 from dr2dist.bench.names import BUDGET, CASES, CONVENTIONAL, LIBRARIES, USUAL, check_case
-from dr2dist.errors import UserError
+from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write, check_can_be_made
 from dr2dist.status import say
 
@@ -40,6 +41,9 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
         help=f"what to compare: {', '.join(CASES)}; default: what this machine can be asked for",
     )
     bench.add_argument("--size", type=int, default=224, help="pixels of a side")
+    bench.add_argument(
+        "--options", default="{}", help="of the model, as model.options: '{frames: 32}' of clips"
+    )
     bench.add_argument("--depths", nargs="+", type=int, help="blocks; default: the model's own")
     bench.add_argument("--alpha", type=float, help="default: 1 - beta")
     bench.add_argument("--beta", type=float, help="default: that of runs, at their start")
@@ -81,7 +85,7 @@ def _run(given: argparse.Namespace) -> int:
     depths = given.depths or [None]
     first = Spec(
         CONVENTIONAL, given.model, given.size, depths[0], given.alpha, given.beta,
-        {"chunk_size": given.chunk_size}, bf16=given.bf16,
+        {"chunk_size": given.chunk_size}, bf16=given.bf16, options=given.options,
     )  # fmt: skip
     specs = [replace(first, case=case) for case in cases if case != BUDGET]
     results = _begin(given, cases)
@@ -120,6 +124,12 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _check(given: argparse.Namespace) -> None:
+    try:
+        given.options = yaml.safe_load(given.options)
+    except yaml.YAMLError as error:
+        raise UserError(f"--options: {one_line(error)}") from None
+    if not isinstance(given.options, dict):
+        raise UserError(f"--options: found {given.options!r}, allowed is such as {{frames: 32}}")
     for name in ("batches", "sizes"):
         low, high = getattr(given, name)
         if not 0 < low < high:
@@ -170,6 +180,7 @@ def _begin(given: argparse.Namespace, cases: list[str]) -> dict[str, Any]:
         "limit": _bytes("limit", given.limit),
         "size_limit": _bytes("size-limit", given.size_limit),
     }
+    settings["options"] = given.options or None
     named = ("model", "size", "beta", "alpha", "bf16", "batches", "sizes", "chunk_size")
     settings |= {name: getattr(given, name) for name in (*named, "chunk_tokens")}
     path = given.output / "results.json"

@@ -17,7 +17,8 @@ def table(results: dict[str, Any]) -> str:
     cases = [case for case in results["cases"] if any(case in found for _, found in columns)]
     lines = [
         f"{results['model']}, {'bf16' if results['bf16'] else 'fp32'}, alpha "
-        f"{results['alpha']:g}, beta {results['beta']:g}, {results['size']} pixels; slices of "
+        f"{results['alpha']:g}, beta {results['beta']:g}, {results['size']} pixels"
+        f"{_options(results)}; slices of "
         f"{results['chunk_size']} samples, of one image {results['chunk_tokens']} tokens; a "
         f"sample's tokens have {results['elements']} elements. {results['machine']}, "
         f"{results['threads']} threads, torch {results['torch']}.",
@@ -30,6 +31,11 @@ def table(results: dict[str, Any]) -> str:
     for case in cases:
         lines.append(f"| {case} | {' | '.join(found.get(case, '') for _, found in columns)} |")
     return "\n".join([*lines, ""])
+
+
+def _options(results: dict[str, Any]) -> str:
+    said = results.get("options")  # which results of versions before do not have
+    return f", {said}" if said else ""
 
 
 def _columns(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dr2dist.backbones.channels import input_channels
 from dr2dist.backbones.convert import convert
 from dr2dist.backbones.forward import AutogradDriver
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.backbones.walk import Flow, Place, walk
-from dr2dist.bench.cases import Spec, build
+from dr2dist.bench.cases import Spec, build, example_shape
 from dr2dist.bench.names import COMPILED
 from dr2dist.errors import UserError
 from dr2dist.reversible import Chain, State
@@ -36,6 +35,7 @@ class Worker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with self.device:  # where a large model is made in a fraction of the time
             self.net: nn.Module = build(spec).to(self.device)
+        self.shape = example_shape(spec)
         self.images = self._images(0)
 
     def growth(self, batch: int, steps: int = 1) -> dict[str, Any]:
@@ -88,7 +88,8 @@ class Worker:
         with torch.no_grad():
             tokens = _chain_inputs(net, self._images(1))[0][1]
         functions = sum(len(chain.functions) for chain in net.chains)
-        patch = int(net.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
+        features = net.family.features(net)
+        patch = features[0].stride if features else 1
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         return {
             "elements": tokens.numel(),
@@ -102,9 +103,8 @@ class Worker:
         return net if isinstance(net, ReversibleNetwork) else convert(net, 0.5, 0.5)
 
     def _images(self, batch: int) -> Tensor:
-        shape = (batch, input_channels(self.net), self.spec.size, self.spec.size)
         dtype = torch.bfloat16 if self.spec.bf16 else torch.float32
-        return torch.randn(shape, device=self.device).to(dtype)
+        return torch.randn(batch, *self.shape, device=self.device).to(dtype)
 
     def _step(self, images: Tensor) -> None:
         self.net(images).float().square().mean().backward()
