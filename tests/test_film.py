@@ -216,7 +216,7 @@ def test_spans_of_a_table_are_samples(tmp_path: Path, capfd: Any, caplog: Any) -
         (("path,label,start,stop", "a.mp4,x,2,1"), "row 2: start is '2' and stop '1'; allowed is"),
         (("path,label,start,stop", "a.mp4,x,0,1", "a.mp4,x,,1"), "row 3: start is '' and stop '1'"),
         (("path,label,start,stop", "c.png,x,0,1"), "row 2: start and stop are of films"),
-        (("path,label,start,stop", "empty,x,0,1"), "empty: holds no images"),
+        (("path,label,start,stop", "empty,x,0,1"), "row 2: path: 'empty' is no file"),
     ],
     ids=["one", "order", "half", "image", "empty"],
 )

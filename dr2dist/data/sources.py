@@ -10,12 +10,13 @@ from pathlib import Path
 
 from dr2dist.data.fields import split_name
 from dr2dist.data.film import FILM_TYPES
+from dr2dist.data.frames import FrameFolder
 from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.data.listing import list_files, shown
 from dr2dist.data.records import COLUMNS, Members, Readable, Record, Source, classified, new_key
 from dr2dist.data.saved_datasets import saved_datasets
 from dr2dist.data.tables import read_table
-from dr2dist.data.video_records import OF_FRAMES, frame_folder, frames_joined, with_spans
+from dr2dist.data.video_records import OF_FRAMES, frames_in, frames_joined, with_spans
 from dr2dist.errors import UserError, nearest, one_line
 
 
@@ -102,8 +103,8 @@ def _file_of(table: Path, row: int, text: str) -> Path:
     """The image or film of a row, or the folder of a film's frames, relative to the table."""
     for name in (text, text.strip(), os.path.expanduser(text.strip())):
         file = table.parent / name
-        if name and os.path.isdir(file):
-            return file  # of a film's frames
+        if name and frames_in(file):
+            return file
         if name and os.path.isfile(file):
             ending = file.suffix.lower().lstrip(".")
             if ending in IMAGE_TYPES or ending in FILM_TYPES:
@@ -184,7 +185,7 @@ def _records(
         inner = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
         key = new_key(inner.with_suffix(""), taken)
         if path.is_dir():
-            files: dict[str, Readable] = {OF_FRAMES: frame_folder(path)}
+            files: dict[str, Readable] = {OF_FRAMES: FrameFolder(path, frames_in(path))}
         else:
             files = {path.suffix.lower().lstrip("."): path}
         records.append(Record(key, files, members, label, inner.as_posix()))

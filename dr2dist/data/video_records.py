@@ -12,7 +12,6 @@ from pathlib import Path
 from dr2dist.data.film import FILM_TYPES
 from dr2dist.data.frames import FrameFolder
 from dr2dist.data.images import IMAGE_TYPES
-from dr2dist.data.listing import shown
 from dr2dist.data.records import Record, new_key
 from dr2dist.data.tables import Row
 from dr2dist.errors import UserError
@@ -45,13 +44,13 @@ def _joined(folder: Path, found: list[tuple[Path, Record]], taken: set[str]) -> 
     return replace(first, key=new_key(place, taken), files=files, place=place.as_posix())
 
 
-def frame_folder(folder: Path) -> FrameFolder:
-    """The images of a folder as a film. Raises UserError where there are none."""
-    names = sorted(os.listdir(folder))
-    found = [folder / name for name in names if not name.startswith(".") and _is_image(name)]
-    if not found:
-        raise UserError(f"{shown(folder)}: holds no images, which a film's frames are")
-    return FrameFolder(folder, tuple(found))
+def frames_in(folder: Path) -> tuple[Path, ...]:
+    """The images of a folder, which are a film's frames; none of what is no folder."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return ()
+    return tuple(folder / name for name in names if not name.startswith(".") and _is_image(name))
 
 
 def _is_image(name: str) -> bool:
