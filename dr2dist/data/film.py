@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,11 +23,10 @@ SLACK = 1e-4
 """Seconds by which a time may miss its frame's own, for times have been fractions."""
 
 
-class Film:
-    """A film of which some frames are decoded at a time.
+class Footage(ABC):
+    """Frames that are shown at times, of which some are decoded at a time.
 
-    data: a whole file. Raises BrokenError for one without a film, or whose first frame cannot be
-    decoded.
+    data: a whole file. Its first frame is decoded at once.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -39,10 +39,35 @@ class Film:
         height, width = self._first.shape[:2]
         return int(height), int(width)
 
+    @property
+    @abstractmethod
+    def times(self) -> NDArray[np.float64]:
+        """When each frame is shown, in seconds from the first: [N], rising."""
+
+    @property
+    @abstractmethod
+    def seconds(self) -> float:
+        """From the first frame to the end of the last, which is shown as long as others are."""
+
+    @abstractmethod
+    def read(self, times: Sequence[float]) -> NDArray[np.uint8]:
+        """The frames that are seen at these seconds, in any order: RGB [T, H, W, 3].
+
+        Before the first frame that is the first, after the last the last. Raises BrokenError for
+        what cannot be decoded.
+        """
+
+
+class Film(Footage):
+    """A film in a file of one.
+
+    Raises BrokenError for one without a film, or whose first frame cannot be
+    decoded.
+    """
+
     @cached_property
     def times(self) -> NDArray[np.float64]:
-        """When each frame is shown, in seconds from the first: [N], rising. Read from the packets;
-        nothing is decoded."""
+        """See Footage. Read from the packets; nothing is decoded."""
         with _opened(self.data) as container:
             stream = container.streams.video[0]
             found = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
@@ -52,16 +77,12 @@ class Film:
 
     @property
     def seconds(self) -> float:
-        """From the first frame to the end of the last, which is shown as long as others are."""
+        """See Footage."""
         times = self.times
         return float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0.0))
 
     def read(self, times: Sequence[float]) -> NDArray[np.uint8]:
-        """The frames that are seen at these seconds, in any order: RGB [T, H, W, 3].
-
-        Before the first frame that is the first, after the last the last. Raises BrokenError for
-        what cannot be decoded.
-        """
+        """See Footage."""
         with _opened(self.data) as container:
             order = np.argsort(np.asarray(times, np.float64), kind="stable")
             reader = _Reader(container)

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dr2dist.data.broken import BrokenError
-from dr2dist.data.film import SLACK
-from dr2dist.data.images import IMAGE_TYPES, open_image
+from dr2dist.data.film import SLACK, Footage
+from dr2dist.data.images import is_image, open_image
 from dr2dist.errors import one_line
 
 RATE = 25.0
@@ -26,7 +26,7 @@ LARGEST_FRAME = 2**28
 """Bytes of a frame that are read at most: archives can promise any number."""
 
 
-class Frames:
+class Frames(Footage):
     """A film of images, in the order of their names, as even over time as its archive says.
 
     data: a zip archive, whose comment may be JSON with `rate`, frames a second. Raises BrokenError
@@ -34,49 +34,34 @@ class Frames:
     """
 
     def __init__(self, data: bytes) -> None:
-        self.data = data
-        with self._opened() as archive:
+        with _opened(data) as archive:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
-            self.names = sorted(name for name in names if _is_image(name))
+            self.names = sorted(name for name in names if is_image(name))
             self.rate = _rate_of(archive.comment)
         if not self.names:
             raise BrokenError("has no images")
-        self._first = self.read([0.0])[0]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """See Film."""
-        height, width = self._first.shape[:2]
-        return int(height), int(width)
+        super().__init__(data)
 
     @cached_property
     def times(self) -> NDArray[np.float64]:
-        """See Film."""
+        """See Footage."""
         return np.arange(len(self.names)) / self.rate
 
     @property
     def seconds(self) -> float:
-        """See Film."""
+        """See Footage."""
         return len(self.names) / self.rate
 
     def read(self, times: Sequence[float]) -> NDArray[np.uint8]:
-        """See Film. Raises BrokenError for frames of other sizes than the first."""
+        """See Footage. Raises BrokenError for frames of other sizes than the first."""
         places = np.floor((np.asarray(times, np.float64) + SLACK) * self.rate).astype(int)
         wanted = places.clip(0, len(self.names) - 1).tolist()
-        with self._opened() as archive:
+        with _opened(self.data) as archive:
             found = {place: self._frame(archive, self.names[place]) for place in set(wanted)}
         shapes = {frame.shape for frame in found.values()}
         if len(shapes) > 1:
             raise BrokenError(f"has frames of different sizes, such as {sorted(shapes)[:2]}")
         return np.stack([found[place] for place in wanted])
-
-    @contextmanager
-    def _opened(self) -> Iterator[zipfile.ZipFile]:
-        try:
-            with zipfile.ZipFile(io.BytesIO(self.data)) as archive:
-                yield archive
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-            raise BrokenError(f"is no readable archive: {one_line(error)}") from None
 
     def _frame(self, archive: zipfile.ZipFile, name: str) -> NDArray[np.uint8]:
         with archive.open(name) as file:
@@ -89,8 +74,13 @@ class Frames:
             raise BrokenError(f"{name}: {error}") from None
 
 
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower().lstrip(".") in IMAGE_TYPES
+@contextmanager
+def _opened(data: bytes) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            yield archive
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise BrokenError(f"is no readable archive: {one_line(error)}") from None
 
 
 def _rate_of(comment: bytes) -> float:

@@ -29,6 +29,11 @@ IMAGE_TYPES = _image_types()
 """Extensions of images."""
 
 
+def is_image(name: str) -> bool:
+    """Whether a file is one by its name."""
+    return Path(name).suffix.lower().lstrip(".") in IMAGE_TYPES
+
+
 def open_image(source: Path | BinaryIO) -> Image.Image:
     """A whole image in its own size, decoded: 8 bits, or one channel of 16 bits over their whole
     range (mode I;16) or of floats from 0 to 1 (mode F). Raises ValueError if that fails."""

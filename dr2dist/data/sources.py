@@ -13,7 +13,7 @@ from dr2dist.data.film import FILM_TYPES
 from dr2dist.data.frames import FrameFolder
 from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.data.listing import list_files, shown
-from dr2dist.data.records import COLUMNS, Members, Readable, Record, Source, classified, new_key
+from dr2dist.data.records import COLUMNS, Members, Record, Source, classified, new_key
 from dr2dist.data.saved_datasets import saved_datasets
 from dr2dist.data.tables import read_table
 from dr2dist.data.video_records import OF_FRAMES, frames_in, frames_joined, with_spans
@@ -99,12 +99,10 @@ def csv_table(path: Path) -> Source:
     raise UserError(f"{path}: has no column '{column}'{more}{hint}; found {found}")
 
 
-def _file_of(table: Path, row: int, text: str) -> Path:
+def _file_of(table: Path, row: int, text: str) -> Path | FrameFolder:
     """The image or film of a row, or the folder of a film's frames, relative to the table."""
     for name in (text, text.strip(), os.path.expanduser(text.strip())):
         file = table.parent / name
-        if name and frames_in(file):
-            return file
         if name and os.path.isfile(file):
             ending = file.suffix.lower().lstrip(".")
             if ending in IMAGE_TYPES or ending in FILM_TYPES:
@@ -114,6 +112,8 @@ def _file_of(table: Path, row: int, text: str) -> Path:
                 f"{f'the ending .{ending}, which is none' if ending else 'no ending'} of an image "
                 "or film"
             )
+        if name and (frames := frames_in(file)):
+            return FrameFolder(file, frames)
     raise UserError(f"{table}: row {row}: path: '{shown(text)}' is no file")
 
 
@@ -172,7 +172,7 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
 
 def _records(
     root: Path,
-    found: list[tuple[Path, Members]],
+    found: Sequence[tuple[Path | FrameFolder, Members]],
     types: Sequence[str] = IMAGE_TYPES,
     kind: str = "image",
 ) -> list[Record]:
@@ -181,12 +181,10 @@ def _records(
         raise UserError(f"{root}: holds no {kind}s of the types {', '.join(types)}")
     taken: set[str] = set()
     records = []
-    for path, (members, label) in found:
+    for file, (members, label) in found:
+        path, folder = Path(file), isinstance(file, FrameFolder)
         inner = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
         key = new_key(inner.with_suffix(""), taken)
-        if path.is_dir():
-            files: dict[str, Readable] = {OF_FRAMES: FrameFolder(path, frames_in(path))}
-        else:
-            files = {path.suffix.lower().lstrip("."): path}
-        records.append(Record(key, files, members, label, inner.as_posix()))
+        extension = OF_FRAMES if folder else path.suffix.lower().lstrip(".")
+        records.append(Record(key, {extension: file}, members, label, inner.as_posix()))
     return records

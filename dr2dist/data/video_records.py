@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dr2dist.data.film import FILM_TYPES
 from dr2dist.data.frames import FrameFolder
-from dr2dist.data.images import IMAGE_TYPES
+from dr2dist.data.images import is_image
 from dr2dist.data.records import Record, new_key
 from dr2dist.data.tables import Row
 from dr2dist.errors import UserError
@@ -50,11 +50,7 @@ def frames_in(folder: Path) -> tuple[Path, ...]:
         names = sorted(os.listdir(folder))
     except OSError:
         return ()
-    return tuple(folder / name for name in names if not name.startswith(".") and _is_image(name))
-
-
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower().lstrip(".") in IMAGE_TYPES
+    return tuple(folder / name for name in names if not name.startswith(".") and is_image(name))
 
 
 def at_rate(records: Sequence[Record], rate: float) -> list[Record]:

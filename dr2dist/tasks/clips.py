@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dr2dist.config.section import Positive, Section, Unit
-from dr2dist.config.task import Data
 from dr2dist.data.batch import Batch
 from dr2dist.data.film import FILM_TYPES
 from dr2dist.data.stream import Values
@@ -23,7 +22,7 @@ from dr2dist.errors import UserError
 from dr2dist.pictures import plain
 from dr2dist.tasks.sampling import Kind, Sampling
 from dr2dist.tasks.task import Task
-from dr2dist.tasks.transforms import Deviation
+from dr2dist.tasks.transforms import PixelData
 
 VIDEO = ";".join((*FILM_TYPES, "zip"))
 """What may carry a film: a file of one, or an archive of its frames."""
@@ -39,7 +38,7 @@ class ClipAugment(Section):
     layers: Positive = Field(2, description="operations on each clip")
 
 
-class ClipData(Data):
+class ClipData(PixelData):
     """Shards and how clips are taken from their films and prepared."""
 
     sampling: Kind = Field(
@@ -54,35 +53,18 @@ class ClipData(Data):
     crops: Literal[1, 3] = Field(
         1, description="squares of each of them: the middle, or three along its longer side"
     )
-    hflip: bool = Field(True, description="random left-right flips")
-    scale: tuple[float, float] = Field(
-        (0.7, 1.0), description="range of the share of the area that a random crop keeps"
-    )
     rand_augment: ClipAugment | None = Field(None, description="null: none; {}: the defaults")
     erase: Unit = Field(0.0, description="probability that a random rectangle is left out")
-    mean: tuple[float, ...] | None = Field(None, description="channel means; null: the model's")
-    std: tuple[Deviation, ...] | None = Field(
-        None, description="channel deviations; null: the model's"
-    )
 
     def preprocessing(self) -> dict[str, Any]:
         """See Data."""
-        said = {"mean": self.mean, "std": self.std}
-        numbers = {name: list(value) for name, value in said.items() if value is not None}
         taken = {"sampling": self.sampling, "stride": self.stride, "rate": self.rate}
-        return {**numbers, **taken, "views": self.views, "crops": self.crops}
+        return {**super().preprocessing(), **taken, "views": self.views, "crops": self.crops}
 
     def idle(self) -> dict[str, str]:
         """See Section."""
         own = dict.fromkeys(("stride", "rate"), "sampling segments")
         return {**super().idle(), **(own if self.sampling == "segments" else {})}
-
-    @model_validator(mode="after")
-    def _scale_in_order(self) -> Self:
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"scale is {list(self.scale)}, allowed is 0 < low <= high <= 1")
-        return self
 
 
 class ClipTask(Task):

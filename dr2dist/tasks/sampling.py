@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dr2dist.data.film import Footage
+
 Kind = Literal["stride", "segments"]
 Times = NDArray[np.float64]
-
-
-class Shown(Protocol):
-    """What sampling asks of a film, see `dr2dist.data.film.Film`."""
-
-    @property
-    def times(self) -> Times:
-        """When each frame is shown, in seconds."""
-
-    @property
-    def seconds(self) -> float:
-        """How long it is."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +30,11 @@ class Sampling:
     rate: float | None = None
     views: int = 1
 
-    def drawn(self, film: Shown, span: tuple[float, float] | None = None) -> Times:
+    def drawn(self, film: Footage, span: tuple[float, float] | None = None) -> Times:
         """Seconds of a training clip's frames, [frames]. Draws from torch's global stream."""
         return self._clip(film, span, torch.rand(self.frames).numpy().astype(np.float64))
 
-    def spread(self, film: Shown, span: tuple[float, float] | None = None) -> list[Times]:
+    def spread(self, film: Footage, span: tuple[float, float] | None = None) -> list[Times]:
         """Seconds of the frames of each view, evenly spread: one view is in the middle."""
         count = self.views
         if self.kind == "segments":
@@ -53,7 +43,7 @@ class Sampling:
             shares = [view / (count - 1) for view in range(count)] if count > 1 else [0.5]
         return [self._clip(film, span, np.full(self.frames, share)) for share in shares]
 
-    def _clip(self, film: Shown, span: tuple[float, float] | None, shares: Times) -> Times:
+    def _clip(self, film: Footage, span: tuple[float, float] | None, shares: Times) -> Times:
         """shares: from 0 to 1, of the room that there is for a frame, or for the whole window."""
         times, seconds = film.times, film.seconds
         start, stop = (0.0, seconds) if span is None else span

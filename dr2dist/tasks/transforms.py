@@ -40,21 +40,13 @@ class RandAugment(Section):
     noise: float = Field(0.5, ge=0, description="standard deviation of the magnitude")
 
 
-class ImageData(Data):
-    """Shards and how their images are prepared."""
+class PixelData(Data):
+    """What images and clips are prepared by alike."""
 
     hflip: bool = Field(True, description="random left-right flips")
-    vflip: bool = Field(False, description="random upside-down flips")
     scale: tuple[float, float] = Field(
         (0.7, 1.0), description="range of the share of the area that a random crop keeps"
     )
-    orientation: Literal["exif", "stored"] = Field(
-        "exif",
-        description="exif: images are turned as their files say; stored: only those that are "
-        "turned while they are read, as TIFF",
-    )
-    rand_augment: RandAugment | None = Field(None, description="null: none; {}: the defaults")
-    erase: Unit = Field(0.0, description="probability that noise replaces a random rectangle")
     mean: tuple[float, ...] | None = Field(None, description="channel means; null: the model's")
     std: tuple[Deviation, ...] | None = Field(
         None, description="channel deviations; null: the model's"
@@ -63,8 +55,7 @@ class ImageData(Data):
     def preprocessing(self) -> dict[str, Any]:
         """See Data."""
         said = {"mean": self.mean, "std": self.std}
-        numbers = {name: list(value) for name, value in said.items() if value is not None}
-        return {**numbers, "orientation": self.orientation}
+        return {name: list(value) for name, value in said.items() if value is not None}
 
     @model_validator(mode="after")
     def _scale_in_order(self) -> Self:
@@ -72,6 +63,23 @@ class ImageData(Data):
         if not 0 < low <= high <= 1:
             raise ValueError(f"scale is {list(self.scale)}, allowed is 0 < low <= high <= 1")
         return self
+
+
+class ImageData(PixelData):
+    """Shards and how their images are prepared."""
+
+    vflip: bool = Field(False, description="random upside-down flips")
+    orientation: Literal["exif", "stored"] = Field(
+        "exif",
+        description="exif: images are turned as their files say; stored: only those that are "
+        "turned while they are read, as TIFF",
+    )
+    rand_augment: RandAugment | None = Field(None, description="null: none; {}: the defaults")
+    erase: Unit = Field(0.0, description="probability that noise replaces a random rectangle")
+
+    def preprocessing(self) -> dict[str, Any]:
+        """See Data."""
+        return {**super().preprocessing(), "orientation": self.orientation}
 
 
 def to_channels(image: Any, channels: int = 3) -> Any:
