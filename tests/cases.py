@@ -88,6 +88,7 @@ def micro_batches(
 
 def take_step(engine: ReversibleEngine, step: int, accumulate: int = 1, between: Any = None) -> Any:
     """One step; `between` is called after each forward pass."""
+    name = engine.net.family.input
     batches = micro_batches(step, accumulate, shape_of(engine.net.family.name))
 
     def loss(number: int, output: Any) -> Tensor:
@@ -95,7 +96,7 @@ def take_step(engine: ReversibleEngine, step: int, accumulate: int = 1, between:
             between()
         return nn.functional.cross_entropy(output.float(), batches[number][1])
 
-    work = StepBatches(lambda: None, lambda number: {"image": batches[number][0]}, loss)
+    work = StepBatches(lambda: None, lambda number: {name: batches[number][0]}, loss)
     return engine.step(work, accumulate, [LEARNING_RATE] * engine.num_groups)
 
 

@@ -68,7 +68,8 @@ def make_engine(
 def work(engine: StagedEngine, step: int, accumulate: int) -> StepBatches:
     """This replica's share of the step's global batch."""
     generator = torch.Generator().manual_seed(step)
-    shape = shape_of(engine.net.family.name)
+    family = engine.net.family
+    shape = shape_of(family.name)
     images = torch.randn(GLOBAL_BATCH, *shape, generator=generator)
     labels = torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator)
 
@@ -78,7 +79,7 @@ def work(engine: StagedEngine, step: int, accumulate: int) -> StepBatches:
     def loss(number: int, output: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output.float(), own(labels, number))
 
-    return StepBatches(lambda: None, lambda number: {"image": own(images, number)}, loss)
+    return StepBatches(lambda: None, lambda number: {family.input: own(images, number)}, loss)
 
 
 def curve(kind: str, stages: int, steps: int = 8, accumulate: int = 4, **options: Any) -> Any:
