@@ -14,7 +14,7 @@ from dr2dist.data.batch import Batch
 from dr2dist.data.decoders import decode
 from dr2dist.data.film import Film
 from dr2dist.errors import UserError
-from dr2dist.tasks.clips import Cover
+from dr2dist.tasks.film_transforms import Cover
 from dr2dist.tasks.registry import make_task
 from dr2dist.tasks.sampling import Sampling
 from dr2dist.tasks.task import Task

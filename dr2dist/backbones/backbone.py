@@ -66,7 +66,9 @@ class FeatureInfo(NamedTuple):
 
     name: of the feature. chain, function: after which function of which chain, both counted from
     0; OUTPUT is after all, and the norm. channels: its width. stride: input units (pixels of
-    images) to one token. layout: of the tokens, such as "BNC" or "BHWC".
+    images) to one token. layout: of the tokens, such as "BNC" or "BHWC". rows: of the tokens that
+    are one sample, in the order of time; see `Stem`. places: of layout BNC on clips, frames, rows
+    and columns of the grid that N counts.
     """
 
     name: str
@@ -75,6 +77,8 @@ class FeatureInfo(NamedTuple):
     channels: int
     stride: int
     layout: str
+    rows: int = 1
+    places: tuple[int, int, int] | None = None
 
 
 class Backbone(ABC):

@@ -267,11 +267,12 @@ class Swin3dBackbone(Backbone):
         return model.head(torch.flatten(model.avgpool(features.permute(0, 4, 1, 2, 3)), 1))
 
     def preprocessing(self, model: Any) -> dict[str, Any]:
-        """Of clips: as of images, and frames."""
+        """Of clips: as of images, frames, and tubelet, the frames of a token."""
         frames, *size = _clip_size(model)
-        channels = model.patch_embed.proj.in_channels
+        proj = model.patch_embed.proj
+        channels, taken = proj.in_channels, {"frames": frames, "tubelet": proj.stride[0]}
         mean, std = ([sum(v) / 3] * channels if channels != 3 else v for v in (MEAN, STD))
-        return {"frames": frames, "size": size, "channels": channels, "mean": mean, "std": std}
+        return {**taken, "size": size, "channels": channels, "mean": mean, "std": std}
 
     def example(self, model: Any) -> Tensor:
         """See Backbone."""

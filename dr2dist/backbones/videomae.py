@@ -84,7 +84,8 @@ class TubeletEmbed(nn.Module):
 class VideoMae(nn.Module):
     """The network, with a mean over tokens before its last norm and its head.
 
-    img_size: height and width; frames: of a clip, in tubelets of `tubelet`. norm_eps, fc_norm_eps:
+    img_size: height and width; frames: of a clip, in tubelets of `tubelet`. chunks: clips of so
+    many frames that a longer one is cut into; they do not see each other. norm_eps, fc_norm_eps:
     of the blocks' norms and the last one: 1e-6 of the authors, 1e-12 and 1e-5 of transformers. No
     file says them, nor num_heads. positions: "fixed" is the table of sines, resized to other sizes
     than the one it was made for; "learned" is a parameter, as inflated image models need.
@@ -97,6 +98,7 @@ class VideoMae(nn.Module):
         num_heads: int,
         img_size: tuple[int, int] = (PRETRAINED_SIZE, PRETRAINED_SIZE),
         frames: int = PRETRAINED_FRAMES,
+        chunks: int = 1,
         patch_size: int = 16,
         tubelet: int = 2,
         in_chans: int = 3,
@@ -112,10 +114,12 @@ class VideoMae(nn.Module):
         super().__init__()
         if frames % tubelet:
             raise UserError(f"frames is {frames}, allowed are multiples of {tubelet}")
+        if chunks < 1:
+            raise UserError(f"chunks is {chunks}, allowed is at least 1")
         if positions not in POSITIONS:
             raise UserError(f"positions is {positions}, allowed is {' or '.join(POSITIONS)}")
         self.embed_dim, self.num_features, self.num_classes = embed_dim, embed_dim, num_classes
-        self.num_prefix_tokens = 0
+        self.num_prefix_tokens, self.chunks = 0, chunks
         self.pretrained_cfg = {
             "input_size": (in_chans, *img_size),
             "mean": (0.485, 0.456, 0.406),
@@ -155,20 +159,32 @@ class VideoMae(nn.Module):
         self.apply(_initialise)
 
     def embed(self, clips: Tensor) -> Tensor:
-        """Clips [B, C, T, H, W] to tokens with their positions."""
+        """Clips [B, C, chunks * T, H, W] to tokens [B * chunks, N, D] with their positions.
+
+        Raises UserError for clips of another length.
+        """
+        if self.chunks > 1:
+            wanted = self.chunks * self.patch_embed.frames
+            if clips.shape[2] != wanted:
+                raise UserError(
+                    f"clips of {clips.shape[2]} frames, the model is built for {self.chunks} "
+                    f"chunks of {self.patch_embed.frames}"
+                )
+            clips = clips.unflatten(2, (self.chunks, -1)).transpose(1, 2).flatten(0, 1)
         tokens = self.patch_embed(clips)
         return self.pos_drop(tokens + self.pos_embed.to(tokens.dtype))
 
     def forward_features(self, clips: Tensor) -> Tensor:
-        """Tokens [B, N, D] after the last block."""
+        """Tokens [B * chunks, N, D] after the last block."""
         tokens = self.embed(clips)
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
 
     def forward_head(self, tokens: Tensor) -> Tensor:
-        """Logits of the mean over tokens."""
-        return self.head(self.fc_norm(tokens.mean(1)))
+        """Logits of the mean over a clip's tokens."""
+        whole = tokens.reshape(-1, self.chunks * tokens.shape[1], tokens.shape[2])
+        return self.head(self.fc_norm(whole.mean(1)))
 
     def forward(self, clips: Tensor) -> Tensor:
         """Clips [B, C, T, H, W] to logits."""
@@ -317,23 +333,23 @@ class VideoMaeBackbone(Backbone):
 
     def stem(self, model: Any, clips: Tensor, /, **options: Any) -> Stem:
         """No options."""
-        return Stem(model.embed(clips))
+        return Stem(model.embed(clips), rows=model.chunks)
 
     def preprocessing(self, model: Any) -> dict[str, Any]:
-        """Of clips: as of images, and frames."""
-        return {"frames": model.patch_embed.frames, **super().preprocessing(model)}
+        """Of clips: as of images, frames, and tubelet, the frames of a token."""
+        embed = model.patch_embed
+        taken = {"frames": model.chunks * embed.frames, "tubelet": embed.tubelet}
+        return {**taken, **super().preprocessing(model)}
 
     def example(self, model: Any) -> Tensor:
         """See Backbone."""
         embed = model.patch_embed
-        return embed.proj.weight.new_zeros(1, embed.in_chans, embed.frames, *embed.img_size)
+        frames = model.chunks * embed.frames
+        return embed.proj.weight.new_zeros(1, embed.in_chans, frames, *embed.img_size)
 
     def features(self, model: Any) -> list[FeatureInfo]:
         """See Backbone: after each block."""
-        infos = [
-            FeatureInfo(
-                f"blocks.{k}", 0, 2 * k + 1, model.embed_dim, model.patch_embed.patch_size[0], "BNC"
-            )
-            for k in range(len(model.blocks))
-        ]
+        embed = model.patch_embed
+        shape = (model.embed_dim, embed.patch_size[0], "BNC", model.chunks, embed.grid_size)
+        infos = [FeatureInfo(f"blocks.{k}", 0, 2 * k + 1, *shape) for k in range(len(model.blocks))]
         return [*infos, infos[-1]._replace(name=OUTPUT)]

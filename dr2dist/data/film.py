@@ -23,6 +23,21 @@ SLACK = 1e-4
 """Seconds by which a time may miss its frame's own, for times have been fractions."""
 
 
+Size = tuple[int, int] | None
+
+
+def covering(size: tuple[int, int], cover: Size) -> tuple[int, int]:
+    """Height and width of frames of a size that are shrunk to just cover another, in whole pixels;
+    they are never enlarged."""
+    if cover is None:
+        return size
+    scale = min(max(cover[0] / size[0], cover[1] / size[1]), 1.0)
+    height, width = (
+        max(round(side * scale), least) for side, least in zip(size, cover, strict=True)
+    )
+    return min(height, size[0]), min(width, size[1])
+
+
 class Footage(ABC):
     """Frames that are shown at times, of which some are decoded at a time.
 
@@ -50,11 +65,12 @@ class Footage(ABC):
         """From the first frame to the end of the last, which is shown as long as others are."""
 
     @abstractmethod
-    def read(self, times: Sequence[float]) -> NDArray[np.uint8]:
+    def read(self, times: Sequence[float], cover: Size = None) -> NDArray[np.uint8]:
         """The frames that are seen at these seconds, in any order: RGB [T, H, W, 3].
 
-        Before the first frame that is the first, after the last the last. Raises BrokenError for
-        what cannot be decoded.
+        cover: (height, width) that larger frames are shrunk to just cover, one by one; None leaves
+        them. Before the first frame that is the first, after the last the last. Raises BrokenError
+        for what cannot be decoded.
         """
 
 
@@ -81,14 +97,14 @@ class Film(Footage):
         times = self.times
         return float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0.0))
 
-    def read(self, times: Sequence[float]) -> NDArray[np.uint8]:
+    def read(self, times: Sequence[float], cover: Size = None) -> NDArray[np.uint8]:
         """See Footage."""
         with _opened(self.data) as container:
             order = np.argsort(np.asarray(times, np.float64), kind="stable")
             reader = _Reader(container)
             frames: list[Any] = [None] * len(times)
             for place in order:
-                frames[place] = reader.at(float(times[place]))
+                frames[place] = reader.at(float(times[place]), cover)
         return np.stack(frames)
 
 
@@ -130,7 +146,7 @@ class _Reader:
             raise BrokenError("has no frame that can be decoded")
         self.shown, self.start = self.next, self.next[0]
 
-    def at(self, time: float) -> NDArray[np.uint8]:
+    def at(self, time: float, cover: Size = None) -> NDArray[np.uint8]:
         """The frame that is shown at a time, in seconds from the first frame."""
         wanted = self.start + max(time, 0.0) + SLACK
         if wanted - self.shown[0] > GAP:
@@ -139,7 +155,13 @@ class _Reader:
             self.shown, self.next = self.next, self._next()
         frame = self.shown[1]
         quarters = round(frame.rotation / 90)  # counterclockwise, as the file says
-        pixels = frame.reformat(format="rgb24", threads=1).to_ndarray()
+        if cover is not None and quarters % 2:
+            cover = cover[1], cover[0]
+        size = frame.height, frame.width
+        height, width = covering(size, cover)
+        shrunk = {"height": height, "width": width, "interpolation": "BICUBIC"}
+        how = {} if (height, width) == size else shrunk
+        pixels = frame.reformat(format="rgb24", threads=1, **how).to_ndarray()
         return np.ascontiguousarray(np.rot90(pixels, quarters))
 
     def _seek(self, wanted: float) -> None:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Resampling
 
 from dr2dist.data.broken import BrokenError
-from dr2dist.data.film import SLACK, Footage
+from dr2dist.data.film import SLACK, Footage, Size, covering
 from dr2dist.data.images import is_image, open_image
 from dr2dist.errors import one_line
 
+BICUBIC = Resampling.BICUBIC
 RATE = 25.0
 """Frames a second of a folder of frames of which nothing is said."""
 LARGEST_FRAME = 2**28
@@ -52,26 +54,29 @@ class Frames(Footage):
         """See Footage."""
         return len(self.names) / self.rate
 
-    def read(self, times: Sequence[float]) -> NDArray[np.uint8]:
+    def read(self, times: Sequence[float], cover: Size = None) -> NDArray[np.uint8]:
         """See Footage. Raises BrokenError for frames of other sizes than the first."""
         places = np.floor((np.asarray(times, np.float64) + SLACK) * self.rate).astype(int)
         wanted = places.clip(0, len(self.names) - 1).tolist()
         with _opened(self.data) as archive:
-            found = {place: self._frame(archive, self.names[place]) for place in set(wanted)}
+            found = {place: self._frame(archive, self.names[place], cover) for place in set(wanted)}
         shapes = {frame.shape for frame in found.values()}
         if len(shapes) > 1:
             raise BrokenError(f"has frames of different sizes, such as {sorted(shapes)[:2]}")
         return np.stack([found[place] for place in wanted])
 
-    def _frame(self, archive: zipfile.ZipFile, name: str) -> NDArray[np.uint8]:
+    def _frame(self, archive: zipfile.ZipFile, name: str, cover: Size) -> NDArray[np.uint8]:
         with archive.open(name) as file:
             data = file.read(LARGEST_FRAME + 1)
         if len(data) > LARGEST_FRAME:
             raise BrokenError(f"{name} has more than {LARGEST_FRAME} bytes")
         try:
-            return np.asarray(open_image(io.BytesIO(data)).convert("RGB"))
+            image = open_image(io.BytesIO(data)).convert("RGB")
         except ValueError as error:
             raise BrokenError(f"{name}: {error}") from None
+        height, width = covering((image.height, image.width), cover)
+        resized = image.size != (width, height)
+        return np.asarray(image.resize((width, height), BICUBIC) if resized else image)
 
 
 @contextmanager

@@ -55,7 +55,8 @@ Cells = list[tuple[int, str]]
 """(row, value) of a column."""
 
 
-def _class_names(names: set[str]) -> list[str]:
+def class_names(names: set[str]) -> list[str]:
+    """In their order; numbers by their values."""
     numeric = all(name.isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name), name) if numeric else (0, name))
 
@@ -64,13 +65,13 @@ def _one_class(path: Path, cells: Cells) -> Described:
     for row, value in cells:
         if not value:
             raise UserError(f"{path}: row {row}: label is empty")
-    classes = _class_names({value for _, value in cells})
+    classes = class_names({value for _, value in cells})
     return [classified(classes.index(value)) for _, value in cells], classes
 
 
 def _many_classes(path: Path, cells: Cells) -> Described:
     each = [[name.strip() for name in value.split(";") if name.strip()] for _, value in cells]
-    classes = _class_names({name for names in each for name in names})
+    classes = class_names({name for names in each for name in names})
     labels = [sorted({classes.index(name) for name in names}) for names in each]
     return [several(found) for found in labels], classes
 

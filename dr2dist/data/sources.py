@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from dr2dist.data.annotated_films import annotated_films
 from dr2dist.data.fields import split_name
 from dr2dist.data.film import FILM_TYPES
 from dr2dist.data.frames import FrameFolder
@@ -164,6 +165,7 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "imagefolder": image_folder,
     "videofolder": video_folder,
     "csv": csv_table,
+    "activitynet": annotated_films,
     "files": folder_of_files,
     "datasets": saved_datasets,
     "elpv": elpv,

@@ -14,6 +14,7 @@ from dr2dist.tasks.classification import Classification
 from dr2dist.tasks.multilabel import Multilabel
 from dr2dist.tasks.regression import Regression
 from dr2dist.tasks.task import Task
+from dr2dist.tasks.temporal_action_detection import TemporalActionDetection
 from dr2dist.tasks.video_classification import VideoClassification
 
 log = logging.getLogger(__name__)
@@ -85,5 +86,11 @@ def options_from(values: Mapping[str, Any], plugins: Sequence[str] = ()) -> Task
         raise UserError(f"task {name}: {one_line(error)}") from None
 
 
-for _task in (Classification, Multilabel, Regression, VideoClassification):
+for _task in (
+    Classification,
+    Multilabel,
+    Regression,
+    VideoClassification,
+    TemporalActionDetection,
+):
     register_task(_task)
