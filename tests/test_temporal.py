@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dr2dist.backbones.backbone import FeatureInfo
 from dr2dist.data.film import Film
+from dr2dist.errors import UserError
 from dr2dist.tasks.temporal.measured import average_precision
 from dr2dist.tasks.temporal.points import Points, Targets, class_loss, reach_loss
 from dr2dist.tasks.temporal.pyramid import PyramidHead
@@ -304,7 +305,7 @@ def test_attention_is_local() -> None:
 
 
 def test_a_feature_without_time_is_refused() -> None:
-    with pytest.raises(Exception, match="says nothing of time"):
+    with pytest.raises(UserError, match="says nothing of time"):
         PyramidHead(FeatureInfo("output", 0, 3, 12, 16, "BNC"), 2, 16, 4, 3, None)
 
 

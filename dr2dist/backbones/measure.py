@@ -96,7 +96,10 @@ class _Measuring(AutogradDriver):
     @torch.no_grad()
     def tail(self, flow: Flow) -> Any:
         """See Driver."""
-        return self._counted(Place("tail"), lambda: self.net.run_tail(flow), flow)
+        taps = {tap: tokens.detach() for tap, tokens in flow.taps.items()}
+        # Without a graph, of which views that are made here would be half a part.
+        bare = replace(flow, value=flow.value.detach(), taps=taps)
+        return self._counted(Place("tail"), lambda: self.net.run_tail(bare), flow)
 
 
 def _call(function: nn.Module, tokens: Tensor, sides: Sides) -> Any:

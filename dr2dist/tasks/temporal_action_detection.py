@@ -108,6 +108,12 @@ class TemporalActionDetection(ClassTask, ClipTask):
 
     def check_index(self, index: Index, source: str) -> None:
         """See Task."""
+        count = self.options.num_classes
+        if index.classes and len(index.classes) != count:
+            raise UserError(
+                f"task.num_classes is {count}, the shards have {len(index.classes)} classes: "
+                f"{', '.join(index.classes[:10])}"
+            )
         if index.classes:
             self.check_names(index, source)
 

@@ -1,0 +1,183 @@
+"""Runs that find actions in films, from their files to what an exported file says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.inference.evaluate import evaluate
+from dr2dist.inference.predict import predict
+from tests.commands import call
+from tests.films import film
+from tests.pool import Pool
+
+CONFIG = """
+model: {MODEL}
+coefficients: {kind: constant, alpha: 0.9, beta: 0.1}
+task: {name: temporal_action_detection, num_classes: 2, width: 32, levels: 3, window: 5}
+data: {train: SHARDS/train, val: SHARDS/val, stride: 2, hflip: false, scale: [1.0, 1.0]}
+optim: {name: adamw, lr: 2.0e-3, clip: null}
+train: {steps: 8, micro_batch: 4, log_every: 1}
+parallel: {PARALLEL}
+checkpoint: {keep: 1}
+output: OUTPUT
+"""
+SWIN = (
+    "name: swin3d_t, weights: random, image_size: 16, options: {frames: 16, embed_dim: 24, "
+    "depths: [2, 2], num_heads: [2, 2], window_size: [2, 2, 2]}"
+)
+VIDEOMAE = (
+    "name: videomae_small_patch16, weights: random, image_size: 16, options: {frames: 4, "
+    "chunks: 4, embed_dim: 48, num_heads: 2, depth: 3, patch_size: 8}"
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Films of 2 to 6 seconds, in which it grows light or dark for a while; some have no action."""
+    root = tmp_path_factory.mktemp("films")
+    database: dict[str, Any] = {}
+    random = np.random.default_rng(0)
+    for number in range(16):
+        name, frames = f"film_{number}", int(random.integers(20, 48))
+        (root / f"{name}.mp4").write_bytes(film(frames, backwards=number % 2 == 1))
+        start = float(random.uniform(0, frames / 10 - 1.2))
+        said = [{"label": f"kind {number % 2}", "segment": [start, start + 1.0]}]
+        subset = "training" if number < 12 else "validation"
+        found = [] if number % 5 == 0 else said
+        database[name] = {"subset": subset, "annotations": found}
+    database["film_lost"] = {"subset": "training", "annotations": []}
+    (root / "actions.json").write_text(json.dumps({"database": database}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(shards: Path) -> Path:
+    from dr2dist.data.annotated_films import annotated_films
+    from dr2dist.data.shards import make_shards
+
+    records, classes = annotated_films(shards / "actions.json")
+    assert classes == ["kind 0", "kind 1"] and len(records) == 16
+    make_shards(records, classes, shards / "made", split_by="subset", progress=False)
+    return shards / "made"
+
+
+def write(folder: Path, made: Path, model: str, parallel: str) -> Path:
+    text = CONFIG.replace("OUTPUT", str(folder / "run")).replace("SHARDS", str(made))
+    path = folder / "run.yaml"
+    path.write_text(text.replace("MODEL", model).replace("PARALLEL", parallel))
+    return path
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    [(SWIN, "zero: 2"), (VIDEOMAE, "stages: 2, zero: 0")],
+    ids=["zero", "stages"],
+)
+def test_an_exported_file_finds_what_the_run_found(
+    model: str, parallel: str, tmp_path: Path, made: Path, two_ranks: Pool, capfd: Any
+) -> None:
+    path = write(tmp_path, made, model, parallel)
+    less = ["train.micro_batch=2", "train.steps=2"]  # within an epoch: one validation
+    results = two_ranks.run("tests.cases:run_config", path=str(path), overrides=less)
+    assert all(found["status"] == "finished" for found in results)
+    records = records_of(tmp_path / "run")
+    (said,) = [record for record in records if "val_loss" in record]
+    steps = [record for record in records if "loss_classes" in record]
+    assert all(r["loss_classes"] + r["loss_ends"] == pytest.approx(r["loss"]) for r in steps)
+    exported = tmp_path / "model.safetensors"
+    status, _, err = call(capfd, "export", str(tmp_path / "run"), "--output", str(exported))
+    assert status == 0, err
+    found = evaluate(exported, made / "val", batch=3, progress=False)
+    assert found["samples"] == said["val_samples"] == 4
+    assert found["loss"] == pytest.approx(said["val_loss"], rel=1e-4)
+    assert found["map"] == pytest.approx(said["val_map"], abs=1e-6)
+    assert set(found["class_map"]) == {"kind 0", "kind 1"}
+    one = evaluate(exported, made / "val", batch=1, progress=False)
+    assert one["loss"] == pytest.approx(found["loss"], rel=1e-5)
+    (row,) = predict(exported, [made.parent / "film_3.mp4"], progress=False)
+    for each in row["annotations"]:
+        start, stop = each["segment"]
+        assert 0 <= start < stop <= 4.8 and 0 < each["score"] < 1
+        assert each["label"] in found["classes"]
+    scores = [each["score"] for each in row["annotations"]]
+    assert scores == sorted(scores, reverse=True) and scores
+
+
+def masters(folder: Path) -> dict[str, Tensor]:
+    saved = Checkpoint(checkpoints(folder)[-1])
+    return {name: saved.tensor("master", name) for name in saved.names("master")}
+
+
+LAYOUTS = {
+    "one": (1, ["train.micro_batch=4"]),
+    "two": (2, ["train.micro_batch=2", "parallel.zero=2"]),
+    "micro": (1, ["train.micro_batch=1", "train.accumulate=4"]),
+}
+
+
+def test_a_loss_and_its_gradient_do_not_depend_on_how_films_are_cut(
+    tmp_path: Path, made: Path, one_rank: Pool, two_ranks: Pool
+) -> None:
+    """A step of SGD of one: what the masters changed by is the gradient."""
+    pools, found = {1: one_rank, 2: two_ranks}, {}
+    sgd = ["optim={name: sgd, momentum: 0.0, lr: 1.0, clip: null, warmup: 0}"]
+    for name, (ranks, overrides) in LAYOUTS.items():
+        (tmp_path / name).mkdir()
+        path = write(tmp_path / name, made, VIDEOMAE, "zero: 0")
+        more = [*overrides, *sgd, "train.steps=3", "data.val=null"]
+        pools[ranks].run("tests.cases:run_config", path=str(path), overrides=more)
+        folder = tmp_path / name / "run"
+        found[name] = [record["loss"] for record in records_of(folder)], masters(folder)
+    losses, weights = found.pop("one")
+    for others, values in found.values():
+        assert others == pytest.approx(losses, rel=1e-6)
+        for name, value in values.items():
+            scale = float(weights[name].abs().max())
+            assert float((value - weights[name]).abs().max()) <= 2e-5 * scale + 1e-7, name
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path, made: Path, capfd: Any) -> None:
+    path = write(tmp_path, made, VIDEOMAE, "zero: 0")
+    for overrides, reason in (
+        (["model={name: vit_tiny_patch16_224, weights: random}"], "says nothing of time"),
+        (["task.heads=3"], "task.heads is 3, allowed are divisors of 32"),
+        (["task.window=4"], "task.window is 4, allowed are odd numbers"),
+        (["task.num_classes=3"], "num_classes is 3"),
+        (["data.views=2"], "data.views"),
+        (["data.sampling=segments", "data.overlap=0.1"], "no effect with sampling segments"),
+    ):
+        status, _, err = call(capfd, "train", str(path), "--dry-run", *overrides)
+        assert status == 2 and reason in err.strip().splitlines()[-1], (overrides, err)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "cannot be read"),
+        ("[]", 'has no "database"'),
+        ('{"database": {"film_1": 3}}', "film_1: is 3"),
+        ('{"database": {"other": {}}}', "none of its 1 films"),
+        ('{"database": {"film_1": {"annotations": [{"label": "a", "segment": [2, 1]}]}}}', "segm"),
+        ('{"database": {"film_1": {"annotations": [{"segment": [1, 2]}]}}}', "film_1: has the"),
+    ],
+)
+def test_annotations_that_are_none_are_refused(
+    text: str, reason: str, shards: Path, tmp_path: Path, capfd: Any
+) -> None:
+    table = shards / "wrong.json"
+    table.write_text(text)
+    line = ("shards", "make", "--from", "activitynet", "--source", str(table))
+    status, _, err = call(capfd, *line, "--output", str(tmp_path / "made"))
+    assert status == 2 and reason in err.strip().splitlines()[-1], err
+    assert not (tmp_path / "made").exists()
