@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from dr2dist.data.annotated_films import annotated_films
 from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import video_folder
 
@@ -76,3 +78,24 @@ def make_film_shards(root: Path, count: int = 12, classes: int = 2) -> Path:
     output = root / "shards"
     make_shards(records, names, output, samples_per_shard=8, val_fraction=0.3, progress=False)
     return output
+
+
+def make_action_shards(root: Path) -> Path:
+    """root/made/{train,val} of films of 2 to 5 seconds, in which something of two kinds happens for
+    a second; in some nothing does. One film that is named is not there."""
+    database: dict[str, Any] = {}
+    random = np.random.default_rng(0)
+    for number in range(16):
+        name, frames = f"film_{number}", int(random.integers(20, 48))
+        (root / f"{name}.mp4").write_bytes(film(frames, backwards=number % 2 == 1))
+        start = float(random.uniform(0, frames / 10 - 1.2))
+        said = [{"label": f"kind {number % 2}", "segment": [start, start + 1.0]}]
+        subset = "training" if number < 12 else "validation"
+        found = [] if number % 5 == 0 else said
+        database[name] = {"subset": subset, "annotations": found}
+    database["film_lost"] = {"subset": "training", "annotations": []}
+    (root / "actions.json").write_text(json.dumps({"database": database}))
+    records, classes = annotated_films(root / "actions.json")
+    assert classes == ["kind 0", "kind 1"] and len(records) == 16
+    make_shards(records, classes, root / "made", split_by="subset", progress=False)
+    return root / "made"

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.inference.evaluate import evaluate
 from dr2dist.inference.predict import predict
 from tests.commands import call
-from tests.films import film
+from tests.films import make_action_shards
 from tests.pool import Pool
 
 CONFIG = """
@@ -39,33 +38,8 @@ VIDEOMAE = (
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Films of 2 to 6 seconds, in which it grows light or dark for a while; some have no action."""
-    root = tmp_path_factory.mktemp("films")
-    database: dict[str, Any] = {}
-    random = np.random.default_rng(0)
-    for number in range(16):
-        name, frames = f"film_{number}", int(random.integers(20, 48))
-        (root / f"{name}.mp4").write_bytes(film(frames, backwards=number % 2 == 1))
-        start = float(random.uniform(0, frames / 10 - 1.2))
-        said = [{"label": f"kind {number % 2}", "segment": [start, start + 1.0]}]
-        subset = "training" if number < 12 else "validation"
-        found = [] if number % 5 == 0 else said
-        database[name] = {"subset": subset, "annotations": found}
-    database["film_lost"] = {"subset": "training", "annotations": []}
-    (root / "actions.json").write_text(json.dumps({"database": database}))
-    return root
-
-
-@pytest.fixture(scope="module")
-def made(shards: Path) -> Path:
-    from dr2dist.data.annotated_films import annotated_films
-    from dr2dist.data.shards import make_shards
-
-    records, classes = annotated_films(shards / "actions.json")
-    assert classes == ["kind 0", "kind 1"] and len(records) == 16
-    make_shards(records, classes, shards / "made", split_by="subset", progress=False)
-    return shards / "made"
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_action_shards(tmp_path_factory.mktemp("films"))
 
 
 def write(folder: Path, made: Path, model: str, parallel: str) -> Path:
@@ -173,9 +147,9 @@ def test_what_does_not_fit_is_said(tmp_path: Path, made: Path, capfd: Any) -> No
     ],
 )
 def test_annotations_that_are_none_are_refused(
-    text: str, reason: str, shards: Path, tmp_path: Path, capfd: Any
+    text: str, reason: str, made: Path, tmp_path: Path, capfd: Any
 ) -> None:
-    table = shards / "wrong.json"
+    table = made.parent / "wrong.json"
     table.write_text(text)
     line = ("shards", "make", "--from", "activitynet", "--source", str(table))
     status, _, err = call(capfd, *line, "--output", str(tmp_path / "made"))

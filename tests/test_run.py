@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dr2dist.data.index import read_index
 from dr2dist.training.progress import ProgressLine
 from tests.commands import ROOT, call, dr2dist
-from tests.films import make_film_shards
+from tests.films import make_action_shards, make_film_shards
 from tests.images import make_small_shards, place_of
 from tests.pool import Pool
 
@@ -35,6 +35,10 @@ SMALLER = {
         "model.image_size=32",
         "model.options={frames: 4, embed_dim: 64, num_heads: 2, depth: 4}",
         "task.num_classes=8",
+    ],
+    "videomae_small_patch16": [
+        "model.image_size=32",
+        "model.options={frames: 4, chunks: 4, embed_dim: 64, num_heads: 2, depth: 4}",
     ],
 }
 TINY = """
@@ -56,8 +60,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def film_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_film_shards(tmp_path_factory.mktemp("films"), 4, classes=8)
+def shards_of(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By what a task takes."""
+    root = tmp_path_factory.mktemp("films")
+    (root / "actions").mkdir()
+    return {
+        "classification": shards,
+        "video_classification": make_film_shards(root, 4, classes=8),
+        "temporal_action_detection": make_action_shards(root / "actions"),
+    }
 
 
 def write_config(tmp_path: Path, shards: Path, name: str = "run") -> Path:
@@ -115,11 +126,11 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], sh
 
 @pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_starts(
-    config: Path, tmp_path: Path, shards: Path, film_shards: Path, request: pytest.FixtureRequest
+    config: Path, tmp_path: Path, shards_of: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
     said = yaml.safe_load(config.read_text())
     stages = said["parallel"].get("stages", 2)
-    shards = film_shards if said["task"]["name"] == "video_classification" else shards
+    shards = shards_of[said["task"]["name"]]
     pool: Pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[stages])
     overrides = [
         "model.weights=random",
@@ -130,6 +141,7 @@ def test_every_shipped_config_starts(
         "train.steps=2",
         "train.micro_batch=2",
         *SMALLER.get(said["model"]["name"], []),
+        *(["task.num_classes=2"] if "detection" in said["task"]["name"] else []),
         f"parallel.deepspeed={ROOT / said['parallel']['deepspeed']}",
     ]
     results = pool.run("tests.cases:run_config", path=str(config), overrides=overrides)
