@@ -229,7 +229,12 @@ def _add_predict(commands: Commands) -> None:
     predict.add_argument(
         "files", type=path, nargs="+", help="files of samples, and folders of them"
     )
-    predict.add_argument("--output", type=path, required=True, help="FILE.csv or FILE.json")
+    predict.add_argument(
+        "--output",
+        type=path,
+        required=True,
+        help="FILE.csv or FILE.json; a PNG is put beside it where there is more to see",
+    )
     predict.add_argument("--batch", type=positive, default=32)
     predict.add_argument(
         "--skip-unreadable", action="store_true", help="give such a sample a row with its error"
@@ -242,9 +247,15 @@ def _predict(given: argparse.Namespace) -> int:
     from dr2dist.inference.predict import check_output, predict, write_rows
 
     check_output(given.output)
+    picture = given.output.with_suffix(".png")
+    check_file_output(picture)
     _import(given.plugin)
     rows = predict(
-        given.model, given.files, batch=given.batch, skip_unreadable=given.skip_unreadable
+        given.model,
+        given.files,
+        batch=given.batch,
+        skip_unreadable=given.skip_unreadable,
+        picture=picture,
     )
     write_rows(rows, given.output)
     unreadable = sum("error" in row for row in rows)

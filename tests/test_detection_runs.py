@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,15 @@ def test_an_exported_file_finds_what_the_run_found(
     assert set(found["class_map"]) == {"kind 0", "kind 1"}
     one = evaluate(exported, made / "val", batch=1, progress=False)
     assert one["loss"] == pytest.approx(found["loss"], rel=1e-5)
-    (row,) = predict(exported, [made.parent / "film_3.mp4"], progress=False)
+    film = str(made.parent / "film_3.mp4")
+    line = ("predict", str(exported), film, "--output", str(tmp_path / "found"))
+    for ending in (".csv", ".json"):
+        assert call(capfd, *line[:-1], line[-1] + ending)[0] == 0
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+    (row,) = predict(exported, [film], progress=False)
+    assert [row] == json.loads((tmp_path / "found.json").read_text())
+    (cells,) = csv.DictReader((tmp_path / "found.csv").open())
+    assert json.loads(cells["annotations"]) == row["annotations"] and row["seconds"] >= 2
     for each in row["annotations"]:
         start, stop = each["segment"]
         assert 0 <= start < stop <= 4.8 and 0 < each["score"] < 1

@@ -24,14 +24,16 @@ class Stem:
     tokens: [B, ...], floating. sides: inputs that all functions share, by name: tensors or pytrees
     of them, which are differentiable, and plain values. batched: names of those sides whose tensors
     have the rows of tokens in dim 0, also of those that a transition makes later. rows: of tokens
-    [B * rows, ...], that are one sample, where it is cut into parts: slices of the batch keep them
-    together.
+    [B * rows, ...], that are one sample, where it is cut into parts. apart: functions treat such
+    rows one by one, so that their slices may part them; otherwise slices keep them together, as
+    those of transitions and tail always do.
     """
 
     tokens: Tensor
     sides: dict[str, Any] = field(default_factory=dict)
     batched: Sequence[str] = ()
     rows: int = 1
+    apart: bool = False
 
 
 class ChainOf(NamedTuple):

@@ -35,7 +35,8 @@ class AutogradDriver:
         for taken in _OWN:
             if taken in stem.sides:
                 raise UserError(f"{self.net.family.name}: a side cannot be called {taken}")
-        return Flow(stem.tokens, stem.sides, tuple(stem.batched), stem.rows)
+        batched = tuple(stem.batched)
+        return Flow(stem.tokens, stem.sides, batched, stem.rows, apart=stem.apart)
 
     def transition(self, place: Place, flow: Flow) -> Flow:
         """See Driver."""
@@ -52,7 +53,7 @@ class AutogradDriver:
         # A transition may have made others of some: names are said for the whole network.
         batched = [name for name in flow.batched if name in flow.sides]
         found = chain(
-            value, taps=wanted, until=until, batched=batched, rows=flow.rows, **flow.sides
+            value, taps=wanted, until=until, batched=batched, rows=flow.together, **flow.sides
         )
         if wanted:
             found, tapped = found

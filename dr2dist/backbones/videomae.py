@@ -333,7 +333,7 @@ class VideoMaeBackbone(Backbone):
 
     def stem(self, model: Any, clips: Tensor, /, **options: Any) -> Stem:
         """No options."""
-        return Stem(model.embed(clips), rows=model.chunks)
+        return Stem(model.embed(clips), rows=model.chunks, apart=True)
 
     def preprocessing(self, model: Any) -> dict[str, Any]:
         """Of clips: as of images, frames, and tubelet, the frames of a token."""

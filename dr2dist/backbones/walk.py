@@ -38,8 +38,8 @@ class Flow:
     """What goes from layer to layer.
 
     value: tokens [B, ...], or what a driver has in their place. sides: what functions share, by
-    name. batched: names of those that have tokens' rows in dim 0. rows: of
-    tokens, that are one sample. taps: tokens after functions.
+    name. batched: names of those that have tokens' rows in dim 0. rows: of tokens, that are one
+    sample; apart: whether functions treat them one by one. taps: tokens after functions.
     """
 
     value: Any
@@ -47,6 +47,12 @@ class Flow:
     batched: tuple[str, ...] = ()
     rows: int = 1
     taps: dict[Tap, Tensor] = field(default_factory=dict)
+    apart: bool = False
+
+    @property
+    def together(self) -> int:
+        """Rows that slices of functions keep together."""
+        return 1 if self.apart else self.rows
 
 
 class Driver(Protocol):

@@ -17,6 +17,7 @@ from dr2dist.data.listing import list_files, shown
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write, check_file_output
 from dr2dist.inference.exported import ready
+from dr2dist.pictures import save_picture
 from dr2dist.tasks.task import Row, Task
 
 Source = tuple[Path, ...]
@@ -73,14 +74,15 @@ def predict(
     *,
     batch: int = 32,
     skip_unreadable: bool = False,
+    picture: str | Path | None = None,
     progress: bool = True,
 ) -> list[Row]:
     """A row for each sample in files and folders, in the order given, and of names in a folder.
 
     path: a file of `export` or `save`; it runs in fp32, on a GPU if there is one. paths: files of
     samples, and folders of them. Where the task has one input each file is a sample, otherwise
-    files of one name, less its extensions, are. batch: samples at a time. progress: a bar on
-    stderr.
+    files of one name, less its extensions, are. batch: samples at a time. picture: a
+    file for what the task draws of the rows, if it draws them. progress: a bar on stderr.
 
     A row has path, of the sample's first file, and what the task says of it, plain values by
     column. Raises UserError for a path that does not exist, a folder without samples, a sample that
@@ -101,6 +103,9 @@ def predict(
                 row = {"error": value} if isinstance(value, str) else next(said)
                 rows.append({"path": str(source[0]), **row})
             bar.update(len(part))
+    figure = None if picture is None else task.draw_rows(rows)
+    if picture is not None and figure is not None:
+        save_picture(figure, picture)
     return rows
 
 
@@ -143,11 +148,17 @@ def write_rows(rows: Sequence[Row], output: str | Path) -> None:
             aside.write_text(json.dumps(list(rows), indent=1) + "\n", "utf-8")
             return
         columns = dict.fromkeys(name for row in rows for name in row)
+        cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
         # A name that is not of UTF-8 stays the bytes that it is.
         with aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(cells)
+
+
+def _cell(value: Any) -> Any:
+    """Lists and objects as JSON."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def check_output(output: str | Path) -> None:

@@ -175,6 +175,10 @@ class Task(ABC):
         """Some held-out samples with what is predicted of them; None if there is nothing to see."""
         return None
 
+    def draw_rows(self, rows: Sequence[Row]) -> Figure | None:
+        """What is predicted of files as a picture; None if rows say all. rows: see `predict`."""
+        return None
+
     @classmethod
     def picture(cls, report: Mapping[str, Any]) -> Figure | None:
         """A report, what `report` gives, as a picture; None if there is none."""

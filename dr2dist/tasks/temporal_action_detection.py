@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from pydantic import Field
@@ -26,7 +25,7 @@ from dr2dist.tasks.temporal.measured import SpanMetrics
 from dr2dist.tasks.temporal.points import Points, Targets, class_loss, reach_loss
 from dr2dist.tasks.temporal.pyramid import PyramidHead
 from dr2dist.tasks.temporal.samples import Windowed
-from dr2dist.tasks.temporal.spans import Spans, joined, said, soft_nms
+from dr2dist.tasks.temporal.spans import FilmSpans, Spans, joined, said, soft_nms
 from dr2dist.tasks.temporal.timeline import SHOWN, draw_timelines
 from dr2dist.tasks.temporal.windows import WindowSampling
 
@@ -163,14 +162,18 @@ class TemporalActionDetection(ClassTask, ClipTask):
         finite = torch.stack([each.all() for each in by_window])
         return Loss(classes + ends, finite, {"classes": classes, "ends": ends})
 
-    def predictions(self, outputs: Any, batch: Batch) -> list[Spans]:
+    def predictions(self, outputs: Any, batch: Batch) -> list[FilmSpans]:
         """Of each film: what its windows say, merged, then Soft-NMS."""
         scores = outputs["logits"].double().sigmoid().cpu()
         reach, windows = outputs["reach"].double().cpu(), batch.targets["windows"].tolist()
         each = [said(self.points, *parts) for parts in zip(scores, reach, windows, strict=True)]
-        stops = np.cumsum(batch.targets["counts"]).tolist()
-        films = [each[a:b] for a, b in zip([0, *stops[:-1]], stops, strict=True)]
-        return [soft_nms(joined(film), self.options.sigma, self.options.most) for film in films]
+        found, first = [], 0
+        for count in batch.targets["counts"]:
+            whole = joined(each[first : first + count])
+            best = soft_nms(whole, self.options.sigma, self.options.most)
+            found.append(FilmSpans(best, windows[first][2]))
+            first += count
+        return found
 
     def metrics(self, device: torch.device) -> SpanMetrics:
         """map, the mean over classes and `thresholds`, and map_T at each of them."""
@@ -181,9 +184,13 @@ class TemporalActionDetection(ClassTask, ClipTask):
         classes."""
         return SpanMetrics(self.classes, THRESHOLDS[self.options.thresholds], by_class=True)
 
-    def rows(self, predictions: list[Spans]) -> list[Row]:
-        """annotations: label, segment (seconds) and score of each span, by falling score."""
-        return [{"annotations": self._annotations(spans)} for spans in predictions]
+    def rows(self, predictions: list[FilmSpans]) -> list[Row]:
+        """seconds of the film, and annotations: label, segment (seconds) and score of each span, by
+        falling score."""
+        return [
+            {"seconds": round(seconds, 3), "annotations": self._annotations(spans)}
+            for spans, seconds in predictions
+        ]
 
     def _annotations(self, spans: Spans) -> list[dict[str, Any]]:
         return [
@@ -195,9 +202,14 @@ class TemporalActionDetection(ClassTask, ClipTask):
             for segment, score, label in zip(*spans, strict=True)
         ]
 
-    def draw(self, batch: Batch, predictions: list[Spans]) -> Figure:
-        """The first films' timelines."""
-        windows = batch.targets["windows"][:, 2].split(batch.targets["counts"])
-        lengths = [float(each[0]) for each in windows[:SHOWN]]
-        actions = batch.targets.get("actions")
-        return draw_timelines(self.classes, batch.keys, lengths, predictions, actions)
+    def draw(self, batch: Batch, predictions: list[FilmSpans]) -> Figure | None:
+        """Timelines of the first films."""
+        rows = self.rows(predictions[:SHOWN])
+        titled = [{"path": key, **row} for key, row in zip(batch.keys, rows, strict=False)]
+        actions = [each.tolist() for each in batch.targets["actions"][:SHOWN]]
+        there = [[(a, b, self.classes[int(k)]) for a, b, k in film] for film in actions]
+        return draw_timelines(self.classes, titled, there)
+
+    def draw_rows(self, rows: Sequence[Row]) -> Figure | None:
+        """Timelines of the first films."""
+        return draw_timelines(self.classes, [row for row in rows if "annotations" in row])

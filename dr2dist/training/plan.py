@@ -326,7 +326,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
 
 def _measured(net: ReversibleNetwork, setting: Setting) -> list[Measured]:
     found = measure(on_meta(net))
-    rows = found[0].flow.rows
+    rows = found[0].flow.together
     if setting.measured and rows > 1:
         raise UserError(
             "reversible: memory budget and chunk_size auto are measured row by row, and a sample "

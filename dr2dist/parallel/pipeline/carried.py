@@ -48,7 +48,7 @@ class Skeleton:
     """A flow's sides without their tensors: every stage knows it, so that only tensors travel."""
 
     def __init__(self, flow: Flow) -> None:
-        self.batched, self.rows = flow.batched, flow.rows
+        self.batched, self.rows, self.apart = flow.batched, flow.rows, flow.apart
         self._sides: dict[str, tuple[list[Any], TreeSpec]] = {}
         for name, value in flow.sides.items():
             leaves, form = tree_flatten(value)
@@ -69,4 +69,4 @@ class Skeleton:
                 filled = zip(keys, leaves, strict=True)
                 sides[name] = tree_unflatten([tensors.get(key, v) for key, v in filled], form)
         taps = {key: tensor for key, tensor in tensors.items() if not isinstance(key[0], str)}
-        return Flow(value, sides, self.batched, self.rows, taps)
+        return Flow(value, sides, self.batched, self.rows, taps, self.apart)

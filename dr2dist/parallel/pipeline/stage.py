@@ -95,7 +95,7 @@ class _Inference(AutogradDriver):
         sides, taps = Sides(flow.sides, flow.batched), self.stage.taps(run)
         given, flow.value = flow.value, None
         dtype = _dtype(segment) if isinstance(given, State) else given.dtype
-        layout = Layout.given(chain.setting, flow.rows)
+        layout = Layout.given(chain.setting, flow.together)
         infer = segment.infer if run[-1].last else segment.infer_state
         flow.value, tapped = infer(given, sides, chain.setting, layout, taps, dtype)
         flow.taps |= {run[n].tap: tokens for n, tokens in zip(taps, tapped, strict=True)}
@@ -168,7 +168,7 @@ class Pass(AutogradDriver):
         """See Driver."""
         given, flow.value = flow.value, None
         sides = Sides(flow.sides, flow.batched)
-        layout = Layout.given(self.net.items[run[0].item].setting, flow.rows)
+        layout = Layout.given(self.net.items[run[0].item].setting, flow.together)
         taps = self.stage.taps(run)
         reversal = _Reversal(*self.stage.segment(run), given, sides, layout, run, taps)
         self._undo.append(reversal)

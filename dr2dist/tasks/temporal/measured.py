@@ -98,9 +98,10 @@ class SpanMetrics(KeyedMetrics):
         self.classes, self.thresholds, self.by_class = classes, tuple(thresholds), by_class
 
     def entries(self, predictions: Any, batch: Batch) -> Sequence[tuple[str, Any]]:
-        """See KeyedMetrics. predictions: Spans of each film."""
+        """See KeyedMetrics. predictions: FilmSpans of each film."""
+        spans = (found.spans for found in predictions)
         actions = (each.cpu().numpy() for each in batch.targets["actions"])
-        return list(zip(batch.keys, zip(predictions, actions, strict=True), strict=True))
+        return list(zip(batch.keys, zip(spans, actions, strict=True), strict=True))
 
     def score(self, samples: list[tuple[str, Any]]) -> dict[str, Any]:
         """See KeyedMetrics."""

@@ -32,6 +32,13 @@ class Spans(NamedTuple):
         return Spans(self.segments[which], self.scores[which], self.labels[which])
 
 
+class FilmSpans(NamedTuple):
+    """What is said of a film of so many seconds."""
+
+    spans: Spans
+    seconds: float
+
+
 def joined(parts: list[Spans]) -> Spans:
     """All of them, by falling score; of equal ones the earlier first."""
     whole = Spans(*(np.concatenate(each) for each in zip(*parts, strict=True)))

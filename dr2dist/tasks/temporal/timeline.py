@@ -4,52 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from dr2dist.pictures import plain
-from dr2dist.tasks.temporal.spans import Spans
+from dr2dist.tasks.task import Row
 
 SHOWN = 4
 """Films of a picture."""
 BEST = 20
 """Spans of a film that are drawn, those of the highest scores."""
 
+Action = tuple[float, float, str]
+"""Start and stop in seconds, and the class."""
+
 
 def draw_timelines(
-    classes: Sequence[str],
-    keys: Sequence[str],
-    lengths: Sequence[float],
-    found: Sequence[Spans],
-    actions: Sequence[Tensor] | None,
-) -> Figure:
-    """A row of axes for each of some films: bars below for spans, as dark as their scores are high,
-    above them for actions, one colour a class.
+    classes: Sequence[str], rows: Sequence[Row], there: Sequence[Sequence[Action]] | None = None
+) -> Figure | None:
+    """Axes for each of the first films: bars for what is found, as dark as their scores are high,
+    and above them for what is there, one colour a class; None without films.
 
-    lengths: seconds of each film. actions: [A, 3] each; None where they are not known.
+    rows: path, seconds and annotations of each film.
     """
-    count = min(SHOWN, len(lengths))
+    if not rows:
+        return None
+    count = min(SHOWN, len(rows))
     figure = Figure(figsize=(8, 1.6 * count), layout="constrained")
-    colours = matplotlib.colormaps["tab20"]
-    for row in range(count):
-        axes = figure.add_subplot(count, 1, row + 1)
-        spans = found[row]
-        best = spans.scores[0] if len(spans.scores) else 1.0
-        each = list(zip(*spans, strict=True))[:BEST]
-        bars = [(segment, label, 0, score / best) for segment, score, label in each]
-        if actions is not None:
-            bars += [((a, b), int(label), 1, 1.0) for a, b, label in actions[row].tolist()]
-        for (start, stop), label, level, strength in bars:
-            bar = axes.barh(level, stop - start, left=start, color=colours(label % 20))
-            bar[0].set(alpha=float(strength), label=plain(classes[label]))
-        axes.set_xlim(0, max(lengths[row], 1e-3))
-        axes.set_yticks([0, 1] if actions is not None else [0])
-        axes.set_yticklabels(["found", "there"] if actions is not None else ["found"])
-        axes.set_title(plain(Path(keys[row]).name), fontsize=8)
-        named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    for number, row in enumerate(rows[:count]):
+        axes = figure.add_subplot(count, 1, number + 1)
+        best = row["annotations"][:BEST]
+        for each in best:
+            strength = each["score"] / best[0]["score"]
+            _bar(axes, classes, (*each["segment"], each["label"]), 0, strength)
+        for action in there[number] if there is not None else ():
+            _bar(axes, classes, action, 1, 1.0)
+        names = ["found"] if there is None else ["found", "there"]
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_xlim(0, max(row["seconds"], 1e-3))
+        axes.set_title(plain(Path(row["path"]).name), fontsize=8)
+        handles, labels = axes.get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True))
         if named:
             axes.legend(named.values(), named.keys(), fontsize=6, loc="upper right")
     axes.set_xlabel("seconds")
     return figure
+
+
+def _bar(axes: Any, classes: Sequence[str], action: Action, level: int, strength: float) -> None:
+    start, stop, name = action
+    colour = matplotlib.colormaps["tab20"](classes.index(name) % 20)
+    bars = axes.barh(level, stop - start, left=start, color=colour, alpha=strength)
+    bars[0].set_label(plain(name))
