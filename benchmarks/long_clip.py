@@ -4,8 +4,8 @@
 
 VideoMAE-S in 32 chunks of 16 frames at 96 pixels, with the head of temporal action detection,
 AdamW, fp32: two steps of one clip. Each way is a process of its own, which the system gives no more
-memory than --limit (RLIMIT_DATA: all private memory that can be written to, Python's and torch's own
-included).
+memory than --limit (RLIMIT_DATA: all private memory that can be written to, Python's and torch's
+own included).
 """
 
 from __future__ import annotations
