@@ -27,8 +27,9 @@ from dr2dist.reversible.calls.slices import mixes_samples, sample_slices
 class Piece:
     """A module that is run again in the backward pass, slice by slice, from its input.
 
-    module: maps a tensor [B, ...] to a tensor [B, ...] of any shape. Randomness is replayed. A
-    module that mixes samples is run on whole batches.
+    module: maps a tensor [B * rows, ...] to tensors [B, ...] or [B * rows, ...] of any shape; what
+    it takes at once are whole samples. Randomness is replayed. A module that mixes samples is run
+    on whole batches.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -43,9 +44,9 @@ class Piece:
         self.__init__(state["module"])  # type: ignore[misc]
 
     def __call__(self, x: Tensor, chunk_size: int | None = None) -> Any:
-        """The module's output, a tensor or several, for x [B, ...].
+        """The module's output, a tensor or several, for x [B * rows, ...].
 
-        chunk_size: samples per slice, None for all at once.
+        chunk_size: rows per slice, of whole samples; None for all at once.
         """
         needed = x.requires_grad or bool(trainable(self.module))
         if torch.is_grad_enabled() and needed and not torch.compiler.is_exporting():
@@ -109,9 +110,8 @@ class _PieceFunction(torch.autograd.Function):
         with ctx.kernels.restored(), piece.runner.open(piece.module) as live, kept:
             for number, part in enumerate(ctx.slices):
                 call = _call(ctx, live, x, number)
-                (of_x,), of_leaves = gradients(
-                    call, [None if grad is None else grad[part] for grad in grads], keep_graph=False
-                )
+                own = [_of_slice(grad, part, len(x)) for grad in grads]
+                (of_x,), of_leaves = gradients(call, own, keep_graph=False)
                 accumulator.add(live.parameters, of_leaves)
                 if found is not None:
                     found[part] = 0 if of_x is None else of_x
@@ -124,6 +124,15 @@ def _call(ctx: Any, live: LiveFunction, x: Tensor, number: int) -> Call:
     """The module on one slice, the same way in both directions."""
     with function_context(ctx.kernels, ctx.randomness, 0, (number,)):
         return run(live, x[ctx.slices[number]], {}, ctx.x_needs_grad)
+
+
+def _of_slice(grad: Tensor | None, part: slice, rows: int) -> Tensor | None:
+    """An output's gradient for a slice of the input's rows; an output may have a row for several,
+    all of which lie in one slice."""
+    if grad is None or part == slice(None):
+        return grad
+    several = rows // len(grad)
+    return grad[part.start // several : part.stop // several]
 
 
 def _joined(slices: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
