@@ -53,12 +53,12 @@ MODELS = (
 )
 
 
-def growth(model: Model, case: str, frames: int) -> int:
+def growth(model: Model, case: str, frames: int, steps: int = 1) -> int:
     """Bytes."""
     slices = {"chunk_size": 1, "chunk_tokens": model.chunk_tokens}
     options = model.of_frames(frames)
     spec = Spec(case, model.name, SIDE, alpha=0.9, beta=0.1, slices=slices, options=options)
-    return int(ask_once(spec, "growth", batch=1, steps=2)["growth"])
+    return int(ask_once(spec, "growth", batch=1, steps=steps)["growth"])
 
 
 def longest(model: Model, case: str, ends: tuple[int, int]) -> tuple[int, int]:

@@ -72,7 +72,8 @@ class Branch(nn.Module):
         """See TokenSliced."""
         if self.slicing is None:
             return []
-        return self.slicing.ranges(self.part, shape, tokens, self.keywords_of(sides))
+        found = self.slicing.ranges(self.part, shape, tokens, self.keywords_of(sides))
+        return found if len(found) > 1 or self.slicing.smaller_inside else []
 
     def draw(self, x: Tensor) -> Tensor | None:
         """See TokenSliced."""

@@ -42,6 +42,8 @@ class Slicing(ABC):
     """How a branch is computed for some of a sample's tokens; the default is each by itself."""
 
     needs_context = False
+    smaller_inside = False
+    """Whether a slice of all tokens takes less than the branch as it stands."""
 
     @abstractmethod
     def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torchvision.models.video.swin_transformer import (
     PatchEmbed3d,
@@ -84,6 +85,8 @@ def _axes(attention: Any, height: int, frames: int, width: int) -> tuple[_Axis, 
 class _Windows(Slicing):
     """Rows of windows. A shifted block's rows begin `shift` rows down, and the last wrap around."""
 
+    smaller_inside = True
+
     def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
         """See Slicing."""
         if type(part.attn) is not ShiftedWindowAttention3d:
@@ -152,21 +155,44 @@ def _attend(attention: Any, x: Tensor, axes: Sequence[_Axis], places: Sequence[T
     windows = _cut(x[0], rows, frames, columns)
     qkv = functional.linear(windows, attention.qkv.weight, attention.qkv.bias)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    mask = attention.get_relative_position_bias([frames, rows, columns]).to(q.dtype)
+    bias = attention.get_relative_position_bias([frames, rows, columns]).to(q.dtype)
+    labels = None
     if any(axis.shift for axis in axes):
         regions = [axis.regions(place) for axis, place in zip(axes, places, strict=True)]
         label = 9 * regions[0][:, None, None] + 3 * regions[1][:, None] + regions[2]
-        own = _cut(label[..., None], rows, frames, columns)[..., 0]
-        apart = own[:, None, :, None] != own[:, None, None, :]
-        mask = mask + apart.to(q.dtype) * MASKED
+        labels = _cut(label[..., None], rows, frames, columns)[..., 0]
     dropped = attention.attention_dropout if attention.training else 0.0
-    found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropped)
+    # The bias is learnt, so that the logits of a window are kept for it; those of one at a time.
+    found = torch.cat(
+        [
+            checkpoint(
+                _window,
+                *(each[n : n + 1] for each in (q, k, v)),
+                bias,
+                None if labels is None else labels[n],
+                dropped,
+                use_reentrant=False,
+                preserve_rng_state=dropped > 0,
+            )
+            for n in range(len(q))
+        ]
+    )
     found = found.transpose(1, 2).reshape(windows.shape)
     found = functional.linear(found, attention.proj.weight, attention.proj.bias)
     found = functional.dropout(found, attention.dropout, attention.training)
     counts = [x.shape[1] // rows, x.shape[2] // frames, x.shape[3] // columns]
     split = found.view(*counts, frames, rows, columns, channels)
     return split.permute(0, 4, 1, 3, 2, 5, 6).reshape(x.shape)
+
+
+def _window(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, labels: Tensor | None, dropped: float
+) -> Tensor:
+    """Attention in a window, [1, heads, N, D]. labels: [N], of which equal ones see each other."""
+    mask = bias
+    if labels is not None:
+        mask = bias + (labels[:, None] != labels).to(bias.dtype) * MASKED
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropped)
 
 
 def _cut(x: Tensor, rows: int, frames: int, columns: int) -> Tensor:

@@ -122,7 +122,7 @@ def slices_of(
     if layout.chunk_tokens is not None and isinstance(function, TokenSliced):
         ranges = function.token_ranges(shape, layout.chunk_tokens, sides)
     size = layout.chunk_size
-    if len(ranges) < 2:
+    if not ranges:
         slices = sample_slices(shape[0], None if size is None else size * layout.rows)
         return [[Slice(samples)] for samples in slices]
     slices = sample_slices(shape[0], size)
