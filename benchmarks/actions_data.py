@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ REST = 6
 """Frames between moves, at least."""
 MOST = 3
 """Moves of a film."""
-REACH = 0.4
+REACH = 0.2
 """How far a window pans at least, as a share of the footage's shorter side."""
 CLASSES = tuple(move for move in MOVES if move != "still")
 
@@ -78,7 +79,7 @@ def changed(state: State, name: str, room: tuple[float, float], random: Any) -> 
         way = -np.sign(state.angle) if state.angle else random.choice([-1.0, 1.0])
         after = state._replace(angle=state.angle + way * random.uniform(1.2, 1.6) * TURN)
     else:
-        length = random.uniform(REACH, 1.5 * REACH) * (-1 if name in ("pan_left", "pan_up") else 1)
+        length = random.uniform(REACH, 2 * REACH) * (-1 if name in ("pan_left", "pan_up") else 1)
         sideways = name in ("pan_left", "pan_right")
         after = state._replace(
             x=state.x + (length if sideways else 0), y=state.y + (0 if sideways else length)
@@ -88,8 +89,11 @@ def changed(state: State, name: str, room: tuple[float, float], random: Any) -> 
     return after if fits and low <= after.scale <= high and abs(after.angle) <= TURN else None
 
 
-def drawn(room: tuple[float, float], random: np.random.Generator) -> tuple[State, list[Move]]:
-    """A first state that fits, and moves one after the other."""
+def drawn(
+    room: tuple[float, float], random: np.random.Generator, counts: Counter[str]
+) -> tuple[State, list[Move]]:
+    """A first state that fits, and moves one after the other: of those that there is room for, one
+    that was drawn least. counts: of moves so far, which are added."""
     low, high = (bound / 2 for bound in SCALES)
     scale, angle = random.uniform(low, high), random.uniform(-TURN, TURN)
     half = scale * (np.cos(angle) + abs(np.sin(angle)))
@@ -103,7 +107,9 @@ def drawn(room: tuple[float, float], random: np.random.Generator) -> tuple[State
         possible = [name for name, after in found.items() if after is not None]
         if not possible or at + frames + REST > FRAMES:
             break
-        name = str(random.choice(possible))
+        least = min(counts[name] for name in possible)
+        name = str(random.choice([each for each in possible if counts[each] == least]))
+        counts[name] += 1
         state = found[name] or state
         moves.append(Move(name, at, at + frames, state))
         at += frames + int(random.integers(REST, 3 * REST))
@@ -134,10 +140,10 @@ def write(item: tuple[str, str], films: Path, folder: Path, count: int) -> dict[
     height, width = film.shape[2:]
     room = (height / min(height, width) / 2, width / min(height, width) / 2)
     subset = {"train": "training", "val": "validation"}[part]
-    entries = {}
+    entries, counts = {}, Counter[str]()
     for number in range(count):
         start = int(random.integers(0, len(film) - FRAMES + 1))
-        first, moves = drawn(room, random)
+        first, moves = drawn(room, random, counts)
         if number % 8 == 7:
             moves = []
         key = f"{Path(name).stem}-{number:05d}"
