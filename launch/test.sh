@@ -30,6 +30,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 ruff check .
 ruff format --check .
 mypy dr2dist
-# Many tests wait for processes that they start, so two files run at a time. A file's tests stay
+# Many tests wait for processes that they start, so three files run at a time. A file's tests stay
 # together, for they share its runs and its worker's pools of ranks. tests/conftest.py orders the files.
-exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "${select[@]}" "$@"
+exec python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "${select[@]}" "$@"

@@ -15,7 +15,9 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dr2dist.config import load_config
 from dr2dist.data.index import read_index
+from dr2dist.training.plan import make_plan
 from dr2dist.training.progress import ProgressLine
 from tests.commands import ROOT, call, dr2dist
 from tests.films import make_action_shards, make_film_shards
@@ -95,6 +97,25 @@ def finished(
     path = write_config(folder, shards)
     results = two_ranks.run("tests.cases:run_config", path=str(path), overrides=[])
     return folder / "run", results[0]
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (3, "fp32"), (2, "bf16")])
+def test_the_plan_foretells_what_a_rank_holds(
+    zero: int, precision: str, tmp_path: Path, shards: Path, two_ranks: Pool
+) -> None:
+    path = write_config(tmp_path, shards)
+    overrides = ["train.steps=2", f"parallel.zero={zero}", f"train.precision={precision}"]
+    overrides += ["data.val=null", "train.validate_every=null"]
+    summary = two_ranks.run("tests.cases:run_config", path=str(path), overrides=overrides)[0]
+    plan = make_plan(load_config(path, overrides), 2)
+    held, foretold = summary["state_bytes"], plan.footprint
+    assert foretold is not None
+    assert foretold.weights == pytest.approx(held["weights"], rel=0.02)
+    assert foretold.optimiser == pytest.approx(held["masters"] + held["moments"], rel=0.02)
+    tokens = 4 * 5 * 192  # of a micro-batch
+    assert foretold.states == tokens * (8 + (8 if precision == "fp32" else 4))
+    per_function = tokens * plan.setting.remainder_bits / 8
+    assert foretold.remainders == 23 * per_function
 
 
 def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], shards: Path) -> None:

@@ -35,6 +35,7 @@ from dr2dist.reversible import Setting
 from dr2dist.reversible.trees import tree_leaves
 from dr2dist.tasks.task import Task
 from dr2dist.training.datasets import datasets, indexes, order_of
+from dr2dist.training.footprint import Footprint, elements_of, footprint
 from dr2dist.training.groups import parameter_groups
 from dr2dist.training.schedule import learning_rate
 
@@ -51,7 +52,7 @@ class Plan:
     configuration. lengths: functions of each chain. adapted: layers with adapters. parameters,
     trained: of the model, in numbers.
     groups: of the optimiser. flops: of training on one sample. inputs: numbers of one sample's
-    inputs. setting: of the chains, at the smallest beta.
+    inputs. setting: of the chains, at the smallest beta. footprint: without stages.
     """
 
     grid: Grid
@@ -74,6 +75,7 @@ class Plan:
     flops: int
     inputs: int
     setting: Setting
+    footprint: Footprint | None
 
     @property
     def global_batch(self) -> int:
@@ -129,6 +131,7 @@ class Plan:
                 *self._describe_order(),
                 *self._describe_best(),
                 *self._describe_states(),
+                *([] if self.footprint is None else [f"memory        {self.footprint.describe()}"]),
                 f"ZeRO          {self.deepspeed['zero_optimization']['stage']}",
                 *self._describe_stages(),
             ]
@@ -300,6 +303,9 @@ def make_plan(config: Config, ranks: int) -> Plan:
     layers = layers_of(net) if grid.stages > 1 else []
     # Stages have measured them already, and take no setting that is measured row by row.
     measured: list[Any] = [*layers] or _measured(net, setting)
+    smallest = _at_smallest_beta(setting, schedule)
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or n) for n in (1, 0)]
+    alone = None if layers else elements_of(measured)
     return Plan(
         grid=grid,
         layers=layers,
@@ -315,12 +321,13 @@ def make_plan(config: Config, ranks: int) -> Plan:
         deepspeed=_deepspeed(config, grid.replicas),
         lengths=lengths,
         adapted=tuple(adapted_layers(model)),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=counts[0],
+        trained=counts[1],
         groups=len(groups),
         flops=training_flops(measured),
         inputs=sum(leaf.numel() for leaf in tree_leaves(net.family.example(net))),
-        setting=_at_smallest_beta(setting, schedule),
+        setting=smallest,
+        footprint=footprint(config, grid.replicas, counts, alone, smallest) if alone else None,
     )
 
 
