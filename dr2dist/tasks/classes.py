@@ -43,6 +43,16 @@ class ClassTask(Task):
         super().__init__(*args, **options)
         self.classes = self.classes or tuple(map(str, range(self.options.num_classes)))
 
+    def check_classes(self, index: Index, source: str) -> None:
+        """Raises UserError if shards have another number of classes, or others by name."""
+        count = self.options.num_classes
+        if len(index.classes) != count:
+            raise UserError(
+                f"task.num_classes is {count}, the shards have {len(index.classes)} classes: "
+                f"{', '.join(index.classes[:10])}"
+            )
+        self.check_names(index, source)
+
     def check_names(self, index: Index, source: str) -> None:
         """Raises UserError if shards have classes of other names."""
         if index.classes != self.classes:

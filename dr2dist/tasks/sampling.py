@@ -15,6 +15,11 @@ Kind = Literal["stride", "segments"]
 Times = NDArray[np.float64]
 
 
+def mean_rate(film: Footage) -> float:
+    """Frames a second; 1 of a film that has no length."""
+    return len(film.times) / film.seconds if film.seconds else 1.0
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How clips of a number of frames are taken from a film, or a span of one.
@@ -51,7 +56,7 @@ class Sampling:
             part = (stop - start) / self.frames
             found = start + (np.arange(self.frames) + shares) * part
         else:
-            own = len(times) / seconds if seconds else 1.0
+            own = mean_rate(film)
             step = self.stride / (self.rate or own)
             room = stop - 1 / own - start - (self.frames - 1) * step
             found = start + max(room, 0.0) * shares[0] + np.arange(self.frames) * step

@@ -88,13 +88,7 @@ class SingleLabelTask(ClassTask):
 
     def check_index(self, index: Index, source: str) -> None:
         """See Task."""
-        count = self.options.num_classes
-        if len(index.classes) != count:
-            raise UserError(
-                f"task.num_classes is {count}, the shards have {len(index.classes)} classes: "
-                f"{', '.join(index.classes[:10])}"
-            )
-        self.check_names(index, source)
+        self.check_classes(index, source)
 
     def learn_from(self, index: Index) -> None:
         """See Task."""

@@ -107,14 +107,8 @@ class TemporalActionDetection(ClassTask, ClipTask):
 
     def check_index(self, index: Index, source: str) -> None:
         """See Task."""
-        count = self.options.num_classes
-        if index.classes and len(index.classes) != count:
-            raise UserError(
-                f"task.num_classes is {count}, the shards have {len(index.classes)} classes: "
-                f"{', '.join(index.classes[:10])}"
-            )
         if index.classes:
-            self.check_names(index, source)
+            self.check_classes(index, source)
 
     def transform(self, data: Any = None) -> Callable[[Values], Values]:
         """See Task."""
@@ -182,7 +176,7 @@ class TemporalActionDetection(ClassTask, ClipTask):
     def report(self, device: torch.device) -> SpanMetrics:
         """All of metrics(), with class_map by name (null where no film has it), absent_classes and
         classes."""
-        return SpanMetrics(self.classes, THRESHOLDS[self.options.thresholds], by_class=True)
+        return SpanMetrics(self.classes, THRESHOLDS[self.options.thresholds], self.told_by_class)
 
     def rows(self, predictions: list[FilmSpans]) -> list[Row]:
         """seconds of the film, and annotations: label, segment (seconds) and score of each span, by

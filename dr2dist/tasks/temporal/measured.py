@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,14 +88,17 @@ class SpanMetrics(KeyedMetrics):
     """map: the mean over thresholds of the mean average precision over classes that there are
     actions of; map_THRESHOLD at each.
 
-    by_class: with class_map by name too, absent_classes and classes.
+    told_by_class: what a report has of class_map by name, see `ClassTask`; None for none.
     """
 
     def __init__(
-        self, classes: Sequence[str], thresholds: Sequence[float], by_class: bool = False
+        self,
+        classes: Sequence[str],
+        thresholds: Sequence[float],
+        told_by_class: Callable[[str, Mapping[str, float | None]], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        self.classes, self.thresholds, self.by_class = classes, tuple(thresholds), by_class
+        self.classes, self.thresholds, self._told = classes, tuple(thresholds), told_by_class
 
     def entries(self, predictions: Any, batch: Batch) -> Sequence[tuple[str, Any]]:
         """See KeyedMetrics. predictions: FilmSpans of each film."""
@@ -111,12 +114,10 @@ class SpanMetrics(KeyedMetrics):
         means = np.mean(there, 0) if there else np.full(len(self.thresholds), np.nan)
         each = {f"map_{t:g}": float(m) for t, m in zip(self.thresholds, means, strict=True)}
         values = {"map": float(means.mean()), **each}
-        if not self.by_class:
+        if self._told is None:
             return values
         by_class = {
             name: None if each is None else float(each.mean())
             for name, each in zip(self.classes, found, strict=True)
         }
-        absent = [name for name, value in by_class.items() if value is None]
-        classes = list(self.classes)
-        return {**values, "class_map": by_class, "absent_classes": absent, "classes": classes}
+        return {**values, **self._told("class_map", by_class)}

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
@@ -92,7 +91,7 @@ def actions_of(said: Any, classes: Sequence[str], seconds: float) -> Actions:
         raise ValueError(f"actions are {said!r:.60}, allowed is a list")
     found = [_action(each, classes) for each in said]
     inside = [(start, min(stop, seconds), label) for start, stop, label in found]
-    return different(np.array(inside).reshape(-1, 3).tolist())
+    return different(inside)
 
 
 def _action(said: Any, classes: Sequence[str]) -> tuple[float, float, int]:

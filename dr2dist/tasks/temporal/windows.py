@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dr2dist.data.film import Footage
-from dr2dist.tasks.sampling import Kind, Times
+from dr2dist.tasks.sampling import Kind, Times, mean_rate
 
 Actions = NDArray[np.float64]
 """Of a film: [A, 3], each (start, stop, class), in seconds from its first frame."""
@@ -85,8 +85,7 @@ class WindowSampling:
     def _step(self, film: Footage) -> float:
         if self.kind == "segments":
             return max(film.seconds, MOMENT) / self.frames
-        own = len(film.times) / film.seconds if film.seconds else 1.0
-        return self.stride / (self.rate or own)
+        return self.stride / (self.rate or mean_rate(film))
 
 
 def different(actions: Sequence[Sequence[float]]) -> Actions:
