@@ -1,9 +1,11 @@
-"""Names of a package that are imported when they are first asked for."""
+"""What takes seconds to import: when it is first asked for, or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
@@ -20,3 +22,18 @@ def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(modules[name]), name)
 
     return find
+
+
+@contextlib.contextmanager
+def left_out(*packages: str) -> Iterator[None]:
+    """Packages that count as not installed within it, unless they are imported already.
+
+    For those that others import unasked, and do without where they are not there.
+    """
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]

@@ -65,8 +65,9 @@ def test_help_and_errors_of_parsing_import_nothing_heavy(arguments: str) -> None
     assert not _imported(*arguments.split()) & set(HEAVY)
 
 
-def test_a_dry_run_needs_no_deepspeed(config: Path) -> None:
-    assert "deepspeed" not in _imported("train", str(config), "--dry-run")
+def test_a_dry_run_needs_no_engine_metrics_or_pictures(config: Path) -> None:
+    unasked = {"deepspeed", "torchmetrics", "matplotlib", "wandb"}
+    assert not unasked & _imported("train", str(config), "--dry-run")
 
 
 def _rank(config: Path, line: list[str], **places: str) -> subprocess.CompletedProcess[str]:

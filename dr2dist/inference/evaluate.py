@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torchmetrics import MeanMetric
 from tqdm import tqdm
@@ -22,6 +21,9 @@ from dr2dist.pictures import save_picture
 from dr2dist.tasks.metrics import add_loss
 from dr2dist.tasks.registry import task_of
 from dr2dist.tasks.task import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CACHE_LIMIT = 100 * 10**9
 """Bytes of a folder for shards that are elsewhere."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dr2dist.data.batch import Batch
 from dr2dist.tasks.images import IMAGE, SHOWN, ImageTask
 from dr2dist.tasks.single_label import LABEL, SingleLabelOptions, SingleLabelTask
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ClassificationOptions(SingleLabelOptions):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import v2
@@ -20,6 +19,9 @@ from dr2dist.pictures import plain
 from dr2dist.tasks.film_transforms import Cover, FilmData, as_video, random_steps, to_floats
 from dr2dist.tasks.sampling import Sampling
 from dr2dist.tasks.task import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 VIDEO = ";".join((*FILM_TYPES, "zip"))
 """What may carry a film: a file of one, or an archive of its frames."""
@@ -97,6 +99,8 @@ class ClipTask(Task):
     def show(self, batch: Batch, titles: Sequence[tuple[str, str, bool]]) -> Figure:
         """Frames of the first films of a batch: (what is predicted, what is true, whether that is
         right)."""
+        from matplotlib.figure import Figure
+
         views = len(batch.inputs["video"]) // len(batch)
         clips = batch.inputs["video"][::views][: len(titles)].float().cpu()
         figure = Figure(figsize=(8, 2.2 * len(clips)), layout="constrained")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dr2dist.pictures import plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 40
 """Classes of the matrix at most; of more, those that are confused most."""
@@ -25,6 +27,8 @@ def draw_confusion(report: Mapping[str, Any]) -> Figure:
     report: confusion (counts, rows labels, columns predictions), classes, and the numbers of the
     title.
     """
+    from matplotlib.figure import Figure
+
     counts = torch.tensor(report["confusion"], dtype=torch.float64)
     names = [plain(n if len(n) <= 24 else f"{n[:23]}…") for n in report["classes"]]
     chosen = _most_confused(counts)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -23,6 +22,9 @@ from dr2dist.tasks.transforms import (
     train_transform,
     upright,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 IMAGE = ";".join((*IMAGE_TYPES, "npy"))
 """What may carry an image."""
@@ -79,6 +81,8 @@ class ImageTask(Task):
 
     def show(self, batch: Batch, titles: Sequence[tuple[str, str, bool]]) -> Figure:
         """The first images of a batch: (what is predicted, what is true, whether that is right)."""
+        from matplotlib.figure import Figure
+
         images: Tensor = batch.inputs["image"][: len(titles)].float().cpu()[:, :3]
         low, high = images.amin((1, 2, 3)), images.amax((1, 2, 3))
         figure = Figure(figsize=(2 * len(images), 2.4), layout="constrained")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
 
 from dr2dist.data.batch import Batch
+
+if TYPE_CHECKING:
+    from torchmetrics import MeanMetric
 
 
 class TorchMetrics:
@@ -30,6 +32,8 @@ class TorchMetrics:
         values: Callable[[Any, Batch], tuple[Tensor, Tensor]],
         plain: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
+        from torchmetrics import MetricCollection
+
         self._metrics = MetricCollection(dict(metrics)).to(device)
         self._values, self._plain = values, plain
 

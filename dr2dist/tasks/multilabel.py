@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from matplotlib.figure import Figure
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics.classification import (
-    MultilabelAveragePrecision,
-    MultilabelF1Score,
-    MultilabelStatScores,
-)
 
 from dr2dist.data.batch import Batch
 from dr2dist.data.index import Index
@@ -26,6 +20,9 @@ from dr2dist.tasks.classes import ClassOptions, ClassTask, Weight, mean_of_prese
 from dr2dist.tasks.images import IMAGE, SHOWN, ImageTask
 from dr2dist.tasks.metrics import GatheredMetrics
 from dr2dist.tasks.task import Loss, Row, loss_of_samples, words_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class MultilabelOptions(ClassOptions):
@@ -90,11 +87,13 @@ class Multilabel(ClassTask, ImageTask):
         return GatheredMetrics(self._measured(), _values, self._described)
 
     def _measured(self) -> dict[str, Any]:
+        from torchmetrics import classification
+
         count, threshold = self.options.num_classes, self.options.threshold
         return {
-            "average_precision": MultilabelAveragePrecision(count, average=None),
-            "f1": MultilabelF1Score(count, threshold=threshold, average="macro"),
-            "scores": MultilabelStatScores(count, threshold=threshold, average=None),
+            "average_precision": classification.MultilabelAveragePrecision(count, average=None),
+            "f1": classification.MultilabelF1Score(count, threshold=threshold, average="macro"),
+            "scores": classification.MultilabelStatScores(count, threshold=threshold, average=None),
         }
 
     def _by_class(self, found: dict[str, Any]) -> dict[str, float | None]:

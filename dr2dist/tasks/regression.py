@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import MeanAbsoluteError, MeanSquaredError
 
 from dr2dist.config.task import TaskOptions
 from dr2dist.data.batch import Batch
@@ -20,6 +18,9 @@ from dr2dist.reversible.transfer import to_device
 from dr2dist.tasks.images import IMAGE, SHOWN, ImageTask
 from dr2dist.tasks.metrics import TorchMetrics
 from dr2dist.tasks.task import Loss, Row, loss_of_samples, words_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class RegressionOptions(TaskOptions):
@@ -95,6 +96,8 @@ class Regression(ImageTask):
 
     def metrics(self, device: torch.device) -> TorchMetrics:
         """mae and rmse over all numbers, in their own units."""
+        from torchmetrics import MeanAbsoluteError, MeanSquaredError
+
         measured = {"mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False)}
         return TorchMetrics(measured, device, _values)
 

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from matplotlib.figure import Figure
 from pydantic import Field, model_validator
 from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-    MulticlassStatScores,
-)
 
 from dr2dist.config.section import Unit
 from dr2dist.data.batch import Batch
@@ -30,6 +23,9 @@ from dr2dist.tasks.classes import ClassOptions, ClassTask, Weight, mean_of_prese
 from dr2dist.tasks.confusion import draw_confusion
 from dr2dist.tasks.metrics import TorchMetrics
 from dr2dist.tasks.task import Loss, Row, loss_of_samples
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class SingleLabelOptions(ClassOptions):
@@ -141,19 +137,24 @@ class SingleLabelTask(ClassTask):
         """All of metrics(), with class_accuracy by name (null where there is no sample),
         absent_classes, confusion (counts, rows labels, columns predictions), calibration_error
         (expected |confidence - accuracy| over 15 bins) and classes."""
+        from torchmetrics import classification
+
         count = self.options.num_classes
         more = {
-            "calibration_error": MulticlassCalibrationError(count, n_bins=15),
-            "confusion": MulticlassConfusionMatrix(count),
+            "calibration_error": classification.MulticlassCalibrationError(count, n_bins=15),
+            "confusion": classification.MulticlassConfusionMatrix(count),
         }
         return TorchMetrics({**self.counted(), **more}, device, _values, self._described)
 
     def counted(self) -> dict[str, Any]:
         """torchmetrics' metrics by name, of which balanced_accuracy are counts by class."""
+        # Here, since a data worker builds the task as well and never measures: seconds of imports.
+        from torchmetrics import classification
+
         count = self.options.num_classes
         return {
-            "accuracy": MulticlassAccuracy(count, average="micro"),
-            "balanced_accuracy": MulticlassStatScores(count, average=None),
+            "accuracy": classification.MulticlassAccuracy(count, average="micro"),
+            "balanced_accuracy": classification.MulticlassStatScores(count, average=None),
         }
 
     def _recalls(self, found: dict[str, Any]) -> dict[str, float | None]:

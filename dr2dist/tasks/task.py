@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -17,6 +16,9 @@ from dr2dist.data.batch import Batch
 from dr2dist.data.index import Index
 from dr2dist.data.stream import Values
 from dr2dist.reversible.trees import tree_leaves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 """What is predicted of a sample, for a line of CSV or an object of JSON."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 
@@ -28,6 +27,9 @@ from dr2dist.tasks.temporal.samples import Windowed
 from dr2dist.tasks.temporal.spans import FilmSpans, Spans, joined, said, soft_nms
 from dr2dist.tasks.temporal.timeline import SHOWN, draw_timelines
 from dr2dist.tasks.temporal.windows import WindowSampling
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 THRESHOLDS = {
     "thumos": (0.3, 0.4, 0.5, 0.6, 0.7),

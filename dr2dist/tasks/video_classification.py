@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from matplotlib.figure import Figure
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
 
 from dr2dist.data.batch import Batch
 from dr2dist.tasks.clips import SHOWN, ClipTask
 from dr2dist.tasks.single_label import LABEL, SingleLabelOptions, SingleLabelTask
 from dr2dist.tasks.task import Loss
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class VideoClassificationOptions(SingleLabelOptions):
@@ -45,6 +46,8 @@ class VideoClassification(SingleLabelTask, ClipTask):
         accuracy_top5."""
         found, count = super().counted(), self.options.num_classes
         if count > 5:
+            from torchmetrics.classification import MulticlassAccuracy
+
             found["accuracy_top5"] = MulticlassAccuracy(count, average="micro", top_k=5)
         return found
 

@@ -12,6 +12,7 @@ from dr2dist.config.text import read_settings
 from dr2dist.errors import UserError
 from dr2dist.launching.launcher import LocalLauncher, watched_ranks
 from dr2dist.launching.supervise import Signals, supervise
+from dr2dist.lazily import left_out
 
 MODULE = "dr2dist.training.main"
 
@@ -48,9 +49,11 @@ def run(given: argparse.Namespace) -> int:
 def _run(given: argparse.Namespace, signals: Signals) -> int:
     read_settings(given.config, given.overrides)  # before what takes seconds to import
     from dr2dist.config import load_config
-    from dr2dist.training.datasets import check_cache
-    from dr2dist.training.folder import find_start
-    from dr2dist.training.plan import make_plan
+
+    with left_out("wandb"):  # timm imports it
+        from dr2dist.training.datasets import check_cache
+        from dr2dist.training.folder import find_start
+        from dr2dist.training.plan import make_plan
 
     config = load_config(given.config, given.overrides)
     ranks = given.ranks if given.hostfile is None else _slots(given.hostfile)

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from dr2dist.errors import UserError
 from dr2dist.launching.launcher import ranks_here
+from dr2dist.lazily import left_out
 from dr2dist.status import Status, end_after, say
 from dr2dist.training.stopping import StopRequest
 
@@ -53,9 +54,11 @@ def _run(config: str, overrides: Sequence[str], stop: StopRequest) -> dict[str, 
     import torch.distributed as dist
 
     from dr2dist.config import load_config
-    from dr2dist.parallel.engine import UnprovenStepError
     from dr2dist.training.ending import describe_end
-    from dr2dist.training.run import run
+
+    with left_out("mlflow", "wandb"):  # DeepSpeed's tuner and timm's summaries import them
+        from dr2dist.parallel.engine import UnprovenStepError
+        from dr2dist.training.run import run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("DeepSpeed", "torch", "timm"):

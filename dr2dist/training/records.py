@@ -9,17 +9,19 @@ import resource
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 from dr2dist.loggers.logger import Logger
 from dr2dist.training.run_files import CONFIG, METRICS, SUMMARY, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torchmetrics import MeanMetric, SumMetric
 
 from dr2dist.data.batch import Batch
@@ -14,6 +13,9 @@ from dr2dist.errors import UserError
 from dr2dist.parallel.engine import ReversibleEngine
 from dr2dist.tasks.metrics import add_loss
 from dr2dist.tasks.task import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def validate(

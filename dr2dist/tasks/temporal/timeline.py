@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from dr2dist.pictures import plain
 from dr2dist.tasks.task import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 4
 """Films of a picture."""
@@ -29,6 +29,8 @@ def draw_timelines(
 
     rows: path, seconds and annotations of each film.
     """
+    from matplotlib.figure import Figure
+
     if not rows:
         return None
     count = min(SHOWN, len(rows))
@@ -56,6 +58,8 @@ def draw_timelines(
 
 def _bar(axes: Any, classes: Sequence[str], action: Action, level: int, strength: float) -> None:
     start, stop, name = action
-    colour = matplotlib.colormaps["tab20"](classes.index(name) % 20)
+    from matplotlib import colormaps
+
+    colour = colormaps["tab20"](classes.index(name) % 20)
     bars = axes.barh(level, stop - start, left=start, color=colour, alpha=strength)
     bars[0].set_label(plain(name))
