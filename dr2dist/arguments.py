@@ -14,12 +14,22 @@ def path(text: str) -> Path:
 
 def positive(text: str) -> int:
     """A whole number that is 1 or more."""
+    return _whole(text, 1)
+
+
+def not_negative(text: str) -> int:
+    """A whole number that is 0 or more."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"found '{text}', allowed is a whole number from 1 on")
+        value = least - 1
+    if value < least:
+        allowed = f"a whole number from {least} on"
+        raise argparse.ArgumentTypeError(f"found '{text}', allowed is {allowed}")
     return value
 
 

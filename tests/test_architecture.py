@@ -85,7 +85,12 @@ def test_the_mathematics_knows_torch_alone() -> None:
         for other in graph.find_modules_directly_imported_by(name)
         if not other.startswith("dr2dist.reversible")
     }
-    assert found - sys.stdlib_module_names <= {"torch", "triton", "dr2dist.errors", "dr2dist.lazily"}
+    assert found - sys.stdlib_module_names <= {
+        "torch",
+        "triton",
+        "dr2dist.errors",
+        "dr2dist.lazily",
+    }
 
 
 def _graph() -> grimp.ImportGraph:

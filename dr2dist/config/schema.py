@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
@@ -24,6 +25,10 @@ Size = Annotated[tuple[Positive, Positive], BeforeValidator(_square)]
 
 Scalar = Annotated[bool | int | float | str | None, Field(union_mode="smart")]
 Option = Annotated[Scalar | tuple[Scalar, ...], Field(union_mode="smart")]
+
+
+Allowed = Literal["versions", "source", "threads", "device", "environment"]
+"""What ranks may differ in if somebody has said so."""
 
 
 class Lora(Section):
@@ -235,6 +240,20 @@ class Parallel(Section):
         return self
 
 
+class Launch(Section):
+    """How ranks find each other, and what has to be the same on all of them."""
+
+    join_limit: float = Field(
+        120.0, gt=0, description="seconds that ranks wait for each other at the start"
+    )
+    allow: tuple[Allowed, ...] = Field(
+        (), description=f"what may differ between ranks: {', '.join(typing.get_args(Allowed))}"
+    )
+    env: tuple[str, ...] = Field(
+        (), description="variables that other hosts get from here, beside the usual ones"
+    )
+
+
 class Config(Section):
     """A whole run. Its task and data are of the types that the task says.
 
@@ -254,6 +273,7 @@ class Config(Section):
     train: Train
     checkpoint: Checkpoints = Checkpoints()
     parallel: Parallel = Parallel()
+    launch: Launch = Launch()
     output: Place = Field(min_length=1, description="folder of the run")
 
     @model_validator(mode="after")

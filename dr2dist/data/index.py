@@ -153,6 +153,15 @@ class Index:
         whole = np.concatenate([each for each in labels if each is not None])
         return [int(count) for count in np.bincount(whole, minlength=len(self.classes))]
 
+    def fingerprint(self) -> str:
+        """Of all that is said of the samples, but for where the shards lie."""
+        said = [
+            [source.classes, source.needs, source.label, source.streams, source.counts]
+            + [(os.path.basename(shard.name), *shard[2:]) for shard in source.shards]
+            for source in self.sources
+        ]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
     def digest(self) -> str:
         """Of what the order of samples depends on: the same wherever the shards lie."""
         said = [[os.path.basename(shard.name), shard.samples] for shard in self.shards]

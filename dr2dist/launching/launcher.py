@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+from dr2dist.launching.place import Place
 
 LAUNCHER = "DR2DIST_LAUNCHER"
 """The variable that tells a rank the process that watches over it."""
@@ -40,14 +43,20 @@ class LocalLauncher:
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
-        """See Launcher."""
+    def start(
+        self,
+        command: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        stdout: int | None = None,
+    ) -> None:
+        """See Launcher. stdout: a descriptor, this process's own by default."""
         for environment in environments:
             self._processes.append(
                 subprocess.Popen(
                     command,
                     env={**os.environ, **environment},
                     stdin=subprocess.DEVNULL,
+                    stdout=stdout,
                     start_new_session=True,
                 )
             )
@@ -84,20 +93,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def watched_ranks(ranks: int) -> list[dict[str, str]]:
+def watched(environments: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """The variables of ranks that this process starts itself: they end if it does."""
-    return [{**rank, LAUNCHER: str(os.getpid())} for rank in ranks_here(ranks)]
+    return [{**each, LAUNCHER: str(os.getpid())} for each in environments]
 
 
 def ranks_here(ranks: int) -> list[dict[str, str]]:
     """The variables of each rank of a run that is on this machine alone."""
-    common = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    port, job = free_port(), new_job()
+    places = [Place(rank, ranks, rank, ranks, "127.0.0.1", port, job) for rank in range(ranks)]
+    return [place.variables() for place in places]
+
+
+def new_job() -> str:
+    """A word that no other start has."""
+    return secrets.token_hex(8)
 
 
 def _kill_group(leader: int) -> None:

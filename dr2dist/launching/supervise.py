@@ -12,8 +12,9 @@ from dr2dist.status import APART, STOP_SIGNALS, Status, handled, say
 
 PERIOD = 0.1
 """Seconds between two looks."""
-PATIENCE = 40.0
-"""Seconds that ranks have to find out that one of them was lost, and to say so."""
+PATIENCE = 28.0
+"""Seconds that ranks have to find out that one of them was lost, and to say so. With the time that
+they take to find a silent one, all have ended within a minute."""
 MARGIN = 10.0
 """Seconds beyond `train.grace` after which a rank that was asked to stop is ended."""
 

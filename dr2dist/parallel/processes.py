@@ -10,24 +10,45 @@ import torch
 import torch.distributed as dist
 
 from dr2dist.errors import UserError
+from dr2dist.launching.launcher import free_port
+from dr2dist.launching.place import Place, own_place
 from dr2dist.parallel import adapter
+from dr2dist.parallel.meeting import LIMIT, meet
 
 
-def init_distributed() -> torch.device:
-    """Joins the process group that the launcher describes; returns this rank's device.
+def init_distributed(limit: float = LIMIT) -> torch.device:
+    """Joins the process group of its place, see `own_place`; returns this rank's device.
 
     A rank's GPU becomes its process's current one, for all that names none. Raises UserError, on
-    all ranks of a node, if it has fewer GPUs than ranks.
+    all ranks of a node, if it has fewer GPUs than ranks, and if not all ranks are there after
+    `limit` seconds.
     """
+    place = _place()
     if torch.cuda.is_available():
         device = torch.device("cuda", _own_gpu(torch.cuda.device_count()))
         # Before the group is made, which DeepSpeed binds to the device of the local rank.
         torch.cuda.set_device(device)
-        deepspeed.init_distributed("nccl")
+        _form_group(place, "nccl", limit, device if place.ranks > 1 else None)
         return device
     adapter.refuse_compiled_collectives()
-    deepspeed.init_distributed("gloo")
+    _form_group(place, "gloo", limit)
     return torch.device("cpu")
+
+
+def _form_group(
+    place: Place, backend: str, limit: float, device: torch.device | None = None
+) -> None:
+    if not dist.is_initialized():
+        store = meet(place, limit)
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.ranks, device_id=device
+        )
+    deepspeed.init_distributed(backend)  # which takes the group that is there
+
+
+def _place() -> Place:
+    """This process's; alone where nothing has started it as a rank."""
+    return own_place() or Place(0, 1, 0, 1, "127.0.0.1", free_port(), "alone")
 
 
 def _own_gpu(gpus: int) -> int:
@@ -44,12 +65,12 @@ def _own_gpu(gpus: int) -> int:
 
 def _local_rank() -> int:
     """This rank's number on its node."""
-    return int(os.environ["LOCAL_RANK"])
+    return _place().local_rank
 
 
 def _local_ranks() -> int:
     """Ranks of this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return _place().local_ranks
 
 
 def ranks_of_node(rank: int, ranks: int) -> range:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
-from pathlib import Path
 
-from dr2dist.arguments import path, positive
+from dr2dist.arguments import not_negative, path, positive
 from dr2dist.config.text import read_settings
 from dr2dist.errors import UserError
-from dr2dist.launching.launcher import LocalLauncher, watched_ranks
+from dr2dist.launching.hosts import Host, read_hostfile
+from dr2dist.launching.launcher import LocalLauncher, ranks_here, watched
+from dr2dist.launching.place import several
 from dr2dist.launching.supervise import Signals, supervise
 from dr2dist.lazily import left_out
 
@@ -21,10 +21,18 @@ def add_train_arguments(train: argparse.ArgumentParser) -> None:
     """What `dr2dist train` takes."""
     train.add_argument("config", help="a YAML file; 'dr2dist train --settings' lists its keys")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="values to put instead")
-    train.add_argument("--ranks", type=positive, default=1, help="processes on this machine")
-    train.add_argument(
-        "--hostfile", type=path, help="nodes and their slots: started by the deepspeed launcher"
+    where = train.add_mutually_exclusive_group()
+    where.add_argument("--ranks", type=positive, help="processes on this machine (default: 1)")
+    where.add_argument(
+        "--hostfile", type=path, help="lines of 'HOST slots=N': their ranks are started by ssh"
     )
+    train.add_argument(
+        "--node-rank",
+        type=not_negative,
+        help="start the ranks of this host of the hostfile alone, counted from 0, without ssh",
+    )
+    train.add_argument("--master-addr", help="where rank 0 listens; default: its host's address")
+    train.add_argument("--master-port", type=positive, help="default: one that is free there")
     train.add_argument("--dry-run", action="store_true", help="check and show, start nothing")
     train.add_argument("--settings", action=_Settings, nargs=0, help="list all settings and exit")
     train.set_defaults(command=run)
@@ -41,62 +49,69 @@ class _Settings(argparse.Action):
 
 
 def run(given: argparse.Namespace) -> int:
-    """Its exit status is one of `dr2dist.status.Status`."""
+    """Its exit status is one of `dr2dist.status.Status`.
+
+    Where srun, mpirun or torchrun has started the command several times each is a rank.
+    """
+    place = None if given.ranks or given.hostfile else several()
+    if place is not None and not given.dry_run:
+        from dr2dist.training.main import main
+
+        main(["--config", given.config, *given.overrides])
+        return 0
+    if place is not None and place.rank:
+        return 0  # the first shows the plan
     with Signals() as signals:
-        return _run(given, signals)
+        return _run(given, signals, 1 if place is None else place.ranks)
 
 
-def _run(given: argparse.Namespace, signals: Signals) -> int:
+def _run(given: argparse.Namespace, signals: Signals, ranks: int) -> int:
     read_settings(given.config, given.overrides)  # before what takes seconds to import
     from dr2dist.config import load_config
 
     with left_out("wandb"):  # timm imports it
         from dr2dist.training.datasets import check_cache
         from dr2dist.training.folder import find_start
+        from dr2dist.training.hosts import on_hosts, places_of_node
         from dr2dist.training.plan import make_plan
 
     config = load_config(given.config, given.overrides)
-    ranks = given.ranks if given.hostfile is None else _slots(given.hostfile)
+    hosts = _hosts(given)
+    ranks = sum(host.slots for host in hosts) if hosts else given.ranks or ranks
     plan = make_plan(config, ranks)
     print(plan.describe())
     start = find_start(config, plan.global_batch, plan.steps, plan.train.digest())
     if start.finished is not None:
         print(f"output        {config.output} is finished: nothing is left to do")
         return 0
-    if given.hostfile is None and plan.order is not None:
+    if not hosts and plan.order is not None:
         check_cache(config.data, plan.train, plan.order, nodes=1)
     plan.try_out(config, fetch=not (given.dry_run or start.checkpoints))
     print(f"starts from   {start.describe(config.model.weights)}")
     if start.longer is not None:
         print(f"longer        {plan.describe_longer(config, start.longer)}")
-    what = ["--config", given.config, *given.overrides]
-    if given.hostfile is not None:
-        line = ["--hostfile", str(given.hostfile), "--module", MODULE, *what]
-        print(f"launch        {shlex.join(['deepspeed', *line])}", flush=True)
-        module, places = ["deepspeed.launcher.runner", *line], [dict[str, str]()]
+    if hosts and given.node_rank is None:
+        return on_hosts(given, config, plan, hosts, signals)
+    if hosts:
+        places = places_of_node(given, config, hosts)
+        print(f"launch        {len(places)} of {ranks} rank(s) on this machine", flush=True)
     else:
+        places = ranks_here(ranks)
         print(f"launch        {ranks} rank(s) on this machine", flush=True)
-        module, places = [MODULE, *what], watched_ranks(ranks)
     if given.dry_run:
         return 0
-    command = [sys.executable, "-m", *module]
-    return supervise(LocalLauncher(), command, places, signals, config.train.grace)
+    command = [sys.executable, "-m", MODULE, "--config", given.config, *given.overrides]
+    return supervise(LocalLauncher(), command, watched(places), signals, config.train.grace)
 
 
-def _slots(hostfile: Path) -> int:
-    """All slots of a hostfile. The launcher itself would take a missing file for one node."""
-    if not hostfile.is_file():
-        raise UserError(f"{hostfile}: the hostfile does not exist")
-    total = 0
-    for line in hostfile.read_text(encoding="utf-8").splitlines():
-        text = line.partition("#")[0].strip()
-        name, _, slots = text.partition(" ")
-        if not text:
-            continue
-        key, _, count = slots.strip().partition("=")
-        if not name or key != "slots" or not count.isdecimal():
-            raise UserError(f"{hostfile}: found '{text}', allowed is 'HOST slots=N'")
-        total += int(count)
-    if not total:
-        raise UserError(f"{hostfile}: names no host")
-    return total
+def _hosts(given: argparse.Namespace) -> list[Host]:
+    """Those of the hostfile, none without one. Raises UserError for what has no effect."""
+    if given.hostfile is None:
+        for name in ("node_rank", "master_addr", "master_port"):
+            if getattr(given, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} has no effect without --hostfile")
+        return []
+    hosts = read_hostfile(given.hostfile)
+    if given.node_rank is not None and given.node_rank >= len(hosts):
+        raise UserError(f"--node-rank {given.node_rank}: {given.hostfile} has {len(hosts)} host(s)")
+    return hosts

@@ -45,15 +45,19 @@ def cache_of(data: Data) -> Cache | None:
     return Cache(Path(said.folder), int(said.limit), said.patience, said.of == "all")
 
 
-def check_cache(data: Data, index: Index, order: AnyOrder, nodes: int) -> Cache | None:
-    """Where shards of the index are kept that are elsewhere; None if they all are here.
-
-    Raises UserError for a cache that cannot hold what a node has open at a time.
-    """
+def fetching(data: Data, index: Index) -> Cache | None:
+    """Where shards of the index are kept that are fetched; None if they all are here."""
     cache = cache_of(data)
     if cache is None or not (cache.of_all or any(map(index.is_remote, index.shards))):
         return None
-    check_limit(cache, index, order, nodes)
+    return cache
+
+
+def check_cache(data: Data, index: Index, order: AnyOrder, nodes: int) -> Cache | None:
+    """As fetching. Raises UserError for a cache that cannot hold what a node has open at once."""
+    cache = fetching(data, index)
+    if cache is not None:
+        check_limit(cache, index, order, nodes)
     return cache
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from shlex import quote
 from typing import Any
 
 
@@ -12,9 +13,9 @@ def describe_end(summary: Mapping[str, Any], output: str, val: str | None) -> st
     rows = list(_validations(summary)) or [("loss", f"{_number(summary['loss'])}, of training")]
     rows += list(_costs(summary))
     rows.append(("folder", output))
-    rows.append(("next", f"dr2dist export {output} --output model.safetensors"))
+    rows.append(("next", f"dr2dist export {quote(output)} --output model.safetensors"))
     if val is not None:
-        rows.append(("", f"dr2dist evaluate model.safetensors {val} --output report.json"))
+        rows.append(("", f"dr2dist evaluate model.safetensors {quote(val)} --output report.json"))
     rows.append(("", "dr2dist predict model.safetensors FILES... --output predictions.csv"))
     return "\n".join(f"{name:14}{text}" for name, text in rows)
 

@@ -24,6 +24,7 @@ _FREE = (
     "checkpoint",
     "data.cache",
     "data.num_workers",
+    "launch",
     "plugins",
     "parallel",
     "reversible.chunk_budget",

@@ -12,12 +12,10 @@ from typing import NoReturn
 
 from dr2dist.errors import UserError
 from dr2dist.launching.launcher import ranks_here
+from dr2dist.launching.place import own_place, take_place
 from dr2dist.lazily import left_out
 from dr2dist.status import Status, end_after, say
 from dr2dist.training.stopping import StopRequest
-
-OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
-"""How launchers that do not set RANK tell the number of processes that they start."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(config: str, overrides: Sequence[str], stop: StopRequest) -> dict[str, object]:
+    # A store whose rank 0 has gone is told in one line; torch's own has a stack of C++ frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Not above: each data worker imports this module, and needs no engine.
     import torch.distributed as dist
 
@@ -80,20 +80,17 @@ def _run(config: str, overrides: Sequence[str], stop: StopRequest) -> dict[str, 
 
 
 def _own_rank() -> int:
-    """As the launcher says; without one this process is the only rank.
+    """As what has started this process says; otherwise it is the only rank.
 
-    Raises UserError if a launcher has started several processes and not said which this is.
+    Raises UserError where that is not said whole.
     """
-    if "RANK" not in os.environ:
-        for name in OTHERS:
-            if int(os.environ.get(name, "1")) > 1:
-                raise UserError(
-                    f"found {name} {os.environ[name]} and no RANK: start with 'dr2dist train', "
-                    "deepspeed or torchrun, which tell each process its rank"
-                )
+    place = own_place()
+    if place is None:
         (only,) = ranks_here(1)
         os.environ.update(only)
-    return int(os.environ["RANK"])
+        return 0
+    take_place(place)
+    return place.rank
 
 
 def _leave(message: str, status: Status, stop: StopRequest) -> NoReturn:

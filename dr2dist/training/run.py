@@ -20,6 +20,7 @@ from dr2dist.config.coefficients import Guarded
 from dr2dist.errors import UserError
 from dr2dist.loggers.registry import make_loggers
 from dr2dist.parallel.agreement import AgreedError, agree, from_first
+from dr2dist.parallel.compared import compare
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
 from dr2dist.parallel.heartbeat import Heartbeat
 from dr2dist.parallel.pipeline.engine import StagedEngine
@@ -27,6 +28,12 @@ from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only
 from dr2dist.parallel.processes import init_distributed, largest, share_cores
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
+from dr2dist.training.facts import (
+    facts_of_config,
+    facts_of_data,
+    facts_of_output,
+    facts_of_program,
+)
 from dr2dist.training.folder import Start, find_start
 from dr2dist.training.groups import ParameterGroup, kept_groups, parameter_groups
 from dr2dist.training.lock import RunLock
@@ -39,7 +46,7 @@ from dr2dist.training.schedule import learning_rate
 from dr2dist.training.speed import Speed, device_peak
 from dr2dist.training.streams import streams
 from dr2dist.training.trainer import Pace, Trainer
-from dr2dist.training.watchdog import Watchdog
+from dr2dist.training.watchdog import LEAST, Watchdog
 from dr2dist.version import __version__
 
 log = logging.getLogger(__name__)
@@ -55,7 +62,7 @@ def run(config: Config, asked: Callable[[], str | None] = lambda: None) -> dict[
     with a line that names it.
     """
     share_cores()
-    init_distributed()
+    init_distributed(config.launch.join_limit)
     ranks = dist.get_world_size()
     name = Grid.of(ranks, config.parallel.stages).name
     heartbeat = Heartbeat(name, agreed=(UnprovenStepError, AgreedError))
@@ -70,19 +77,27 @@ def _run(
     if rank:  # rank 0 speaks for all
         for handler in logging.getLogger().handlers:
             handler.setLevel(logging.WARNING)
-    with agree():
-        plan = make_plan(config, ranks)
+    watchdog = Watchdog(heartbeat.name, config.train.step_limit, heartbeat.tell)
+    stack.enter_context(watchdog)
     folder = Path(config.output)
+    _compare_programs(config)
+    with watchdog.other("the plan", LEAST):
+        with agree():
+            plan = make_plan(config, ranks)
+        compare(facts_of_data(plan))
 
-    def look() -> Start:
+    def look() -> tuple[Start, dict[str, str]]:
         # Only rank 0 looks: file systems of several nodes show what is new to one before another.
         found = find_start(config, plan.global_batch, plan.steps, plan.train.digest())
         if found.finished is None:
             stack.enter_context(RunLock(folder))
             plan.compare_shards(config)
-        return found
+        return found, facts_of_output(folder)
 
-    start = from_first(look)
+    with watchdog.other("looking at the output", LEAST):
+        start, output = from_first(look)
+        if start.finished is None:
+            compare(facts_of_output(folder, output))
     if start.finished is not None:
         log.info("%s is finished: nothing is left to do", config.output)
         return start.finished
@@ -101,17 +116,23 @@ def _run(
             loggers = make_loggers(config.train.loggers)
             records = Records(folder, dump_config(config), engine.applied, loggers)
             stack.callback(records.close)
-    watchdog = Watchdog(heartbeat.name, config.train.step_limit, heartbeat.tell)
     trainer = _trainer(config, plan, engine, lr_scales, records, manager, progress, asked, watchdog)
     return _train(config, plan, trainer)
+
+
+def _compare_programs(config: Config) -> None:
+    """Raises AgreedError for ranks that would not compute the same."""
+    if dist.get_world_size() > 1:
+        compare(facts_of_config(config))
+        hint = "; launch.allow names what may differ, see docs/cluster.md"
+        compare(facts_of_program(config.launch.allow), hint)
 
 
 def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:
     start, before = time.monotonic(), trainer.engine.applied
     failure: UnprovenStepError | None = None
     try:
-        with trainer.watchdog:
-            trainer.run()
+        trainer.run()
     except UnprovenStepError as error:
         failure = error
     except AgreedError:

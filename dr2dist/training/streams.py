@@ -14,7 +14,7 @@ from dr2dist.data.stream import loader
 from dr2dist.parallel.agreement import agree
 from dr2dist.parallel.engine import ReversibleEngine
 from dr2dist.parallel.processes import nodes_of
-from dr2dist.training.datasets import check_cache, datasets
+from dr2dist.training.datasets import check_cache, datasets, fetching
 from dr2dist.training.plan import Plan
 
 
@@ -52,7 +52,9 @@ def _training_items(
             start=start // plan.global_batch,
             **ways,
         )
-    nodes = nodes_of(engine.replicas)
+    # A node fetches its own shards only. Where nothing is fetched, ranks read the same on one node
+    # as on several.
+    nodes = 1 if fetching(config.data, index) is None else nodes_of(engine.replicas)
     with agree():
         nodes = fitting_nodes(nodes, order, config.data.streams)
     place = {"replica": engine.replica, "replicas": engine.replicas, "nodes": nodes}

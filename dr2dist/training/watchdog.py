@@ -62,9 +62,9 @@ class Watchdog:
         self._times.append(time.monotonic() - begin)
 
     @contextmanager
-    def other(self, what: str) -> Iterator[None]:
-        """Around something that is no step."""
-        with self._during(what, max(LONG, self._limit or 0.0)):
+    def other(self, what: str, least: float = LONG) -> Iterator[None]:
+        """Around something that is no step, of at least so many seconds."""
+        with self._during(what, max(least, self._limit or 0.0)):
             yield
 
     def _usual(self) -> float:

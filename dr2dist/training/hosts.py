@@ -1,0 +1,130 @@
+"""A run on several hosts: what they have is looked at, and their ranks are started."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dr2dist.config import Config, dump_config
+from dr2dist.errors import UserError
+from dr2dist.launching.hosts import Host
+from dr2dist.launching.place import PORT, Place
+from dr2dist.launching.remote import RemoteLauncher, forwarded
+from dr2dist.launching.supervise import Signals, supervise
+from dr2dist.training.plan import Plan
+
+MODULE = "dr2dist.training.main"
+SAME = ("dr2dist", "python", "torch", "deepspeed", "timm")
+"""What hosts tell that has to be the same; ranks compare more, and exactly."""
+SKEW = 2.0
+"""Seconds that clocks may differ without being told; whoever is asked later adds to it."""
+
+
+def on_hosts(
+    given: argparse.Namespace,
+    config: Config,
+    plan: Plan,
+    hosts: Sequence[Host],
+    signals: Signals,
+) -> int:
+    """Looks at all hosts at once, prints what they have, and starts their ranks unless it is a dry
+    run; the exit status of the whole. Raises UserError for hosts that cannot take part."""
+    variables = forwarded(os.environ, config.launch.env)
+    print(f"forwarded     {', '.join(sorted(variables)) or 'no variables'}")
+    folder = str(Path(given.config).resolve().parent)  # where plugins may lie
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    launcher = RemoteLauncher(hosts, MODULE, dump_config(config), config.train.grace)
+    try:
+        with _token(Path(config.output)) as token:
+            begin = time.time()
+            paths = [*token, *_needed(config, plan)]
+            found = launcher.greet(config.launch.join_limit, variables, paths)
+        print(_table(hosts, found, (begin + time.time()) / 2), flush=True)
+        _refuse(hosts, found, token)
+        places = launcher.places(given.master_addr, given.master_port)
+        print(f"launch        {len(places)} ranks meet at {places[0].address}:{places[0].port}")
+        if given.dry_run:
+            return 0
+        environments = [place.variables() for place in places]
+        return supervise(launcher, [], environments, signals, config.train.grace)
+    finally:
+        launcher.close()
+
+
+def places_of_node(
+    given: argparse.Namespace, config: Config, hosts: Sequence[Host]
+) -> list[dict[str, str]]:
+    """The variables of the ranks of one host of several, each of which gets the same command."""
+    before = sum(host.slots for host in hosts[: given.node_rank])
+    own, ranks = hosts[given.node_rank].slots, sum(host.slots for host in hosts)
+    job = hashlib.sha256((dump_config(config) + repr(hosts)).encode()).hexdigest()[:16]
+    address, port = given.master_addr or hosts[0].address, given.master_port or PORT
+    places = [Place(before + local, ranks, local, own, address, port, job) for local in range(own)]
+    return [place.variables() for place in places]
+
+
+@contextlib.contextmanager
+def _token(output: Path) -> Iterator[list[str]]:
+    """A file where the output will be, which all hosts must see; none where nothing can be
+    written."""
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+    path = there / f".dr2dist-{secrets.token_hex(8)}"
+    try:
+        path.touch()
+    except OSError:
+        yield []
+        return
+    try:
+        yield [str(path)]
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _needed(config: Config, plan: Plan) -> list[str]:
+    """Files that each host must have, as far as they are not fetched."""
+    indexes = [index for index in (plan.train, plan.val) if index is not None]
+    sources = [source for index in indexes for source in index.sources]
+    paths = [source.where(source.shards[0]) for source in sources]
+    here = [path for path, source in zip(paths, sources, strict=True) if os.path.exists(path)]
+    more = [config.parallel.deepspeed, config.model.weights]
+    return [*here, *(str(path) for path in more if path and os.path.exists(path))]
+
+
+def _table(hosts: Sequence[Host], found: Sequence[dict[str, Any]], now: float) -> str:
+    """A line for each host."""
+    lines = []
+    for host, said in zip(hosts, found, strict=True):
+        versions = ", ".join(f"{name} {said[name]}" for name in SAME)
+        gpus = said["devices"]
+        devices = f"{len(gpus)} x {gpus[0]}" if gpus else f"{said['cores']} cores"
+        skew = said["clock"] - now
+        clock = f", clock {skew:+.0f} s" if abs(skew) > SKEW else ""
+        free = f"{said['free'] / 2**30:.0f} GiB free here"
+        name = host.name if said["host"] == host.name else f"{host.name} ({said['host']})"
+        lines.append(
+            f"host          {name}: {host.slots} rank(s), {devices}, {versions}, {free}{clock}"
+        )
+    return "\n".join(lines)
+
+
+def _refuse(hosts: Sequence[Host], found: Sequence[dict[str, Any]], token: Sequence[str]) -> None:
+    faults = []
+    for host, said in zip(hosts, found, strict=True):
+        lacks = [path for path in said["missing"] if path not in token]
+        if len(lacks) < len(said["missing"]):
+            faults.append(
+                f"host {host.name} does not see what is written for output here: it must be on "
+                "storage that all hosts share"
+            )
+        if lacks:
+            more = f" and {len(lacks) - 2} more" if len(lacks) > 2 else ""
+            faults.append(f"host {host.name} lacks {', '.join(lacks[:2])}{more}")
+    if faults:
+        raise UserError("; ".join(faults))
