@@ -22,6 +22,7 @@ from dr2dist.shipped import add_configs_arguments
 from dr2dist.status import Status, end_after, say
 from dr2dist.training.command import add_train_arguments
 from dr2dist.training.report import add_report_arguments
+from dr2dist.training.state import add_status_arguments
 from dr2dist.version import __version__
 
 
@@ -70,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
             "report",
             "Compare runs: a table of what they reached, and a picture of their curves.",
             "dr2dist report runs/photos runs/other --picture curves.png",
+        )
+    )
+    add_status_arguments(
+        commands.add(
+            "status",
+            "Tell how a run is, from its folder's files alone.",
+            "dr2dist status runs/photos --watch",
         )
     )
     add_shards_arguments(

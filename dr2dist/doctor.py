@@ -7,11 +7,17 @@ import os
 import platform
 import shutil
 import socket
-from importlib.metadata import PackageNotFoundError, version
+import time
+from pathlib import Path
 
-from dr2dist.arguments import positive
+from dr2dist.arguments import path, positive
+from dr2dist.launching.hosts import read_hostfile
+from dr2dist.launching.remote import RemoteLauncher, forwarded
+from dr2dist.launching.survey import describe_hosts, installed
 from dr2dist.version import __version__
 
+LIMIT = 60.0
+"""Seconds that other hosts have to answer."""
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "torchmetrics")
 
 
@@ -21,6 +27,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--image-size", type=positive, help="pixels; default: the model's own")
     parser.add_argument("--batch", type=positive, default=2, help="images of the trial")
+    parser.add_argument("--hostfile", type=path, help="look at its hosts too, by ssh")
     parser.set_defaults(command=run)
 
 
@@ -28,6 +35,8 @@ def run(given: argparse.Namespace) -> int:
     """`dr2dist doctor`: 0 if the trial is sound."""
     for line in describe_machine():
         print(line)
+    if given.hostfile is not None:
+        print(describe_others(given.hostfile))
     lines, sound = try_recompute(
         given.model, bf16=given.precision == "bf16", image_size=given.image_size, batch=given.batch
     )
@@ -41,21 +50,26 @@ def describe_machine() -> list[str]:
     import torch
 
     lines = [f"dr2dist       {__version__}", f"python        {platform.python_version()}"]
-    lines += [f"{name:13} {_version(name)}" for name in PACKAGES]
+    lines += [f"{name:13} {installed(name)}" for name in PACKAGES]
     lines.append(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     lines += _devices()
     lines.append(f"launcher      {shutil.which('deepspeed') or 'deepspeed is not on PATH'}")
-    lines.append(f"several nodes {_several_nodes()}")
+    lines.append(f"several nodes {shutil.which('ssh') or 'ssh is not on PATH (for --hostfile)'}")
     lines.append(f"network       {', '.join(name for _, name in socket.if_nameindex())}")
     lines.append(f"host          {socket.gethostname()} is {_address()}")
     return lines
 
 
-def _version(name: str) -> str:
+def describe_others(hostfile: Path) -> str:
+    """What the hosts of a hostfile say of themselves, a line each. Raises UserError for those that
+    do not answer."""
+    hosts, begin = read_hostfile(hostfile), time.time()
+    launcher = RemoteLauncher(hosts, "", 0.0)
     try:
-        return version(name)
-    except PackageNotFoundError:
-        return "is not installed"
+        found = launcher.greet(LIMIT, forwarded(os.environ))
+        return describe_hosts(hosts, found, (begin + time.time()) / 2)
+    finally:
+        launcher.close()
 
 
 def _devices() -> list[str]:
@@ -70,19 +84,14 @@ def _devices() -> list[str]:
     return lines
 
 
-def _several_nodes() -> str:
-    pdsh = shutil.which("pdsh")
-    return pdsh if pdsh else "pdsh is not on PATH (only needed for --hostfile)"
-
-
 def _address() -> str:
     """This host's own address. Ranks on several nodes cannot meet at a loopback address."""
     try:
         found = socket.gethostbyname(socket.gethostname())
     except OSError:
-        return "not resolved: set GLOO_SOCKET_IFNAME in .deepspeed_env for several nodes"
+        return "not resolved; ranks take the address that leads to rank 0"
     if found.startswith("127."):
-        return f"{found}: set GLOO_SOCKET_IFNAME in .deepspeed_env for several nodes"
+        return f"{found}; ranks take the address that leads to rank 0"
     return found
 
 

@@ -32,6 +32,7 @@ case $host in
     late) exec sleep 60;;
     bare) exec bash -c "cd /; ${*/python/no-such-python}";;
 esac
+[ -e "$(dirname "$0")/../down-$host" ] && { echo "no route to $host" >&2; exit 255; }
 echo "Welcome to $host"
 exec bash -c "$*"
 """
@@ -132,6 +133,11 @@ def whole(place: Path, *arguments: str) -> str:
     out, err = begin(place, *arguments).communicate(timeout=400)
     assert "every step proved its reversal" in out, out + err
     return out
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -239,3 +245,46 @@ def test_what_ends_the_command_or_a_host_ends_all_hosts(fault: str, place: Path)
     assert len(told) == 1 or fault == "KILL", err
     # Every rank could end its step and write, but where one was frozen.
     assert bool(checkpoints(output)) == (fault != "frozen")
+
+
+LONG = ("train.steps=12", "checkpoint.steps=3", "train.accumulate=2")
+
+
+@pytest.mark.slow
+def test_a_lost_rank_is_started_again_to_the_same_bits(place: Path) -> None:
+    whole(place, "--ranks", "2", *LONG, "output=quiet")
+    command = begin(place, "--ranks", "2", "--max-restarts", "1", *LONG, "output=restarted")
+    wait_for(lambda: bool(checkpoints(place / "restarted")), "a checkpoint")
+    ranks = psutil.Process(command.pid).children()
+    ranks[1].kill()
+    _, err = command.communicate(timeout=300)
+    assert command.returncode == 0, err
+    assert "dr2dist: start 1 of at most 1 more, in 5 s" in err.splitlines()
+    one, other = weights(place / "quiet"), weights(place / "restarted")
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert losses(place / "quiet") == losses(place / "restarted")
+    starts = (place / "restarted" / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] > 0 for line in starts] == [False, True]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_host_that_is_gone_with_the_same_batch(place: Path) -> None:
+    whole(place, "--ranks", "2", *LONG, "output=all")
+    options = ("--max-restarts", "1", "--min-ranks", "1", *LONG, "output=fewer")
+    command = begin(place, "--hostfile", "two", *options)
+    wait_for(lambda: bool(checkpoints(place / "fewer")), "a checkpoint")
+    (place / "down-b").touch()
+    try:
+        nodes = psutil.Process(command.pid).children()
+        for process in nodes[1].children(recursive=True):  # the rank first: it would stop in order
+            process.kill()
+        nodes[1].kill()
+        out, err = command.communicate(timeout=300)
+    finally:
+        (place / "down-b").unlink()
+    assert command.returncode == 0, out + err
+    assert "dr2dist: left out: host b: no route to b" in err.splitlines()
+    assert json.loads((place / "fewer" / "summary.json").read_text())["ranks"] == 1
+    found, wanted = losses(place / "fewer"), losses(place / "all")
+    assert found.keys() == wanted.keys()
+    assert all(found[step] == pytest.approx(wanted[step], rel=1e-5) for step in wanted)

@@ -20,7 +20,7 @@ from dr2dist.launching.hosts import Host, is_here
 from dr2dist.launching.launcher import new_job
 from dr2dist.launching.node import ALIVE, SILENCE
 from dr2dist.launching.place import Place
-from dr2dist.status import Status
+from dr2dist.status import Status, say
 
 FORWARDED = (
     *("AWS_", "CUBLAS_", "CUDA_", "DEEPSPEED_", "FI_", "GLOO_", "HF_", "KMP_", "MKL_", "MLFLOW_"),
@@ -134,22 +134,29 @@ class Link:
 
 
 class RemoteLauncher:
-    """A run's ranks on hosts, in their order; a `Launcher` once `greet` has been called."""
+    """A run's ranks on hosts, in their order; a `Launcher` once `greet` has been called.
 
-    def __init__(self, hosts: Sequence[Host], module: str, config: str, grace: float) -> None:
-        """module: what a rank runs. config: the whole configuration. grace: see `supervise`."""
-        self._module, self._config, self._grace = module, config, grace
+    module: what a rank runs. grace: see `supervise`. config: the whole configuration, to be said
+    before ranks are started.
+    """
+
+    def __init__(self, hosts: Sequence[Host], module: str, grace: float) -> None:
+        self._module, self._grace, self.config = module, grace, ""
         self._links = [Link(host) for host in hosts]
         self._over = threading.Event()
         threading.Thread(target=self._live, daemon=True).start()
 
     def greet(
-        self, limit: float, environment: Mapping[str, str], paths: Sequence[str] = ()
+        self,
+        limit: float,
+        environment: Mapping[str, str],
+        paths: Sequence[str] = (),
+        least: int | None = None,
     ) -> list[dict[str, Any]]:
         """What each host says of itself, see `survey`; missing are those of paths that it lacks.
 
         Raises UserError, in one line, for hosts that do not answer within `limit` seconds or lack
-        the present folder.
+        the present folder; where the others have `least` ranks they are left out instead.
         """
         root = str(Path(__file__).resolve().parents[2])
         for link in self._links:
@@ -161,14 +168,26 @@ class RemoteLauncher:
             link.hello is None and not link.ended for link in self._links
         ):
             time.sleep(0.05)
-        faults = [fault for link in self._links if (fault := self._fault(link, limit))]
+        faults = {link: fault for link in self._links if (fault := self._fault(link, limit))}
+        there = [link for link in self._links if link not in faults]
         if faults:
-            raise UserError("; ".join(faults))
-        return [link.hello for link in self._links if link.hello is not None]
+            told = "; ".join(faults.values())
+            if least is None or sum(link.host.slots for link in there) < least:
+                raise UserError(told)
+            say(f"dr2dist: left out: {told}")
+            for link in faults:
+                link.close()
+            self._links = there
+        return [link.hello for link in there if link.hello is not None]
+
+    @property
+    def hosts(self) -> list[Host]:
+        """Those that take part."""
+        return [link.host for link in self._links]
 
     def places(self, address: str | None = None, port: int | None = None) -> list[Place]:
         """One for each rank. address, port: where rank 0 is to listen, if not as it says itself."""
-        hosts = [link.host for link in self._links]
+        hosts = self.hosts
         first, ranks, job = self._links[0], sum(host.slots for host in hosts), new_job()
         assert first.hello is not None
         address = address or self._address()
@@ -189,7 +208,7 @@ class RemoteLauncher:
         left = list(environments)
         for link in self._links:
             own, left = left[: link.host.slots], left[link.host.slots :]
-            ranks = {"module": self._module, "config": self._config, "grace": self._grace}
+            ranks = {"module": self._module, "config": self.config, "grace": self._grace}
             link.say({"start": {**ranks, "environments": own}})
 
     def statuses(self) -> list[int | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
 from dr2dist.launching.launcher import Launcher
@@ -15,6 +15,8 @@ PERIOD = 0.1
 PATIENCE = 28.0
 """Seconds that ranks have to find out that one of them was lost, and to say so. With the time that
 they take to find a silent one, all have ended within a minute."""
+FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0
+"""Seconds before the first restart, and at most before one."""
 MARGIN = 10.0
 """Seconds beyond `train.grace` after which a rank that was asked to stop is ended."""
 
@@ -79,6 +81,26 @@ def supervise(
             "from the last one"
         )
     return status
+
+
+def with_restarts(start: Callable[[], int], most: int, signals: Signals) -> int:
+    """Starts a run, and again, at most so many times, whenever a rank is lost; its exit status.
+
+    Before each start ranks wait, FIRST_WAIT seconds at first and twice as long each time: what has
+    ended one may need a while to come back. A signal ends the waiting.
+    """
+    for again in range(most):
+        status = start()
+        if status != Status.LOST or signals.caught:
+            return status
+        wait = min(LONGEST_WAIT, FIRST_WAIT * 2**again)
+        say(f"dr2dist: start {again + 1} of at most {most} more, in {wait:g} s")
+        end = time.monotonic() + wait
+        while time.monotonic() < end and not signals.caught:
+            time.sleep(PERIOD)
+        if signals.caught:
+            return Status.STOPPED
+    return start()
 
 
 def _wait(launcher: Launcher, signals: Signals, grace: float) -> list[int | None]:

@@ -9,14 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dr2dist.launching.hosts import Host
 from dr2dist.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "timm")
+SKEW = 2.0
+"""Seconds that clocks may differ without being told; being asked later adds to it."""
 _DEVICES = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
 
 
@@ -53,3 +56,22 @@ def devices() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def describe_hosts(hosts: Sequence[Host], found: Sequence[dict[str, Any]], now: float) -> str:
+    """A line for each host of what it said. now: this machine's clock when it was asked."""
+    lines = []
+    for host, said in zip(hosts, found, strict=True):
+        gpus = said["devices"]
+        versions = (f"{name} {said[name]}" for name in ("dr2dist", "python", *PACKAGES))
+        skew = said["clock"] - now
+        parts = [
+            f"{host.slots} rank(s)",
+            f"{len(gpus)} x {gpus[0]}" if gpus else f"{said['cores']} cores",
+            *versions,
+            f"{said['free'] / 2**30:.0f} GiB free here",
+            *([f"its clock is {skew:+.0f} s off"] if abs(skew) > SKEW else []),
+        ]
+        name = host.name if said["host"] == host.name else f"{host.name} ({said['host']})"
+        lines.append(f"host          {name}: {', '.join(parts)}")
+    return "\n".join(lines)

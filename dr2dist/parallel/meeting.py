@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
+import os
 import socket
 import time
 
+import psutil
 import torch.distributed as dist
 
 from dr2dist.errors import UserError
@@ -43,6 +46,22 @@ def meet(place: Place, limit: float = LIMIT) -> dist.Store:
     _wait_for_all(own, place, end, limit)
     store.set_timeout(datetime.timedelta(seconds=1800))
     return dist.PrefixStore("group", own)
+
+
+def take_interface(place: Place) -> None:
+    """Lets gloo use the interface that leads to rank 0, unless somebody has named one: by itself it
+    takes what this host's name stands for, which often is a loopback address."""
+    try:
+        family, *_, where = socket.getaddrinfo(place.address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # sends nothing
+            own = str(probe.getsockname()[0]).partition("%")[0]
+    except OSError:
+        return  # what cannot be reached is told by those who try
+    if not ipaddress.ip_address(own).is_loopback:
+        for name, found in psutil.net_if_addrs().items():
+            if any(each.address.partition("%")[0] == own for each in found):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _same_job(store: dist.Store, place: Place, where: str) -> None:

@@ -13,7 +13,7 @@ from dr2dist.errors import UserError
 from dr2dist.launching.launcher import free_port
 from dr2dist.launching.place import Place, own_place
 from dr2dist.parallel import adapter
-from dr2dist.parallel.meeting import LIMIT, meet
+from dr2dist.parallel.meeting import LIMIT, meet, take_interface
 
 
 def init_distributed(limit: float = LIMIT) -> torch.device:
@@ -40,6 +40,7 @@ def _form_group(
 ) -> None:
     if not dist.is_initialized():
         store = meet(place, limit)
+        take_interface(place)
         dist.init_process_group(
             backend, store=store, rank=place.rank, world_size=place.ranks, device_id=device
         )

@@ -11,7 +11,7 @@ from dr2dist.errors import UserError
 from dr2dist.launching.hosts import Host, read_hostfile
 from dr2dist.launching.launcher import LocalLauncher, ranks_here, watched
 from dr2dist.launching.place import several
-from dr2dist.launching.supervise import Signals, supervise
+from dr2dist.launching.supervise import Signals, supervise, with_restarts
 from dr2dist.lazily import left_out
 
 MODULE = "dr2dist.training.main"
@@ -30,6 +30,12 @@ def add_train_arguments(train: argparse.ArgumentParser) -> None:
         "--node-rank",
         type=not_negative,
         help="start the ranks of this host of the hostfile alone, counted from 0, without ssh",
+    )
+    train.add_argument(
+        "--max-restarts", type=not_negative, help="start again so often if a rank is lost"
+    )
+    train.add_argument(
+        "--min-ranks", type=positive, help="do without hosts that do not answer, down to so many"
     )
     train.add_argument("--master-addr", help="where rank 0 listens; default: its host's address")
     train.add_argument("--master-port", type=positive, help="default: one that is free there")
@@ -101,16 +107,24 @@ def _run(given: argparse.Namespace, signals: Signals, ranks: int) -> int:
     if given.dry_run:
         return 0
     command = [sys.executable, "-m", MODULE, "--config", given.config, *given.overrides]
-    return supervise(LocalLauncher(), command, watched(places), signals, config.train.grace)
+
+    def begin() -> int:
+        return supervise(LocalLauncher(), command, watched(places), signals, config.train.grace)
+
+    return with_restarts(begin, given.max_restarts or 0, signals)
 
 
 def _hosts(given: argparse.Namespace) -> list[Host]:
     """Those of the hostfile, none without one. Raises UserError for what has no effect."""
     if given.hostfile is None:
-        for name in ("node_rank", "master_addr", "master_port"):
+        for name in ("node_rank", "min_ranks", "master_addr", "master_port"):
             if getattr(given, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} has no effect without --hostfile")
         return []
+    if given.node_rank is not None:
+        for name in ("min_ranks", "max_restarts"):
+            if getattr(given, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} has no effect with --node-rank")
     hosts = read_hostfile(given.hostfile)
     if given.node_rank is not None and given.node_rank >= len(hosts):
         raise UserError(f"--node-rank {given.node_rank}: {given.hostfile} has {len(hosts)} host(s)")

@@ -17,14 +17,11 @@ from dr2dist.errors import UserError
 from dr2dist.launching.hosts import Host
 from dr2dist.launching.place import PORT, Place
 from dr2dist.launching.remote import RemoteLauncher, forwarded
-from dr2dist.launching.supervise import Signals, supervise
+from dr2dist.launching.supervise import Signals, supervise, with_restarts
+from dr2dist.launching.survey import describe_hosts
 from dr2dist.training.plan import Plan
 
 MODULE = "dr2dist.training.main"
-SAME = ("dr2dist", "python", "torch", "deepspeed", "timm")
-"""What hosts tell that has to be the same; ranks compare more, and exactly."""
-SKEW = 2.0
-"""Seconds that clocks may differ without being told; whoever is asked later adds to it."""
 
 
 def on_hosts(
@@ -35,27 +32,63 @@ def on_hosts(
     signals: Signals,
 ) -> int:
     """Looks at all hosts at once, prints what they have, and starts their ranks unless it is a dry
-    run; the exit status of the whole. Raises UserError for hosts that cannot take part."""
+    run, again where they are lost; the exit status of the whole. Raises UserError for hosts that
+    cannot take part."""
     variables = forwarded(os.environ, config.launch.env)
     print(f"forwarded     {', '.join(sorted(variables)) or 'no variables'}")
     folder = str(Path(given.config).resolve().parent)  # where plugins may lie
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-    launcher = RemoteLauncher(hosts, MODULE, dump_config(config), config.train.grace)
-    try:
-        with _token(Path(config.output)) as token:
-            begin = time.time()
-            paths = [*token, *_needed(config, plan)]
-            found = launcher.greet(config.launch.join_limit, variables, paths)
-        print(_table(hosts, found, (begin + time.time()) / 2), flush=True)
-        _refuse(hosts, found, token)
-        places = launcher.places(given.master_addr, given.master_port)
-        print(f"launch        {len(places)} ranks meet at {places[0].address}:{places[0].port}")
-        if given.dry_run:
-            return 0
-        environments = [place.variables() for place in places]
-        return supervise(launcher, [], environments, signals, config.train.grace)
-    finally:
-        launcher.close()
+
+    def start() -> int:
+        launcher = RemoteLauncher(hosts, MODULE, config.train.grace)
+        try:
+            return _start(given, config, plan, launcher, variables, signals)
+        finally:
+            launcher.close()
+
+    return with_restarts(start, given.max_restarts or 0, signals)
+
+
+def _start(
+    given: argparse.Namespace,
+    config: Config,
+    plan: Plan,
+    launcher: RemoteLauncher,
+    variables: dict[str, str],
+    signals: Signals,
+) -> int:
+    with _token(Path(config.output)) as token:
+        begin = time.time()
+        paths = [*token, *_needed(config, plan)]
+        found = launcher.greet(config.launch.join_limit, variables, paths, given.min_ranks)
+    print(describe_hosts(launcher.hosts, found, (begin + time.time()) / 2), flush=True)
+    _refuse(launcher.hosts, found, token)
+    places = launcher.places(given.master_addr, given.master_port)
+    launcher.config = dump_config(fitted(config, plan.global_batch, len(places)))
+    print(f"launch        {len(places)} ranks meet at {places[0].address}:{places[0].port}")
+    if given.dry_run:
+        return 0
+    environments = [place.variables() for place in places]
+    return supervise(launcher, [], environments, signals, config.train.grace)
+
+
+def fitted(config: Config, batch: int, ranks: int) -> Config:
+    """A configuration with the same global batch on another number of ranks, by more or fewer
+    micro-batches in a step.
+
+    Raises UserError, naming the numbers of ranks that fit, where none gives it.
+    """
+    each, stages = config.train.micro_batch, config.parallel.stages
+    accumulate, rest = divmod(batch * stages, each * ranks)
+    if rest or ranks % stages or not accumulate:
+        whole = batch // each
+        fits = [stages * n for n in range(1, whole + 1) if whole % n == 0]
+        raise UserError(
+            f"{ranks} rank(s) cannot share a global batch of {batch} in micro-batches of {each}: "
+            f"allowed are {', '.join(map(str, fits))} rank(s)"
+        )
+    train = config.train.model_copy(update={"accumulate": accumulate})
+    return config.model_copy(update={"train": train})
 
 
 def places_of_node(
@@ -95,23 +128,6 @@ def _needed(config: Config, plan: Plan) -> list[str]:
     here = [path for path, source in zip(paths, sources, strict=True) if os.path.exists(path)]
     more = [config.parallel.deepspeed, config.model.weights]
     return [*here, *(str(path) for path in more if path and os.path.exists(path))]
-
-
-def _table(hosts: Sequence[Host], found: Sequence[dict[str, Any]], now: float) -> str:
-    """A line for each host."""
-    lines = []
-    for host, said in zip(hosts, found, strict=True):
-        versions = ", ".join(f"{name} {said[name]}" for name in SAME)
-        gpus = said["devices"]
-        devices = f"{len(gpus)} x {gpus[0]}" if gpus else f"{said['cores']} cores"
-        skew = said["clock"] - now
-        clock = f", clock {skew:+.0f} s" if abs(skew) > SKEW else ""
-        free = f"{said['free'] / 2**30:.0f} GiB free here"
-        name = host.name if said["host"] == host.name else f"{host.name} ({said['host']})"
-        lines.append(
-            f"host          {name}: {host.slots} rank(s), {devices}, {versions}, {free}{clock}"
-        )
-    return "\n".join(lines)
 
 
 def _refuse(hosts: Sequence[Host], found: Sequence[dict[str, Any]], token: Sequence[str]) -> None:

@@ -6,7 +6,9 @@ import json
 import logging
 import math
 import resource
+import socket
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from torch import Tensor
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 from dr2dist.loggers.logger import Logger
-from dr2dist.training.run_files import CONFIG, METRICS, SUMMARY, read_metrics
+from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,10 +55,18 @@ class Records:
             kept = [line for line in read_metrics(path) if line["step"] <= step]
             self.write_text(path.name, "".join(f"{json.dumps(line)}\n" for line in kept))
 
+    def note_start(self, step: int, ranks: int, steps: int) -> None:
+        """One object in starts.jsonl: when, where, with how many ranks, after which step, of how
+        many."""
+        told = {"step": step, "steps": steps, "ranks": ranks, "host": socket.gethostname()}
+        with (self.folder / STARTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**told, "time": time.time()}) + "\n")
+
     def log(self, step: int, **values: Any) -> None:
-        """One object in metrics.jsonl, its numbers to loggers too. NaN becomes null."""
+        """One object in metrics.jsonl, with the time; its numbers to loggers too. NaN becomes
+        null."""
         line = {name: _plain(value) for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, **line}) + "\n")
+        self._lines.write(json.dumps({"step": step, **line, "time": time.time()}) + "\n")
         self._lines.flush()
         numbers = {tag(k): value for k, value in line.items() if isinstance(value, int | float)}
         self._tell("log", step, numbers)

@@ -116,6 +116,7 @@ def _run(
             loggers = make_loggers(config.train.loggers)
             records = Records(folder, dump_config(config), engine.applied, loggers)
             stack.callback(records.close)
+            records.note_start(engine.applied, ranks, plan.steps)
     trainer = _trainer(config, plan, engine, lr_scales, records, manager, progress, asked, watchdog)
     return _train(config, plan, trainer)
 

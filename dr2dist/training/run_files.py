@@ -12,11 +12,18 @@ CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 LOGS = "logs"
+STARTS = "starts.jsonl"
+"""A line for each time that the run was begun or gone on with: time, host, ranks, step, steps."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, none of a file that is not there; the last, which may be
-    cut off, is left out if it does not end.
+    """The lines of a run's metrics.jsonl, see read_lines. Each has a step."""
+    return read_lines(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines with a step each, none of a file that is not there; the
+    last, which may be cut off, is left out if it does not end.
 
     Raises UserError for a line that is none of a run's.
     """

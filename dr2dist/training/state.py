@@ -1,0 +1,147 @@
+"""The status command: how a run is, from the files of its folder alone."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dr2dist.arguments import path
+from dr2dist.errors import UserError
+from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_lines, read_metrics
+
+LOCK = "run.lock"
+PERIOD = 5.0
+"""Seconds between two looks of --watch."""
+RECENT = 20
+"""Lines of metrics.jsonl from which speed is told."""
+_SHOWN = ("loss", "lr", "alpha", "beta", "samples_per_second", "data_wait", "peak_memory_bytes")
+
+
+def add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `dr2dist status` takes."""
+    parser.add_argument("run", type=path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--watch", action="store_true", help="look again until it has ended")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.set_defaults(command=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """`dr2dist status`: 0 whatever the run does."""
+    while True:
+        found = state_of(given.run)
+        text = json.dumps(found) if given.json else describe(found)
+        print(text, flush=True)
+        if not given.watch or found["state"] != "running":
+            return 0
+        time.sleep(PERIOD)
+        if sys.stdout.isatty() and not given.json:
+            print(f"\x1b[{len(text.splitlines())}A\x1b[J", end="")
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """Plain values: state (running, finished, interrupted, stopped, or cut for a run that has ended
+    without a word), step, steps, seconds_left, starts, checkpoint, and of the last step loss, lr,
+    alpha, beta, samples_per_second, data_wait (a share of the time), peak_memory_bytes, and
+    certificate_failures of all. None where it is not known.
+
+    Reads and never writes. Raises UserError for a folder that is none of a run's.
+    """
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder}: is no run's folder: it has no {CONFIG}")
+    lines = [line for line in read_metrics(folder / METRICS) if "loss" in line]
+    starts, summary = read_lines(folder / STARTS), _object(folder / SUMMARY)
+    lock = _object(folder / LOCK)
+    last: dict[str, Any] = lines[-1] if lines else {}
+    ended = "cut" if summary is None else summary["status"]
+    step = last.get("step", 0) if summary is None else summary["steps"]
+    steps = starts[-1]["steps"] if starts else None
+    return {
+        "run": str(folder),
+        "state": ended if lock is None else "running",
+        "step": step,
+        "steps": steps,
+        "seconds_left": None if lock is None else _left(lines, step, steps),
+        "silent_seconds": time.time() - last["time"] if lock and "time" in last else None,
+        "owner": lock,
+        "starts": len(starts),
+        "ranks": starts[-1]["ranks"] if starts else None,
+        "checkpoint": _newest(folder),
+        "certificate_failures": sum(line["certificate_failures"] for line in lines),
+        **{name: last.get(name) for name in _SHOWN},
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What state_of says, a line each."""
+    rows = {
+        "run": found["run"],
+        "state": found["state"] + _who(found),
+        "step": f"{found['step']}" + (f" of {found['steps']}" if found["steps"] else ""),
+        "left": _interval(found["seconds_left"]),
+        "loss": _number(found["loss"]),
+        "alpha, beta": _pair(found["alpha"], found["beta"]),
+        "speed": _number(found["samples_per_second"], " samples a second"),
+        "waiting": _share(found["data_wait"]),
+        "memory": _mebibytes(found["peak_memory_bytes"]),
+        "starts": f"{found['starts']}, {found['ranks']} rank(s) now" if found["starts"] else None,
+        "checkpoint": found["checkpoint"] or "none yet",
+        "certificate": f"{found['certificate_failures']} failure(s)",
+    }
+    return "\n".join(f"{name:13} {text}" for name, text in rows.items() if text is not None)
+
+
+def _left(lines: list[dict[str, Any]], step: int, steps: int | None) -> float | None:
+    """By the speed of the last lines, validations and checkpoints included."""
+    timed = [line for line in lines[-RECENT:] if "time" in line]
+    if steps is None or len(timed) < 2 or timed[-1]["step"] == timed[0]["step"]:
+        return None
+    each = (timed[-1]["time"] - timed[0]["time"]) / (timed[-1]["step"] - timed[0]["step"])
+    return max(0.0, each * (steps - step))
+
+
+def _newest(folder: Path) -> str | None:
+    found = sorted((folder / "checkpoints").glob("step-*/checkpoint.json"))
+    return None if not found else str(found[-1].parent)
+
+
+def _object(where: Path) -> dict[str, Any] | None:
+    """A JSON file's object; None without one, or while it is being written."""
+    try:
+        found = json.loads(where.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _who(found: dict[str, Any]) -> str:
+    owner = found["owner"]
+    if owner is None:
+        return ""
+    silent = found["silent_seconds"]
+    said = "" if silent is None else f", last heard of {_interval(silent)} ago"
+    return f" on {owner.get('host')} (process {owner.get('process')}){said}"
+
+
+def _interval(seconds: float | None) -> str | None:
+    return None if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _number(value: float | None, unit: str = "") -> str | None:
+    return None if value is None else f"{value:.4g}{unit}"
+
+
+def _pair(alpha: float | None, beta: float | None) -> str | None:
+    return None if alpha is None else f"{_number(alpha)}, {_number(beta)}"
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.0%} of the time for data"
+
+
+def _mebibytes(value: int | None) -> str | None:
+    return None if value is None else f"{value / 2**20:.0f} MiB at most, of rank 0"
