@@ -21,6 +21,7 @@ from dr2dist.config.optim import Optim
 from dr2dist.config.schema import Parallel
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
+from dr2dist.launching.place import Place
 from dr2dist.parallel import processes
 from dr2dist.parallel.fragment import Fragment
 from dr2dist.parallel.master_weights import MasterWeights
@@ -126,10 +127,15 @@ def test_a_rank_takes_its_gpu_before_the_group_is_made(monkeypatch: pytest.Monke
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: log.append(device))
     monkeypatch.setattr("deepspeed.init_distributed", lambda backend: log.append(backend))
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    take_place(Place(3, 4, 3, 4, "127.0.0.1", 1, "job"), monkeypatch)
     assert processes.init_distributed() == torch.device("cuda", 3)
     assert log == [torch.device("cuda", 3), "nccl"]
+
+
+def take_place(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in place.variables().items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(("rank", "variable", "ranks"), [(0, "LOCAL_SIZE", 3), (2, "", 3)])
@@ -138,9 +144,8 @@ def test_more_ranks_than_gpus_are_refused_on_every_rank(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    take_place(Place(rank, 9, rank, 1, "127.0.0.1", 1, "job"), monkeypatch)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     if variable:
         monkeypatch.setenv(variable, str(ranks))
     with pytest.raises(UserError, match=f"this node has {ranks} ranks and 2 GPU") as error:

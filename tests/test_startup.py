@@ -91,5 +91,5 @@ def test_without_a_launcher_there_is_one_rank_or_one_line(config: Path, tmp_path
     done = _rank(config, ["-m", "dr2dist.training.main"], OMPI_COMM_WORLD_SIZE="2")
     assert done.returncode == 2
     (line,) = [each for each in done.stderr.splitlines() if "dr2dist" in each]
-    assert line.startswith("dr2dist: found OMPI_COMM_WORLD_SIZE 2 and no RANK: start with")
+    assert line.startswith("dr2dist: found OMPI_COMM_WORLD_SIZE 2, and no rank: start with")
     assert "Traceback" not in done.stderr and "mpi4py" not in done.stderr

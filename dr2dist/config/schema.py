@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
@@ -246,9 +245,7 @@ class Launch(Section):
     join_limit: float = Field(
         120.0, gt=0, description="seconds that ranks wait for each other at the start"
     )
-    allow: tuple[Allowed, ...] = Field(
-        (), description=f"what may differ between ranks: {', '.join(typing.get_args(Allowed))}"
-    )
+    allow: tuple[Allowed, ...] = Field((), description="what ranks may differ in")
     env: tuple[str, ...] = Field(
         (), description="variables that other hosts get from here, beside the usual ones"
     )

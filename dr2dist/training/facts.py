@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-import dr2dist
 from dr2dist.config import Config
 from dr2dist.config.text import flat
 from dr2dist.training.lock import LOCK
@@ -103,5 +102,5 @@ def source_digest() -> str:
 
 
 def _sources() -> Iterator[Path]:
-    folder = Path(dr2dist.__file__).parent
+    folder = Path(__file__).parents[1]
     yield from sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix())
