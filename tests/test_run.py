@@ -304,12 +304,6 @@ def test_other_commands(tmp_path: Path, shards: Path, capfd: Any) -> None:
     for arguments in ((), ("train",), ("shards",), ("shards", "make"), ("doctor",)):
         status, out, _ = call(capfd, *arguments, "--help")
         assert status == 0 and (not arguments or "example: dr2dist" in out)
-    hosts = tmp_path / "hosts"
-    hosts.write_text("one slots=2\ntwo slots=two\n")
-    path = write_config(tmp_path, shards)
-    for name, message in ((str(hosts), "found 'two slots=two'"), ("nowhere", "does not exist")):
-        status, _, err = call(capfd, "train", str(path), "--hostfile", name, "--dry-run")
-        assert status == 2 and message in err
 
 
 def test_sizes_skipping_profiler_and_a_batch_that_is_not_finite(
