@@ -61,6 +61,8 @@ setup(
             "datasets",
             "grimp",
             "import-linter",
+            "kubeflow-trainer-api",
+            "kubeflow-training",
             "mlflow-skinny",
             "momentumnet",
             "moto[server]",
