@@ -17,17 +17,17 @@ def make_run(folder: Path, *, lock: bool, summary: dict[str, Any] | None) -> Pat
     """A run of 40 steps, two seconds each, after ten of them."""
     folder.mkdir()
     (folder / "config.yaml").write_text("output: x\n")
-    start = {"step": 0, "steps": 40, "ranks": 4, "host": "a", "time": 0.0}
+    start = {"step": 0, "steps": 40, "ranks": 4, "batch": 16, "host": "a", "time": 0.0}
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n" + json.dumps(start) + "\n")
-    now = time.time() - 3
     lines = [
         {"step": n, "loss": 1 / n, "lr": 1e-3, "alpha": 0.9, "beta": 0.1, "data_wait": 0.25}
         | {"certificate_failures": 0, "samples_per_second": 8.0, "peak_memory_bytes": 2**30}
-        | {"time": now - 2 * (10 - n)}
         for n in range(1, 11)
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + '{"step": 11, "lo')  # being written
+    then = time.time() - 3
+    os.utime(folder / "metrics.jsonl", (then, then))
     for name, done in (("step-00000005", True), ("step-00000010", False)):
         (folder / "checkpoints" / name).mkdir(parents=True)
         if done:

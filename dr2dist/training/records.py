@@ -55,18 +55,16 @@ class Records:
             kept = [line for line in read_metrics(path) if line["step"] <= step]
             self.write_text(path.name, "".join(f"{json.dumps(line)}\n" for line in kept))
 
-    def note_start(self, step: int, ranks: int, steps: int) -> None:
-        """One object in starts.jsonl: when, where, with how many ranks, after which step, of how
-        many."""
-        told = {"step": step, "steps": steps, "ranks": ranks, "host": socket.gethostname()}
+    def note_start(self, **values: int) -> None:
+        """One object in starts.jsonl, with the time and this host."""
+        told = {**values, "host": socket.gethostname(), "time": time.time()}
         with (self.folder / STARTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**told, "time": time.time()}) + "\n")
+            file.write(json.dumps(told) + "\n")
 
     def log(self, step: int, **values: Any) -> None:
-        """One object in metrics.jsonl, with the time; its numbers to loggers too. NaN becomes
-        null."""
+        """One object in metrics.jsonl, its numbers to loggers too. NaN becomes null."""
         line = {name: _plain(value) for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, **line, "time": time.time()}) + "\n")
+        self._lines.write(json.dumps({"step": step, **line}) + "\n")
         self._lines.flush()
         numbers = {tag(k): value for k, value in line.items() if isinstance(value, int | float)}
         self._tell("log", step, numbers)

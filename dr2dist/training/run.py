@@ -116,7 +116,8 @@ def _run(
             loggers = make_loggers(config.train.loggers)
             records = Records(folder, dump_config(config), engine.applied, loggers)
             stack.callback(records.close)
-            records.note_start(engine.applied, ranks, plan.steps)
+            done, batch = engine.applied, plan.global_batch
+            records.note_start(step=done, steps=plan.steps, ranks=ranks, batch=batch)
     trainer = _trainer(config, plan, engine, lr_scales, records, manager, progress, asked, watchdog)
     return _train(config, plan, trainer)
 

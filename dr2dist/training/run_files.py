@@ -13,7 +13,8 @@ SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 LOGS = "logs"
 STARTS = "starts.jsonl"
-"""A line for each time that the run was begun or gone on with: time, host, ranks, step, steps."""
+"""A line for each time that the run was begun or gone on with: after which step, of how many, ranks,
+samples of a step, host and time."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

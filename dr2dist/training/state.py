@@ -17,8 +17,6 @@ from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_li
 LOCK = "run.lock"
 PERIOD = 5.0
 """Seconds between two looks of --watch."""
-RECENT = 20
-"""Lines of metrics.jsonl from which speed is told."""
 _SHOWN = ("loss", "lr", "alpha", "beta", "samples_per_second", "data_wait", "peak_memory_bytes")
 
 
@@ -59,17 +57,18 @@ def state_of(folder: Path) -> dict[str, Any]:
     last: dict[str, Any] = lines[-1] if lines else {}
     ended = "cut" if summary is None else summary["status"]
     step = last.get("step", 0) if summary is None else summary["steps"]
-    steps = starts[-1]["steps"] if starts else None
+    began: dict[str, Any] = starts[-1] if starts else {}
+    steps = began.get("steps")
     return {
         "run": str(folder),
         "state": ended if lock is None else "running",
         "step": step,
         "steps": steps,
-        "seconds_left": None if lock is None else _left(lines, step, steps),
-        "silent_seconds": time.time() - last["time"] if lock and "time" in last else None,
+        "seconds_left": None if lock is None else _left(step, began, last),
+        "silent_seconds": None if lock is None else _age(folder / METRICS),
         "owner": lock,
         "starts": len(starts),
-        "ranks": starts[-1]["ranks"] if starts else None,
+        "ranks": began.get("ranks"),
         "checkpoint": _newest(folder),
         "certificate_failures": sum(line["certificate_failures"] for line in lines),
         **{name: last.get(name) for name in _SHOWN},
@@ -95,13 +94,15 @@ def describe(found: dict[str, Any]) -> str:
     return "\n".join(f"{name:13} {text}" for name, text in rows.items() if text is not None)
 
 
-def _left(lines: list[dict[str, Any]], step: int, steps: int | None) -> float | None:
-    """By the speed of the last lines, validations and checkpoints included."""
-    timed = [line for line in lines[-RECENT:] if "time" in line]
-    if steps is None or len(timed) < 2 or timed[-1]["step"] == timed[0]["step"]:
-        return None
-    each = (timed[-1]["time"] - timed[0]["time"]) / (timed[-1]["step"] - timed[0]["step"])
-    return max(0.0, each * (steps - step))
+def _left(step: int, began: dict[str, Any], last: dict[str, Any]) -> float | None:
+    """By the speed of the last steps, validations and checkpoints left out."""
+    speed = last.get("samples_per_second")
+    return began["batch"] * (began["steps"] - step) / speed if speed and "batch" in began else None
+
+
+def _age(where: Path) -> float | None:
+    """Seconds since a file was written."""
+    return time.time() - where.stat().st_mtime if where.exists() else None
 
 
 def _newest(folder: Path) -> str | None:
