@@ -267,7 +267,16 @@ def _table(results: Results, data: str, arguments: argparse.Namespace) -> list[s
             str(sum(run["certificate_failures"] for run in runs)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+    return [*lines, "", *_of_16_bits(results, data, arguments.steps)]
+
+
+def _of_16_bits(results: Results, data: str, steps: int) -> list[str]:
+    """States of 16 bits against those of 32, seed by seed."""
+    runs, base = (seeds_of(results, data, way, steps) for way in (BITS16, DEFAULT))
+    if not runs:
+        return []
+    found = ", ".join(f"{_interval(runs, base, m)} in {m.replace('_', ' ')}" for m in MEASURES)
+    return [f"16 bits against 32, of the same seeds: {found}.", ""]
 
 
 def _stopped(runs: list[Any]) -> str:

@@ -88,6 +88,25 @@ def test_sections_may_share_values_by_merge_keys(tmp_path: Path) -> None:
     assert data.vflip and not data.hflip
 
 
+@pytest.mark.parametrize(
+    ("overrides", "bits"),
+    [
+        ([], 32),
+        (["train.precision=bf16"], 16),
+        (["train.precision=bf16", "reversible.state_bits=32"], 32),
+        (["train.precision=bf16", "reversible.fraction_bits=20"], 32),
+        (["train.precision=bf16", "reversible.arithmetic=float"], 32),
+    ],
+)
+def test_states_are_of_16_bits_where_functions_are_in_bf16(
+    overrides: list[str], bits: int, tmp_path: Path
+) -> None:
+    config = load_config(ROOT / "configs" / "finetune.yaml", overrides)
+    assert config.setting().state_bits == bits
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml").setting() == config.setting()
+
+
 def test_overrides_replace_values() -> None:
     config = load_config(MAIN, ["optim.lr=3e-5", "coefficients.beta=[0.2, 0.4]", "train.seed=7"])
     assert config.optim.lr == 3e-5

@@ -13,7 +13,7 @@ SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 LOGS = "logs"
 STARTS = "starts.jsonl"
-"""A line for each time that the run was begun or gone on with: after which step, of how many, ranks,
+"""A line for each start of the run, also to go on: after which step, of how many, ranks,
 samples of a step, host and time."""
 
 
