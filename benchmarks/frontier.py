@@ -66,14 +66,12 @@ def _constant(beta: float) -> Way:
     return Way(EXACT, f"kind: conserve, beta: [{beta}, {beta}]")
 
 
+BETAS = {1 / 16: "beta 1/16", 0.1: DEFAULT, 1 / 8: "beta 1/8", 1 / 4: "beta 1/4", 1 / 2: "beta 1/2"}
 WAYS: dict[str, Way] = {
     CONVENTIONAL: Way("arithmetic: float, memory: store", "kind: constant, alpha: 1, beta: 0"),
     DEFAULT: _constant(0.1),
     BITS16: _constant(0.1)._replace(reversible=f"{EXACT}, state_bits: 16", rate_of=DEFAULT),
-    "beta 1/8": _constant(1 / 8),
-    "beta 1/4": _constant(1 / 4),
-    "beta 1/2": _constant(1 / 2),
-    "beta 1/16": _constant(1 / 16),
+    **{BETAS[beta]: _constant(beta) for beta in (1 / 8, 1 / 4, 1 / 2, 1 / 16)},
     "paper, exact": Way(EXACT, PAPER),
     "paper, float reversal": Way(FLOAT, PAPER),
 }
@@ -237,7 +235,32 @@ def write_page(results: Results, arguments: argparse.Namespace) -> str:
     ]
     for data in arguments.data:
         text += _table(results, data, arguments)
-    return "\n".join(text)
+    return "\n".join([*text, *_choice(results, arguments)])
+
+
+def _choice(results: Results, arguments: argparse.Namespace) -> list[str]:
+    """Which constant beta the rule makes the default, of those that were run on all data."""
+    lines, chosen = [], None
+    for beta, way in sorted(BETAS.items(), reverse=True):  # the fewest bits first
+        lower = []
+        for data in arguments.data:
+            runs, base = (seeds_of(results, data, w, arguments.steps) for w in (way, CONVENTIONAL))
+            values = differences(runs, base, "accuracy")
+            if len(values) >= LEAST_SEEDS:
+                lower.append(statistics.mean(values) - half_width(values))
+        if len(lower) < len(arguments.data):
+            lines.append(f"- {way}: not run, or not on all data")
+            continue
+        good = min(lower) > -HALF_WIDTH
+        chosen = chosen or (way if good else None)
+        ends = ", ".join(f"{value:+.3f}" for value in lower)
+        bits = math.ceil(-math.log2(beta))
+        lines.append(f"- {way}, {bits} bit(s): lower ends {ends}: {'yes' if good else 'no'}")
+    rule = (
+        "The default is the beta with the fewest discarded bits whose interval's lower end is "
+        f"above {-HALF_WIDTH:g} on all data"
+    )
+    return ["## The default", "", f"{rule}: {chosen or 'none of those run'}.", "", *lines, ""]
 
 
 def _table(results: Results, data: str, arguments: argparse.Namespace) -> list[str]:

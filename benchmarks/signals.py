@@ -94,7 +94,7 @@ class Bench:
         self.folder = folder
         self.shards = folder / "shards"
         if not self.shards.exists():
-            _make_shards(folder)
+            make_small_shards(folder)
         self._ends: dict[str, dict[str, Any]] = {}
 
     def end_of(self, layout: str) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Bench:
             name = f"undisturbed-{layout}".replace(" ", "_")
             status = subprocess.run(self._line(name, layout), **self._options(name)).returncode
             assert status == 0, (self.folder / f"{name}.txt").read_text()
-            self._ends[layout] = _end(self.folder / name)
+            self._ends[layout] = end_of_run(self.folder / name)
         return self._ends[layout]
 
     def run(self, case: Case) -> dict[str, Any]:
@@ -127,14 +127,14 @@ class Bench:
                 process.kill()
                 process.wait()
         again = subprocess.run(line, **self._options(case.name)).returncode
-        same = again == 0 and _same(_end(output), wanted)
+        alike = again == 0 and same(end_of_run(output), wanted)
         return {
             **case._asdict(),
             "status": status,
             "seconds": round(seconds, 1),
             "left": len(left),
             "decoy": lives,
-            "same": same,
+            "same": alike,
         }
 
     def _line(self, name: str, layout: str) -> list[str]:
@@ -165,7 +165,8 @@ def is_right(case: Case, found: dict[str, Any]) -> bool:
     return bool(sound and found["status"] in expected(case))
 
 
-def _make_shards(folder: Path) -> None:
+def make_small_shards(folder: Path) -> None:
+    """folder/shards/{train,val}: 300 noisy images of two classes."""
     random = np.random.default_rng(0)
     for number, name in enumerate(("dark", "light")):
         (folder / "images" / name).mkdir(parents=True)
@@ -219,7 +220,7 @@ def _wait(what: Callable[[], bool], command: subprocess.Popen[bytes], seconds: f
         time.sleep(0.002)
 
 
-def _end(output: Path) -> dict[str, Any]:
+def end_of_run(output: Path) -> dict[str, Any]:
     """The last checkpoint's tensors, and the losses by step."""
     saved = Checkpoint(checkpoints(output)[-1])
     kinds = [(kind, name) for name in saved.shapes for kind in saved.kinds(name)]
@@ -231,7 +232,8 @@ def _end(output: Path) -> dict[str, Any]:
     }
 
 
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs have ended alike in every bit."""
     alike = all(one[key] == other[key] for key in ("losses", "validations"))
     tensors = one["tensors"], other["tensors"]
     return (

@@ -10,9 +10,9 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.nodes import NAMES, Nodes, lacking, two_nodes
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from tests.images import make_small_shards
-from tests.nodes import NAMES, Nodes, lacking, two_nodes
 from tests.pool import Pool, wait_for
 
 pytestmark = [

@@ -7,12 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.pool import wait_for
-
-ROOT = Path(__file__).parent.parent
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 NAMES = ("node-a", "node-b")
 
@@ -70,7 +68,7 @@ def two_nodes(folder: Path) -> Iterator[Nodes]:
             servers.append(subprocess.Popen(line, stdout=log, stderr=log))
         for node in range(2):
             log_of = folder / f"sshd-{node}.txt"
-            wait_for(lambda path=log_of: "listening" in path.read_text(), "an sshd", 20)  # type: ignore[misc]
+            _wait(lambda path=log_of: "listening" in path.read_text())  # type: ignore[misc]
         yield nodes
     finally:
         for process in (*servers, *holders):
@@ -82,7 +80,7 @@ def _link(nodes: Nodes, holders: list[subprocess.Popen[bytes]]) -> None:
     own = os.readlink("/proc/self/ns/net")
     for holder in holders:
         where = f"/proc/{holder.pid}/ns/net"
-        wait_for(lambda path=where: os.readlink(path) != own, "a namespace", 20)  # type: ignore[misc]
+        _wait(lambda path=where: os.readlink(path) != own)  # type: ignore[misc]
     pair = ["dr2", "netns", str(holders[0].pid), "type", "veth", "peer", "name", "dr2", "netns"]
     subprocess.run(["ip", "link", "add", *pair, str(holders[1].pid)], check=True)
     for node, (address, name) in enumerate(zip(ADDRESSES, NAMES, strict=True)):
@@ -113,6 +111,14 @@ def _write(folder: Path) -> None:
     for slots in (1, 2):
         text = "".join(f"{address} slots={slots}\n" for address in ADDRESSES)
         (folder / f"hosts{slots}").write_text(text)
+
+
+def _wait(what: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > end:
+            raise TimeoutError("two nodes have not come to be")
+        time.sleep(0.02)
 
 
 def _which(name: str) -> str | None:
