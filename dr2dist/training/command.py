@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dr2dist.arguments import not_negative, path, positive
 from dr2dist.config.text import read_settings
@@ -13,6 +15,9 @@ from dr2dist.launching.launcher import LocalLauncher, ranks_here, watched
 from dr2dist.launching.place import several
 from dr2dist.launching.supervise import Signals, supervise, with_restarts
 from dr2dist.lazily import left_out
+
+if TYPE_CHECKING:
+    from dr2dist.config import Config
 
 MODULE = "dr2dist.training.main"
 
@@ -78,7 +83,7 @@ def _run(given: argparse.Namespace, signals: Signals, ranks: int) -> int:
     with left_out("wandb"):  # timm imports it
         from dr2dist.training.datasets import check_cache
         from dr2dist.training.folder import find_start
-        from dr2dist.training.hosts import on_hosts, places_of_node
+        from dr2dist.training.hosts import on_hosts
         from dr2dist.training.plan import make_plan
 
     config = load_config(given.config, given.overrides)
@@ -98,17 +103,25 @@ def _run(given: argparse.Namespace, signals: Signals, ranks: int) -> int:
         print(f"longer        {plan.describe_longer(config, start.longer)}")
     if hosts and given.node_rank is None:
         return on_hosts(given, config, plan, hosts, signals)
-    if hosts:
-        places = places_of_node(given, config, hosts)
-        print(f"launch        {len(places)} of {ranks} rank(s) on this machine", flush=True)
-    else:
-        places = ranks_here(ranks)
-        print(f"launch        {ranks} rank(s) on this machine", flush=True)
+    return _here(given, config, hosts, ranks, signals)
+
+
+def _here(
+    given: argparse.Namespace, config: Config, hosts: Sequence[Host], ranks: int, signals: Signals
+) -> int:
+    """Starts the ranks of this machine. hosts: of all, where it is one of several."""
+    from dr2dist.training.hosts import places_of_node
+
+    own = hosts[given.node_rank].slots if hosts else ranks
+    print(
+        f"launch        {f'{own} of ' if hosts else ''}{ranks} rank(s) on this machine", flush=True
+    )
     if given.dry_run:
         return 0
     command = [sys.executable, "-m", MODULE, "--config", given.config, *given.overrides]
 
     def begin() -> int:
+        places = places_of_node(given, config, hosts) if hosts else ranks_here(ranks)
         return supervise(LocalLauncher(), command, watched(places), signals, config.train.grace)
 
     return with_restarts(begin, given.max_restarts or 0, signals)
