@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from dr2dist.config.schema import Allowed
 from dr2dist.data.index import read_index
+from dr2dist.training.facts import facts_of_program
 from tests.images import make_small_shards
 from tests.pool import Pool
 
@@ -108,3 +111,11 @@ def test_an_output_that_is_not_shared_is_refused(
     calls["folders"] = [folders[0], folders[0]]
     calls["overrides"] = [["output=shared"], ["output=shared"]]
     assert two_ranks.run("tests.host_cases:run_apart", **calls) == [None, None]
+
+
+def test_what_may_differ_is_not_compared() -> None:
+    kinds = get_args(Allowed)
+    assert facts_of_program(kinds) == {}
+    for kind in kinds:
+        left = facts_of_program([other for other in kinds if other != kind])
+        assert left and left.items() < facts_of_program(()).items()
