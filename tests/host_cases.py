@@ -15,7 +15,7 @@ from tests import cases
 def compared(facts: list[dict[str, str]]) -> str | None:
     """What is said of each rank's facts."""
     try:
-        compare(facts[dist.get_rank()])
+        compare(lambda: facts[dist.get_rank()])
     except UserError as error:
         return str(error)
     return None

@@ -278,7 +278,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _states_as_precise_as_functions(cls, values: Any) -> Any:
-        """Beside functions in bf16 states of 16 bits lose nothing (docs/evidence.md)."""
+        """Beside functions in bf16 states of 16 bits lose nothing (docs/frontier.md)."""
         if not isinstance(values, dict):
             return values
         train, said = values.get("train"), values.get("reversible") or {}

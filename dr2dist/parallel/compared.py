@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch.distributed as dist
 
@@ -14,12 +14,14 @@ SHOWN = 3
 Facts = Mapping[str, str]
 
 
-def compare(facts: Facts, hint: str = "") -> None:
+def compare(find: Callable[[], Facts], hint: str = "") -> None:
     """Raises AgreedError, on all ranks, unless all have the same facts; every rank must call it.
 
-    facts: by name, of this rank. hint: behind the message, where there is one.
+    find: this rank's, by name; not asked for where there is only one. hint: behind the message.
     """
-    host = socket.gethostname()
+    if dist.get_world_size() == 1:
+        return
+    facts, host = find(), socket.gethostname()
     first, first_host = from_first(lambda: (dict(facts), host))
     names = dict.fromkeys((*first, *facts))
     other = {name: facts.get(name) for name in names if facts.get(name) != first.get(name)}

@@ -21,7 +21,7 @@ SHOWN = 4
 _PERIOD = 0.05
 
 
-def meet(place: Place, limit: float = LIMIT) -> dist.Store:
+def meet(place: Place, limit: float) -> dist.Store:
     """Waits until every rank of the job is there; the store in which they form their group.
 
     Raises UserError, on all ranks that came, with those that did not, and if what listens at

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from dr2dist.errors import UserError
-from dr2dist.launching.launcher import free_port
 from dr2dist.launching.place import Place, own_place
 from dr2dist.parallel import adapter
 from dr2dist.parallel.meeting import LIMIT, meet, take_interface
@@ -48,8 +47,11 @@ def _form_group(
 
 
 def _place() -> Place:
-    """This process's; alone where nothing has started it as a rank."""
-    return own_place() or Place(0, 1, 0, 1, "127.0.0.1", free_port(), "alone")
+    """This process's. Raises UserError where nothing has started it as a rank."""
+    place = own_place()
+    if place is None:
+        raise UserError("this process is no rank: start it with 'dr2dist train' or a launcher")
+    return place
 
 
 def _own_gpu(gpus: int) -> int:

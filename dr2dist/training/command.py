@@ -15,11 +15,10 @@ from dr2dist.launching.launcher import LocalLauncher, ranks_here, watched
 from dr2dist.launching.place import several
 from dr2dist.launching.supervise import Signals, supervise, with_restarts
 from dr2dist.lazily import left_out
+from dr2dist.training.main import MODULE
 
 if TYPE_CHECKING:
     from dr2dist.config import Config
-
-MODULE = "dr2dist.training.main"
 
 
 def add_train_arguments(train: argparse.ArgumentParser) -> None:

@@ -8,13 +8,13 @@ import os
 import platform
 import time
 from collections.abc import Collection, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from dr2dist.config import Config
 from dr2dist.config.text import flat
+from dr2dist.launching.survey import installed
 from dr2dist.training.lock import LOCK
 from dr2dist.training.plan import Plan
 from dr2dist.version import __version__
@@ -75,11 +75,7 @@ def _read(path: Path) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"dr2dist": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found.update({name: installed(name) for name in PACKAGES})
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

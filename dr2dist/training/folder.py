@@ -17,7 +17,7 @@ from dr2dist.config.text import flat, shown_value
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import check_can_be_made
 from dr2dist.training.lock import LOCK, check_free
-from dr2dist.training.run_files import CONFIG, LOGS, METRICS, SUMMARY, read_metrics
+from dr2dist.training.run_files import CONFIG, LOGS, METRICS, SUMMARY, read_lines
 
 _FREE = (
     "output",
@@ -87,7 +87,7 @@ def find_start(config: Config, global_batch: int, steps: int, index: str) -> Sta
     old, new = (flat(each) for each in (_completed(before, config), _values(config)))
     ended = _summary(folder)
     _same_run(old, new, folder, longer=ended is not None and steps > ended["steps"])
-    read_metrics(folder / METRICS)  # which a run that goes on cuts back
+    read_lines(folder / METRICS)  # which a run that goes on cuts back
     found = tuple(reversed(written(folder)))
     damaged = _count_damaged(found, folder)
     if found:

@@ -19,9 +19,8 @@ from dr2dist.launching.place import PORT, Place
 from dr2dist.launching.remote import RemoteLauncher, forwarded
 from dr2dist.launching.supervise import Signals, supervise, with_restarts
 from dr2dist.launching.survey import describe_hosts
+from dr2dist.training.main import MODULE
 from dr2dist.training.plan import Plan
-
-MODULE = "dr2dist.training.main"
 
 
 def on_hosts(

@@ -17,6 +17,9 @@ from dr2dist.lazily import left_out
 from dr2dist.status import Status, end_after, say
 from dr2dist.training.stopping import StopRequest
 
+MODULE = "dr2dist.training.main"
+"""This one, by which a rank is started."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a configuration as one rank; without a launcher, as the only one.

@@ -20,7 +20,7 @@ from torch import Tensor
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 from dr2dist.loggers.logger import Logger
-from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_metrics
+from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ class Records:
     def _cut_back(self, step: int) -> None:
         path = self.folder / METRICS
         if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= step]
+            kept = [line for line in read_lines(path) if line["step"] <= step]
             self.write_text(path.name, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def note_start(self, **values: int) -> None:

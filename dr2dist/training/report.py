@@ -13,7 +13,7 @@ from dr2dist.arguments import path
 from dr2dist.errors import UserError
 from dr2dist.files import check_file_output
 from dr2dist.pictures import ENDINGS, plain, save_picture
-from dr2dist.training.run_files import METRICS, SUMMARY, read_metrics
+from dr2dist.training.run_files import METRICS, SUMMARY, read_lines
 
 Cell = Callable[[Mapping[str, Any]], str]
 
@@ -92,7 +92,7 @@ def read_run(folder: Path, name: str) -> Run:
     """What a folder says. Raises UserError if it is none of a run, or its run has not begun."""
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a folder of a run")
-    lines = read_metrics(folder / METRICS)
+    lines = read_lines(folder / METRICS)
     if not lines:
         raise UserError(f"{folder}: holds no {METRICS} with a step in it: no run has logged there")
     try:

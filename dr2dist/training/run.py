@@ -84,7 +84,7 @@ def _run(
     with watchdog.other("the plan", LEAST):
         with agree():
             plan = make_plan(config, ranks)
-        compare(facts_of_data(plan))
+        compare(lambda: facts_of_data(plan))
 
     def look() -> tuple[Start, dict[str, str]]:
         # Only rank 0 looks: file systems of several nodes show what is new to one before another.
@@ -97,7 +97,7 @@ def _run(
     with watchdog.other("looking at the output", LEAST):
         start, output = from_first(look)
         if start.finished is None:
-            compare(facts_of_output(folder, output))
+            compare(lambda: facts_of_output(folder, output))
     if start.finished is not None:
         log.info("%s is finished: nothing is left to do", config.output)
         return start.finished
@@ -124,10 +124,9 @@ def _run(
 
 def _compare_programs(config: Config) -> None:
     """Raises AgreedError for ranks that would not compute the same."""
-    if dist.get_world_size() > 1:
-        compare(facts_of_config(config))
-        hint = "; launch.allow names what may differ, see docs/cluster.md"
-        compare(facts_of_program(config.launch.allow), hint)
+    compare(lambda: facts_of_config(config))
+    hint = "; launch.allow names what may differ, see docs/cluster.md"
+    compare(lambda: facts_of_program(config.launch.allow), hint)
 
 
 def _train(config: Config, plan: Plan, trainer: Trainer) -> dict[str, Any]:

@@ -17,11 +17,6 @@ STARTS = "starts.jsonl"
 samples of a step, host and time."""
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, see read_lines. Each has a step."""
-    return read_lines(path)
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines with a step each, none of a file that is not there; the
     last, which may be cut off, is left out if it does not end.

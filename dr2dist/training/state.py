@@ -12,9 +12,9 @@ from typing import Any
 
 from dr2dist.arguments import path
 from dr2dist.errors import UserError
-from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_lines, read_metrics
+from dr2dist.training.lock import LOCK
+from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_lines
 
-LOCK = "run.lock"
 PERIOD = 5.0
 """Seconds between two looks of --watch."""
 _SHOWN = ("loss", "lr", "alpha", "beta", "samples_per_second", "data_wait", "peak_memory_bytes")
@@ -51,7 +51,7 @@ def state_of(folder: Path) -> dict[str, Any]:
     """
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder}: is no run's folder: it has no {CONFIG}")
-    lines = [line for line in read_metrics(folder / METRICS) if "loss" in line]
+    lines = [line for line in read_lines(folder / METRICS) if "loss" in line]
     starts, summary = read_lines(folder / STARTS), _object(folder / SUMMARY)
     lock = _object(folder / LOCK)
     last: dict[str, Any] = lines[-1] if lines else {}
