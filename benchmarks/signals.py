@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import psutil
@@ -90,8 +90,11 @@ def _pairs(case: Case) -> set[tuple[tuple[int, str], tuple[int, str]]]:
 class Bench:
     """Runs of one folder: its shards, and for each layout how a run ends that is left alone."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, run: Callable[[Sequence[str], Path], int] | None = None
+    ) -> None:
+        """run: runs a command that is left alone, what it says goes to a file; its exit status."""
+        self.folder, self._run = folder, run or run_whole
         self.shards = folder / "shards"
         if not self.shards.exists():
             make_small_shards(folder)
@@ -101,7 +104,7 @@ class Bench:
         """See Bench."""
         if layout not in self._ends:
             name = f"undisturbed-{layout}".replace(" ", "_")
-            status = subprocess.run(self._line(name, layout), **self._options(name)).returncode
+            status = self._run(self._line(name, layout), self.folder / f"{name}.txt")
             assert status == 0, (self.folder / f"{name}.txt").read_text()
             self._ends[layout] = end_of_run(self.folder / name)
         return self._ends[layout]
@@ -112,7 +115,8 @@ class Bench:
         shutil.rmtree(output, ignore_errors=True)
         line = self._line(case.name, case.layout)
         decoy = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)", *line[1:]])
-        command = subprocess.Popen(line, start_new_session=True, **self._options(case.name))
+        with (self.folder / f"{case.name}.txt").open("a") as said:
+            command = subprocess.Popen(line, start_new_session=True, **options(said))
         try:
             _wait(lambda: _reached(case.moment, output, command), command)
             ranks = _ranks(command)
@@ -126,7 +130,7 @@ class Bench:
             for process in (command, decoy):
                 process.kill()
                 process.wait()
-        again = subprocess.run(line, **self._options(case.name)).returncode
+        again = self._run(line, self.folder / f"{case.name}.txt")
         alike = again == 0 and same(end_of_run(output), wanted)
         return {
             **case._asdict(),
@@ -146,10 +150,17 @@ class Bench:
         config.write_text(text)
         return [sys.executable, "-m", "dr2dist.cli", "train", str(config), "--ranks", "2"]
 
-    def _options(self, name: str) -> dict[str, Any]:
-        out = (self.folder / f"{name}.txt").open("a")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return {"stdout": out, "stderr": subprocess.STDOUT, "env": environment}
+
+def run_whole(line: Sequence[str], output: Path) -> int:
+    """See Bench."""
+    with output.open("a") as said:
+        return subprocess.run(line, **options(said)).returncode
+
+
+def options(said: TextIO) -> dict[str, Any]:
+    """Of a process with one thread that says everything to one file."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return {"stdout": said, "stderr": subprocess.STDOUT, "env": environment}
 
 
 def expected(case: Case) -> set[int]:

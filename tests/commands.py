@@ -1,29 +1,53 @@
-"""The command line, in a process of its own and in this one."""
+"""The command line: in a new interpreter, in a forked process, and in this one."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forked import errors_of, start
+
 ROOT = Path(__file__).parent.parent
+SECONDS = 480
+"""After which a command is ended, and its test fails."""
 
 
-def dr2dist(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """How `dr2dist ARGUMENTS` ends in a folder, and what it says."""
+def new_dr2dist(
+    *arguments: str, folder: Path = ROOT, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """How `dr2dist ARGUMENTS` ends in a folder, and what it says: as a person starts it."""
     return subprocess.run(
         [sys.executable, "-m", "dr2dist.cli", *arguments],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})},
         capture_output=True,
         text=True,
-        timeout=480,
+        timeout=SECONDS,
         check=False,
     )
+
+
+def dr2dist(
+    *arguments: str, folder: Path = ROOT, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `new_dr2dist`, in processes that need not import anything (`tests.forked`)."""
+    whole = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
+    with tempfile.TemporaryDirectory() as place:
+        output = Path(place) / "output"
+        process = start(arguments, folder, whole, output)
+        process.join(SECONDS)
+        status = process.exitcode
+        process.kill()  # its ranks end with it
+        out, err = output.read_text(), errors_of(output).read_text()
+    assert status is not None, f"{arguments} has not ended in {SECONDS} s: {out}{err}"
+    return subprocess.CompletedProcess(arguments, status, out, err)
 
 
 def call(capfd: Any, *arguments: str) -> tuple[int, str, str]:

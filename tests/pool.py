@@ -22,11 +22,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
 from dr2dist.launching.launcher import free_port
-
-_context = multiprocessing.get_context("forkserver")
-# Ranks are forked from a process that has imported everything and holds no thread: an import of
-# torch, timm and DeepSpeed would take each of them seconds.
-_context.set_forkserver_preload(["tests.cases", "tests.stage_cases", "tests.lost_case"])
+from tests.forked import CONTEXT
 
 
 def wait_for(what: Callable[[], bool], name: str, seconds: float = 300) -> None:
@@ -41,7 +37,7 @@ def start_rank(
     rank: int, ranks: int, port: int, output: Path, function: Callable[..., None], *arguments: Any
 ) -> ForkServerProcess:
     """Calls a module's function in a process that is a rank; what it prints goes to a file."""
-    process = _context.Process(target=_enter, args=(rank, ranks, port, output, function, arguments))
+    process = CONTEXT.Process(target=_enter, args=(rank, ranks, port, output, function, arguments))
     process.start()
     return process
 
@@ -82,7 +78,7 @@ class Pool:
         self._pipes: list[Connection] = []
         self._processes = []
         for rank, output in enumerate(self.outputs):
-            here, there = _context.Pipe()
+            here, there = CONTEXT.Pipe()
             self._processes.append(start_rank(rank, ranks, port, output, _serve, there))
             there.close()  # so that a rank's end is noticed
             self._pipes.append(here)

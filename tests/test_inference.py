@@ -25,6 +25,7 @@ from dr2dist.data.stream import ShardDataset
 from dr2dist.inference.exported import export
 from dr2dist.inference.portable import plain
 from dr2dist.tasks.transforms import eval_transform
+from tests import commands
 from tests.commands import call
 from tests.images import FIELDS, make_small_shards, on_image, samples_of
 from tests.models import build, images
@@ -266,9 +267,7 @@ def test_an_unreadable_image_is_named_or_gets_a_row(
     assert status == 2 and "nowhere: does not exist" in err
 
 
-def test_the_readmes_way_from_a_folder_to_predictions_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
+def test_the_readmes_way_from_a_folder_to_predictions_works(tmp_path: Path) -> None:
     """Its five lines as they stand; only the model is made small and random."""
     root = Path(__file__).parent.parent
     generator = np.random.default_rng(0)
@@ -286,11 +285,9 @@ def test_the_readmes_way_from_a_folder_to_predictions_works(
     assert [line[1] for line in lines] == ["shards", "train", "export", "evaluate", "predict"]
     lines[1] += ["model.name=vit_tiny_patch16_224", "model.weights=random", "model.image_size=32"]
     lines[1] += ["train.micro_batch=4"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for line in lines:
-        status, out, err = call(capfd, *line[1:])
-        assert status == 0, out + err
+        done = commands.dr2dist(*line[1:], folder=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     assert len(rows) == 12 and {"path", "class", "p_class4"} <= rows[0].keys()
 

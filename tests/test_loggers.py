@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from dr2dist.errors import UserError
 from dr2dist.loggers.tensorboard import TensorBoard
 from dr2dist.training.plan import make_plan
 from dr2dist.training.records import Records
-from tests.commands import ROOT
+from tests.commands import dr2dist
 from tests.images import make_small_shards
 
 CONFIG = """
@@ -81,16 +79,7 @@ def train(folder: Path, *overrides: str) -> str:
         "MLFLOW_TRACKING_URI": f"file://{folder}/mlruns",
         "MLFLOW_ALLOW_FILE_STORE": "true",
     }
-    line = [sys.executable, "-m", "dr2dist.cli", "train", str(folder / "config.yaml"), *overrides]
-    done = subprocess.run(
-        line,
-        cwd=ROOT,
-        env={**os.environ, **offline, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = dr2dist("train", str(folder / "config.yaml"), *overrides, variables=offline)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

@@ -19,7 +19,7 @@ from dr2dist.config import load_config
 from dr2dist.data.index import read_index
 from dr2dist.training.plan import make_plan
 from dr2dist.training.progress import ProgressLine
-from tests.commands import ROOT, call, dr2dist
+from tests.commands import ROOT, call, new_dr2dist
 from tests.films import make_action_shards, make_film_shards
 from tests.images import make_small_shards, place_of
 from tests.pool import Pool
@@ -223,7 +223,7 @@ def test_train_starts_its_ranks_and_leaves_a_finished_run_alone(
 ) -> None:
     path = write_config(tmp_path, shards)
     line = ("train", str(path), "--ranks", "2")
-    done = dr2dist(*line, "train.steps=2")
+    done = new_dr2dist(*line, "train.steps=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "launch        2 rank(s) on this machine" in done.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2

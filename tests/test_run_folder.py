@@ -23,6 +23,7 @@ from dr2dist.data.sources import image_folder
 from dr2dist.errors import UserError
 from dr2dist.training.lock import LOCK, RunLock, check_free
 from tests.commands import ROOT, call
+from tests.forked import errors_of, start
 from tests.images import make_folder, make_small_shards
 from tests.pool import Pool, wait_for
 from tests.test_checkpoint import weights
@@ -262,22 +263,18 @@ def test_storage_that_hangs_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
     # Of two samples each: most are not open yet after a step.
     make_shards(records, classes, shards, samples_per_shard=2, val_fraction=0.3, progress=False)
     config.write_text(HANG.replace("SHARDS", str(shards)).replace("OUTPUT", str(run)))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dr2dist.cli", "train", str(config), "--ranks", "2"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    variables, output = {**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path / "said"
+    process = start(["train", str(config), "--ranks", "2"], ROOT, variables, output)
     try:
         wait_for(lambda: bool(checkpoints(run)), "a checkpoint")
         for path in (shards / "train").glob("*.tar"):
             path.unlink()
             os.mkfifo(path)  # nobody writes to it: opening it never returns
-        told = process.communicate(timeout=120)[1]
+        process.join(120)
     finally:
         process.kill()
-    assert process.returncode == 4, told
+    told = errors_of(output).read_text()
+    assert process.exitcode == 4, told
     assert "did not end within 10 s: it waits for 'file = self.index.path(shard).open(" in told
     assert "data/opened.py" in told and "the same command goes on from the last" in told
     assert "stack of the main thread" in (run / "logs" / "rank-0.log").read_text()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ from benchmarks.signals import Bench, Case, is_right, pairwise
 from dr2dist.launching.launcher import LocalLauncher
 from dr2dist.launching.supervise import combined
 from dr2dist.status import APART, Status
+from tests.commands import dr2dist
 from tests.pool import wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +33,14 @@ MORE = [
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("signals"))
+    return Bench(tmp_path_factory.mktemp("signals"), run)
+
+
+def run(line: Sequence[str], output: Path) -> int:
+    done = dr2dist(*line[line.index("train") :])
+    with output.open("a") as said:
+        said.write(done.stdout + done.stderr)
+    return done.returncode
 
 
 @pytest.mark.parametrize(
