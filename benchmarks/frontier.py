@@ -46,6 +46,7 @@ from benchmarks.evidence import (
 )
 from dr2dist.reversible.certificate import worst_drift
 
+WEIGHTS = ROOT / "demo" / "vit_small_patch14.safetensors"
 RECORDS = ROOT / "benchmarks" / "results" / "frontier.jsonl"
 LEAST_SEEDS, MOST_SEEDS, HALF_WIDTH = 5, 20, 0.02
 CHOOSING_SEED = 100
@@ -55,11 +56,16 @@ CONVENTIONAL, DEFAULT, BITS16 = "conventional", "beta 0.1", "beta 0.1, 16 bits"
 
 
 class Way(NamedTuple):
-    """The sections `reversible` and `coefficients` of a run; rate_of: whose rate it takes."""
+    """The sections `reversible` and `coefficients` of a run; rate_of: whose rate it takes.
+
+    gain: of each residual function but the first, by its layer scale at the start. 1 + beta makes
+    of the recursion a two-step method that is consistent with the pretrained network's.
+    """
 
     reversible: str
     coefficients: str
     rate_of: str | None = None
+    gain: float = 1.0
 
 
 def _constant(beta: float) -> Way:
@@ -72,6 +78,10 @@ WAYS: dict[str, Way] = {
     DEFAULT: _constant(0.1),
     BITS16: _constant(0.1)._replace(reversible=f"{EXACT}, state_bits: 16", rate_of=DEFAULT),
     **{BETAS[beta]: _constant(beta) for beta in (1 / 8, 1 / 4, 1 / 2, 1 / 16)},
+    **{
+        f"{BETAS[beta]}, gain 1 + beta": _constant(beta)._replace(gain=1 + beta)
+        for beta in (1 / 8, 1 / 4)
+    },
     "paper, exact": Way(EXACT, PAPER),
     "paper, float reversal": Way(FLOAT, PAPER),
 }
@@ -198,7 +208,7 @@ def run_all(jobs: list[Job], workers: int) -> Results:
     RECORDS.parent.mkdir(exist_ok=True)
     where = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(in_passing, overrides_of(job)): job for job in jobs}
+        futures = {pool.submit(in_passing, job): job for job in jobs}
         for future in tqdm(as_completed(futures), total=len(futures), desc=jobs[0].way):
             job, result = futures[future], future.result()
             results[job] = result
@@ -208,10 +218,26 @@ def run_all(jobs: list[Job], workers: int) -> Results:
     return results
 
 
-def in_passing(overrides: list[str]) -> dict[str, Any]:
+def in_passing(job: Job) -> dict[str, Any]:
     """`one_run` in a folder that is deleted afterwards."""
+    overrides, gain = overrides_of(job), WAYS[job.way].gain
     with tempfile.TemporaryDirectory() as folder:
+        if gain != 1:
+            weights = Path(folder) / "weights.safetensors"
+            write_gained(gain, weights)
+            overrides.append(f"model.weights={weights}")
         return one_run(overrides, Path(folder) / "run")
+
+
+def write_gained(gain: float, path: Path) -> None:
+    """The pretrained weights with a gain of all residual functions but the first."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(WEIGHTS)
+    for name, tensor in weights.items():
+        if name.endswith("gamma") and name != "blocks.0.ls1.gamma":
+            tensor *= gain
+    save_file(weights, path)
 
 
 def write_page(results: Results, arguments: argparse.Namespace) -> str:
