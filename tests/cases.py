@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -20,6 +21,7 @@ from dr2dist.parallel.deepspeed_json import deepspeed_config
 from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepError
 from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.reversible import Chain
+from dr2dist.training.checkpoint_manager import CheckpointManager
 from dr2dist.training.run import run
 from tests.models import build, shape_of
 
@@ -316,8 +318,12 @@ class BrokenOffError(Exception):
 
 
 def run_until(path: str, overrides: list[str], step: int) -> None:
-    """A run that ends in the middle of the optimiser step after `step` applied ones."""
-    original = ReversibleEngine.step
+    """A run that ends in the middle of the optimiser step after `step` applied ones, all that was
+    due before it written."""
+    original, save = ReversibleEngine.step, CheckpointManager.save
+
+    def at_once(self: CheckpointManager, *given: Any, **_: Any) -> None:
+        save(self, *given[:2])
 
     def broken(self: ReversibleEngine, work: StepBatches, *rest: Any) -> Any:
         if self.applied != step:
@@ -331,10 +337,7 @@ def run_until(path: str, overrides: list[str], step: int) -> None:
             raise BrokenOffError
         return original(self, work._replace(loss=loss), *rest)
 
-    ReversibleEngine.step = broken  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(BrokenOffError):
+        patch.setattr(ReversibleEngine, "step", broken)
+        patch.setattr(CheckpointManager, "save", at_once)
         run(load_config(path, overrides))
-    except BrokenOffError:
-        pass
-    finally:
-        ReversibleEngine.step = original  # type: ignore[method-assign]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from dr2dist.checkpoints import writing
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.config import load_config
 from dr2dist.errors import UserError
 from dr2dist.parallel.agreement import AgreedError
+from dr2dist.parallel.engine import ReversibleEngine
 from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.reversible.budget.costs import Watermark
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
@@ -63,3 +70,31 @@ def goes_on(path: str, output: str) -> str:
         return str(run(load_config(path, [f"output={output}"]))["status"])
     except UserError as error:
         return str(error)
+
+
+def run_writing(path: str, fails: bool) -> tuple[str, list[list[int]]]:
+    """A run whose checkpoints take a step to be written, where that is done behind it, or then
+    cannot be: how it ended, and for each the steps that were done when it was begun and written."""
+    original, step = writing.write_tensors, ReversibleEngine.step
+    applied, spans = [0], []
+
+    def slowly(*given: Any) -> str:
+        before, end = applied[0], time.monotonic() + 120
+        if threading.current_thread() is not threading.main_thread():
+            while applied[0] == before and time.monotonic() < end:
+                time.sleep(0.01)
+        if fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        checksum = original(*given)
+        spans.append([before, applied[0]])
+        return checksum
+
+    def counted(engine: ReversibleEngine, *given: Any) -> Any:
+        verdict = step(engine, *given)
+        applied[0] = engine.applied
+        return verdict
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "write_tensors", slowly)
+        patch.setattr(ReversibleEngine, "step", counted)
+        return goes_on(path, load_config(path, []).output), spans

@@ -49,6 +49,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """What a run logged, without what depends on the clock and the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     volatile = {"samples_per_second", "peak_memory_bytes", "data_wait", "model_flops_per_second"}
+    volatile |= {"checkpoint_pause", "data_wait_most", "data_wait_rank"}
     volatile |= {"micro_batch_seconds", "idle"}  # of each stage
     return [
         {k: v for k, v in line.items() if k.rpartition("/")[2] not in volatile} for line in lines
@@ -105,6 +106,23 @@ def test_a_killed_run_goes_on_by_the_same_command(
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "quiet", tmp_path / "broken")
     assert not list((tmp_path / "broken" / "checkpoints").glob("*.tmp"))
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(
+    tmp_path: Path, shards: Path, two_ranks: Pool
+) -> None:
+    quiet, slow, full = (write_config(tmp_path, shards, name) for name in ("one", "two", "full"))
+    two_ranks.run("tests.cases:run_config", path=str(quiet), overrides=[])
+    case = "tests.folder_cases:run_writing"
+    for how, spans in two_ranks.run(case, path=str(slow), fails=False):
+        assert how == "finished"
+        assert [after - before for before, after in spans] == [1] * (len(spans) - 1) + [0]
+        assert [before for before, _ in spans[-2:]] == [6, 8]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert os.listdir(tmp_path / "two" / "checkpoints").count("step-00000006") == 1
+    ends = [how for how, _ in two_ranks.run(case, path=str(full), fails=True)]
+    assert len(set(ends)) == 1 and "cannot be written: No space left on device" in ends[0]
+    assert metrics(tmp_path / "full")[-1]["step"] in (4, 5)
 
 
 def _command(config: Path, more: list[str]) -> ForkServerProcess:

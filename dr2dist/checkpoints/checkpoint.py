@@ -8,103 +8,29 @@ renamed, so a folder that has its name is whole.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
-import os
-import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dr2dist.checkpoints.tensors import Source, write_tensors
+from dr2dist.checkpoints.writing import FORMAT, MANIFEST, sum_of
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import sha256
-from dr2dist.parallel.agreement import agree
 
 
 class DamagedError(UserError):
     """A checkpoint that is not whole: a file of it is missing, cut, or not what was written."""
 
 
-FORMAT = 2
-"""1 had no checksum of the manifest itself."""
-MANIFEST = "checkpoint.json"
 EMA = "ema"
 """The kind of averaged weights."""
-
-
-def write_checkpoint(
-    folder: Path,
-    tensors: Mapping[str, Source],
-    shapes: Mapping[str, tuple[int, ...]],
-    state: Mapping[str, Any],
-) -> None:
-    """Writes a checkpoint; every rank must call it, with its own tensors.
-
-    tensors: by KIND/NAME/START, flat. shapes: of all parameters and buffers. state: JSON values.
-    Raises UserError, on all ranks, naming file and rank, for what one of them cannot write or see.
-    """
-    rank = dist.get_rank()
-    aside = folder.with_name(f"{folder.name}.tmp")
-    path = aside / f"rank-{rank:05d}.safetensors"
-    with agree(), _writing(aside):
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-    checksum = ""
-    with agree(), _writing(path):
-        checksum = write_tensors(path, tensors)
-    sums: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(sums, (path.name, checksum))
-    with agree(), _writing(folder):
-        if rank == 0:
-            _check_seen([aside / name for name, _ in sums])
-            values = {"format": FORMAT, **state, "shapes": shapes, "files": dict(sums)}
-            values["checksum"] = _sum_of(json.loads(json.dumps(values)))
-            (aside / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", "utf-8")
-            _to_disk(aside / MANIFEST)
-            _put(aside, folder)
-
-
-def _put(aside: Path, folder: Path) -> None:
-    """In place of one of the same step, which a run that was stopped in between has written."""
-    before = folder.with_name(f"{folder.name}.before.tmp")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        folder.rename(before)
-    aside.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def _check_seen(paths: Sequence[Path]) -> None:
-    for other, path in enumerate(paths):
-        if not path.exists():
-            raise UserError(
-                f"{path}: rank {other} has written it and rank 0 does not see it; all ranks need "
-                "the same file system"
-            )
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def read_manifest(folder: Path) -> str:
@@ -136,16 +62,11 @@ def _parsed(folder: Path, manifest: str) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"format", "step", "shapes", "files"} <= state.keys():
         raise DamagedError(f"{path}: is damaged: it says nothing of a checkpoint")
     checksum = state.pop("checksum", None)
-    if state["format"] != 1 and checksum != _sum_of(state):
+    if state["format"] != 1 and checksum != sum_of(state):
         raise DamagedError(f"{path}: its checksum differs")
     if state["format"] not in (1, FORMAT):
         raise UserError(f"{path}: format {state['format']}, allowed is 1 or {FORMAT}")
     return state
-
-
-def _sum_of(values: Mapping[str, Any]) -> str:
-    """Of a manifest, however it is laid out."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def is_finite(validation: Mapping[str, float] | None) -> bool:

@@ -114,6 +114,13 @@ def averages(values: dict[str, float]) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in own.items()}
 
 
+def most(value: float) -> tuple[float, int]:
+    """The largest of all ranks' values, and the first rank that has it; every rank must call it."""
+    found: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return max(found), found.index(max(found))
+
+
 def slowest(times: list[int]) -> list[int]:
     """Each time as the slowest rank measured it."""
     found: list[list[int]] = [[] for _ in range(dist.get_world_size())]

@@ -30,6 +30,8 @@ class Wish(IntFlag):
     NONE = 0
     SAVE = 1
     STOP = 2
+    WAIT = 4
+    """With what all ranks have to do once none of them is busy beside its steps."""
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dr2dist.checkpoints.checkpoint import (
     EMA,
-    MANIFEST,
     Checkpoint,
     DamagedError,
     checkpoint_folder,
     checkpoints,
     is_finite,
     set_aside,
-    write_checkpoint,
 )
 from dr2dist.checkpoints.tensors import Source
+from dr2dist.checkpoints.writing import MANIFEST, Writing
 from dr2dist.coefficients import Memory
 from dr2dist.errors import UserError
 from dr2dist.parallel.agreement import AgreedError, agree, from_first
@@ -73,7 +73,8 @@ class Progress:
 
 
 class CheckpointManager:
-    """The checkpoints of a run's folder: the last `keep`, and the best one.
+    """The checkpoints of a run's folder: the last `keep`, and the best one; one at a time is being
+    written.
 
     facts: what every checkpoint says of the run (model, classes, preprocessing, ...). The
     order of samples is a function of the run's seed and of how many were consumed, and all other
@@ -82,9 +83,22 @@ class CheckpointManager:
 
     def __init__(self, run: Path, keep: int, facts: Mapping[str, Any]) -> None:
         self.run, self.keep, self.facts = run, keep, facts
+        self._writing: Writing | None = None
+        self._best: int | None = None
+        self._copies: dict[str, Tensor] = {}
 
-    def save(self, engine: ReversibleEngine, progress: Progress) -> None:
-        """Writes a checkpoint after the applied step; every rank must call it."""
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes its part of a checkpoint."""
+        return self._writing is not None and self._writing.busy
+
+    def save(self, engine: ReversibleEngine, progress: Progress, behind: bool = False) -> None:
+        """Writes a checkpoint after the applied step; every rank must call it.
+
+        behind: it is written from a copy in host memory while the run goes on, and there once
+        `finish` was called, by all ranks; of that copy's tensors a run keeps the memory.
+        """
+        self.finish()
         alpha, beta = engine.coefficients
         state = {
             **self.facts,
@@ -96,14 +110,34 @@ class CheckpointManager:
             "layouts": engine.layouts(),
         }
         folder = checkpoint_folder(self.run, engine.applied)
-        write_checkpoint(folder, _tensors(engine), _shapes(engine), state)
-        if dist.get_rank() == 0:
-            self._forget(progress)
+        tensors = self._copied(_tensors(engine)) if behind else _tensors(engine)
+        self._best = None if progress.best is None else progress.best["step"]
+        self._writing = Writing(folder, tensors, _shapes(engine), state, behind)
+        if not behind:
+            self.finish()
 
-    def _forget(self, progress: Progress) -> None:
-        best = None if progress.best is None else progress.best["step"]
+    def finish(self) -> None:
+        """Ends what was begun to be written, if anything was, and forgets older ones."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.finish()
+            if dist.get_rank() == 0:
+                self._forget()
+
+    def _copied(self, tensors: Mapping[str, Source]) -> dict[str, Source]:
+        """In host memory, pinned for a GPU's copies, which all run at the same time."""
+        for name, (values, dtype) in tensors.items():
+            if name not in self._copies:
+                pinned = values.is_cuda
+                self._copies[name] = torch.empty(values.shape, dtype=dtype, pin_memory=pinned)
+            self._copies[name].copy_(values.detach(), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {name: Source(self._copies[name], dtype) for name, (_, dtype) in tensors.items()}
+
+    def _forget(self) -> None:
         for folder in checkpoints(self.run)[: -self.keep]:
-            if best is None or folder != checkpoint_folder(self.run, best):
+            if self._best is None or folder != checkpoint_folder(self.run, self._best):
                 shutil.rmtree(folder)
 
     def restore_newest(self, folders: Sequence[Path], engine: ReversibleEngine) -> Progress:

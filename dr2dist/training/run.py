@@ -101,7 +101,7 @@ def _run(
     if start.finished is not None:
         log.info("%s is finished: nothing is left to do", config.output)
         return start.finished
-    stack.enter_context(logged_to(folder / LOGS / f"rank-{rank}.log"))
+    stack.enter_context(logged_to(folder / LOGS / f"rank-{rank}.log", heartbeat.name))
     if start.cut:
         log.warning("%s: the run before left no checkpoint: it starts anew", folder)
     engine, lr_scales = _engine(config, plan)

@@ -17,7 +17,10 @@ from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_li
 
 PERIOD = 5.0
 """Seconds between two looks of --watch."""
-_SHOWN = ("loss", "lr", "alpha", "beta", "samples_per_second", "data_wait", "peak_memory_bytes")
+_SHOWN = (
+    *("loss", "lr", "alpha", "beta", "samples_per_second", "data_wait", "data_wait_most"),
+    *("data_wait_rank", "checkpoint_pause", "peak_memory_bytes"),
+)
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +47,8 @@ def run(given: argparse.Namespace) -> int:
 def state_of(folder: Path) -> dict[str, Any]:
     """Plain values: state (running, finished, interrupted, stopped, or cut for a run that has ended
     without a word), step, steps, seconds_left, starts, checkpoint, and of the last step loss, lr,
-    alpha, beta, samples_per_second, data_wait (a share of the time), peak_memory_bytes, and
+    alpha, beta, samples_per_second, data_wait (a share of rank 0's time, with data_wait_most and
+    data_wait_rank of who waits longest), checkpoint_pause (seconds), peak_memory_bytes, and
     certificate_failures of all. None where it is not known.
 
     Reads and never writes. Raises UserError for a folder that is none of a run's.
@@ -85,7 +89,7 @@ def describe(found: dict[str, Any]) -> str:
         "loss": _number(found["loss"]),
         "alpha, beta": _pair(found["alpha"], found["beta"]),
         "speed": _number(found["samples_per_second"], " samples a second"),
-        "waiting": _share(found["data_wait"]),
+        "waiting": _waiting(found),
         "memory": _mebibytes(found["peak_memory_bytes"]),
         "starts": f"{found['starts']}, {found['ranks']} rank(s) now" if found["starts"] else None,
         "checkpoint": found["checkpoint"] or "none yet",
@@ -140,8 +144,15 @@ def _pair(alpha: float | None, beta: float | None) -> str | None:
     return None if alpha is None else f"{_number(alpha)}, {_number(beta)}"
 
 
-def _share(value: float | None) -> str | None:
-    return None if value is None else f"{value:.0%} of the time for data"
+def _waiting(found: dict[str, Any]) -> str | None:
+    if found["data_wait"] is None:
+        return None
+    text = f"{found['data_wait']:.0%} of the time for data"
+    if found["data_wait_rank"]:
+        text += f", rank {found['data_wait_rank']} {found['data_wait_most']:.0%}"
+    if found["checkpoint_pause"]:
+        text += f"; {found['checkpoint_pause']:.1f} s for a checkpoint"
+    return text
 
 
 def _mebibytes(value: int | None) -> str | None:

@@ -17,7 +17,7 @@ from dr2dist.coefficients import Guard, Limits, Schedule
 from dr2dist.data.batch import Batch
 from dr2dist.data.randomness import seed_device, seeded
 from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepError
-from dr2dist.parallel.processes import averages, total
+from dr2dist.parallel.processes import averages, most, total
 from dr2dist.parallel.verdict import Kind, Verdict, Wish
 from dr2dist.reversible.certificate import worst_drift
 from dr2dist.tasks.task import Task
@@ -102,7 +102,7 @@ class Trainer:
         self.stopping = False
         """Whether all ranks end, since one was asked to."""
         self.watchdog = watchdog
-        self.asked, self._saved_at = asked, time.monotonic()
+        self.asked, self._saved_at, self._paused = asked, time.monotonic(), 0.0
         self._bad_in_row = 0
         schedule = pace.schedule
         self.guard = (
@@ -132,9 +132,11 @@ class Trainer:
                 with self.watchdog.step(self.engine.applied + 1):
                     verdict = self._step(progress)
                 self.stopping = Wish.STOP in verdict.wishes
+                if Wish.WAIT not in verdict.wishes:
+                    self._finish_checkpoint()
                 if verdict.ok or self.stopping:
-                    due = self._due(self.pace.checkpoint_every) or bool(verdict.wishes)
-                    self._look_and_save(due)
+                    wanted = bool(verdict.wishes & (Wish.SAVE | Wish.STOP))
+                    self._look_and_save(self._due(self.pace.checkpoint_every) or wanted)
 
     @property
     def _stale(self) -> bool:
@@ -157,15 +159,26 @@ class Trainer:
         better = False
         if self.val is not None and self._due(self.pace.validate_every) and not self.stopping:
             better = self._validate(self.val)
-        if better or self._stale or saving or self.stopping:
-            self._save()
+        ends = self._stale or self.stopping
+        if better or saving or ends:
+            self._save(behind=not (ends or self.engine.applied == self.pace.steps))
 
-    def _save(self) -> None:
+    def _save(self, behind: bool = False) -> None:
+        """behind: while the steps after it run."""
+        begin = time.monotonic()
         self._count_skipped()
         with self.watchdog.other(f"the checkpoint after step {self.engine.applied}"):
-            self.manager.save(self.engine, self.progress)
+            self.manager.save(self.engine, self.progress, behind)
         self._saved_at = time.monotonic()
+        self._paused += self._saved_at - begin
         self.speed.restart()
+
+    def _finish_checkpoint(self) -> None:
+        """Once all ranks have written theirs; every rank must call it."""
+        begin = time.monotonic()
+        with self.watchdog.other("the checkpoint that is being written"):
+            self.manager.finish()
+        self._paused += time.monotonic() - begin
 
     def _agree_to_stop(self) -> bool:
         """Whether any rank was asked; every rank must call it."""
@@ -180,7 +193,7 @@ class Trainer:
         if minutes is not None and self.records is not None:
             late = time.monotonic() - self._saved_at >= 60 * minutes
             wishes |= Wish.SAVE if late else Wish.NONE
-        return wishes
+        return wishes | (Wish.WAIT if self.manager.busy else Wish.NONE)
 
     def _step(self, progress: ProgressLine) -> Verdict:
         step = self.engine.applied
@@ -215,6 +228,7 @@ class Trainer:
         ranks decide alike. Raises UnprovenStepError where not, with the last good step saved."""
         kinds, most = verdict.kinds, self.pace.bad_batches
         if not kinds <= BAD or self._bad_in_row >= most:
+            self._finish_checkpoint()
             if kinds <= UNHARMED and self.engine.applied:
                 self._save()
             raise UnprovenStepError(verdict) from None
@@ -333,6 +347,8 @@ class Trainer:
         self._count_skipped()
         alpha, beta = self.engine.coefficients
         speed, memory = self.speed.read(), peak_memory()
+        longest, waiter = most(speed["data_wait"])
+        paused, self._paused = self._paused, 0.0
         held = {"remainder_bytes": self.engine.remainder_bytes, **memory}
         stages = self.engine.by_stage(held)
         by_channel = self.engine.chains[0].setting.by_channel
@@ -351,6 +367,9 @@ class Trainer:
                 certificate_failures=len(verdict.messages),
                 drift=verdict.drift,
                 skipped=self.progress.skipped,
+                checkpoint_pause=paused,
+                data_wait_most=longest,
+                data_wait_rank=waiter,
                 **near,
                 **parts,
                 **speed,
