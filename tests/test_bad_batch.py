@@ -59,7 +59,7 @@ def _go(pool: Pool, path: str, bad: str, overrides: list[str], **options: Any) -
     return str(results[0])
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [0, 3, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_skipped_batch_is_named_and_the_run_goes_on_alike(
     zero: int, shards: Path, bad: str, tmp_path: Path, two_ranks: Pool
 ) -> None:

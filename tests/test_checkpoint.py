@@ -143,7 +143,7 @@ def _sum(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-PLAIN = CONFIG.replace(",\n  drop_path: 0.1, dropout: 0.1", "").replace("steps: 8", "steps: 12")
+PLAIN = CONFIG.replace(",\n  drop_path: 0.1, dropout: 0.1", "").replace("steps: 8", "steps: 9")
 
 
 def test_another_layout_goes_on_along_the_same_curve(

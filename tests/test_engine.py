@@ -52,7 +52,7 @@ def test_slices_and_accumulation_under_sgd_give_the_same_weights(
     ("zero", "kind"),
     [
         (1, "eva-mixed-rope"),
-        (2, "vit-clip"),
+        pytest.param(2, "vit-clip", marks=pytest.mark.slow),
         (3, "relpos-shared-bias"),
         (3, "swin"),
         pytest.param(0, "swin", marks=pytest.mark.slow),

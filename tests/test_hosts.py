@@ -18,7 +18,7 @@ from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.errors import UserError
 from dr2dist.launching.hosts import Host, is_here, read_hostfile
 from dr2dist.launching.remote import forwarded
-from tests.commands import call
+from tests.commands import call, dr2dist
 from tests.images import make_small_shards
 from tests.pool import wait_for
 
@@ -129,6 +129,12 @@ def begin(place: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def here(place: Path, *arguments: str) -> None:
+    """A run of two ranks on this machine alone."""
+    done = dr2dist("train", "run.yaml", "--ranks", "2", *arguments, folder=place)
+    assert "every step proved its reversal" in done.stdout, done.stdout + done.stderr
+
+
 def whole(place: Path, *arguments: str) -> str:
     out, err = begin(place, *arguments).communicate(timeout=400)
     assert "every step proved its reversal" in out, out + err
@@ -153,7 +159,7 @@ def test_two_hosts_give_the_bits_of_one_and_no_shell_sees_a_word(place: Path) ->
     lines = (place / "ssh.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["a", "b"]
     assert not any(word in line for line in lines for word in ("HOME", "shard-", "it's", "output"))
-    whole(place, "--ranks", "2", braces, "output=here")
+    here(place, braces, "output=here")
     one, other = weights(place / "here"), weights(place / "it's $HOME; `id`")
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[name]) for name, value in one.items())
@@ -216,10 +222,8 @@ def test_what_cannot_be_meant_is_refused(
     assert not (place / "refused").exists()
 
 
-SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("TERM", "KILL", "frozen")]
-
-
-@pytest.mark.parametrize("fault", ["node", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["node", "TERM", "KILL", "frozen"])
 def test_what_ends_the_command_or_a_host_ends_all_hosts(fault: str, place: Path) -> None:
     output = place / f"ended-{fault}"
     steps = ("train.steps=100000", "checkpoint.steps=100000")
@@ -252,7 +256,7 @@ LONG = ("train.steps=12", "checkpoint.steps=3", "train.accumulate=2")
 
 @pytest.mark.slow
 def test_a_lost_rank_is_started_again_to_the_same_bits(place: Path) -> None:
-    whole(place, "--ranks", "2", *LONG, "output=quiet")
+    here(place, *LONG, "output=quiet")
     command = begin(place, "--ranks", "2", "--max-restarts", "1", *LONG, "output=restarted")
     wait_for(lambda: bool(checkpoints(place / "restarted")), "a checkpoint")
     ranks = psutil.Process(command.pid).children()
@@ -269,7 +273,7 @@ def test_a_lost_rank_is_started_again_to_the_same_bits(place: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_goes_on_without_a_host_that_is_gone_with_the_same_batch(place: Path) -> None:
-    whole(place, "--ranks", "2", *LONG, "output=all")
+    here(place, *LONG, "output=all")
     options = ("--max-restarts", "1", "--min-ranks", "1", *LONG, "output=fewer")
     command = begin(place, "--hostfile", "two", *options)
     wait_for(lambda: bool(checkpoints(place / "fewer")), "a checkpoint")

@@ -284,7 +284,7 @@ def test_the_readmes_way_from_a_folder_to_predictions_works(tmp_path: Path) -> N
     lines = [line.split() for line in block.strip().splitlines()]
     assert [line[1] for line in lines] == ["shards", "train", "export", "evaluate", "predict"]
     lines[1] += ["model.name=vit_tiny_patch16_224", "model.weights=random", "model.image_size=32"]
-    lines[1] += ["train.micro_batch=4"]
+    lines[1] += ["train.micro_batch=4", "train.epochs=2"]
     for line in lines:
         done = commands.dr2dist(*line[1:], folder=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -21,11 +21,9 @@ from tests.pool import wait_for
 
 ROOT = Path(__file__).parent.parent
 
-DEFAULT = [
-    Case("TERM", "command", "step", "ZeRO-2"),
-    Case("INT", "rank 1", "validation", "2 stages"),
-]
+DEFAULT = [Case("TERM", "command", "step", "ZeRO-2")]
 MORE = [
+    Case("INT", "rank 1", "validation", "2 stages"),
     Case("KILL", "command", "checkpoint", "ZeRO-2"),
     Case("USR1", "everyone", "step", "2 stages"),
 ]
