@@ -265,23 +265,25 @@ def write_page(results: Results, arguments: argparse.Namespace) -> str:
 
 
 def _choice(results: Results, arguments: argparse.Namespace) -> list[str]:
-    """Which constant beta the rule makes the default, of those that were run on all data."""
+    """Which constant beta the rule makes the default, of those that were run on all data, or on
+    some and do not keep to it there."""
     lines, chosen = [], None
     for beta, way in sorted(BETAS.items(), reverse=True):  # the fewest bits first
-        lower = []
+        lower: list[float] = []
         for data in arguments.data:
             runs, base = (seeds_of(results, data, w, arguments.steps) for w in (way, CONVENTIONAL))
             values = differences(runs, base, "accuracy")
             if len(values) >= LEAST_SEEDS:
                 lower.append(statistics.mean(values) - half_width(values))
-        if len(lower) < len(arguments.data):
-            lines.append(f"- {way}: not run, or not on all data")
-            continue
-        good = min(lower) > -HALF_WIDTH
-        chosen = chosen or (way if good else None)
         ends = ", ".join(f"{value:+.3f}" for value in lower)
         bits = math.ceil(-math.log2(beta))
-        lines.append(f"- {way}, {bits} bit(s): lower ends {ends}: {'yes' if good else 'no'}")
+        if lower and min(lower) <= -HALF_WIDTH:
+            lines.append(f"- {way}, {bits} bit(s): lower ends {ends}: no")
+        elif len(lower) < len(arguments.data):
+            lines.append(f"- {way}, {bits} bit(s): not run on all data")
+        else:
+            chosen = chosen or way
+            lines.append(f"- {way}, {bits} bit(s): lower ends {ends}: yes")
     rule = (
         "The default is the beta with the fewest discarded bits whose interval's lower end is "
         f"above {-HALF_WIDTH:g} on all data"
