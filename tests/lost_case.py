@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from dr2dist.parallel import heartbeat
 from dr2dist.parallel.heartbeat import Heartbeat
 
 
@@ -23,3 +26,26 @@ def exchange(fault: str, who: int) -> None:
                 if fault == "error":
                     raise ValueError("the disk is full")
                 os.kill(os.getpid(), signal.Signals[fault])
+
+
+def messages_of_looks(looks: int) -> float:
+    """What a rank asks the store each time it looks after the others, once all are there."""
+    asked = [0]
+    ask = heartbeat._Board._ask
+
+    def counted(self: Any, question: Any) -> Any:
+        asked[0] += 1
+        return ask(self, question)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heartbeat._Board, "_ask", counted)
+        patch.setattr(heartbeat, "PERIOD", 1000.0)  # none but those that are counted
+        with Heartbeat() as watch:
+            watch._look(1)
+            dist.barrier()
+            before = asked[0]
+            for count in range(looks):
+                assert watch._look(count + 2) is None
+            found = (asked[0] - before) / looks
+            dist.barrier()
+    return found

@@ -166,6 +166,36 @@ def test_another_layout_goes_on_along_the_same_curve(
                     assert line[key] == pytest.approx(wanted[key], rel=1e-4), (name, line)
 
 
+@pytest.mark.slow
+def test_one_run_goes_through_ranks_zero_and_stages_along_the_same_curve(
+    tmp_path: Path, shards: Path, two_ranks: Pool, three_ranks: Pool, four_ranks: Pool
+) -> None:
+    text = PLAIN.replace("name: adamw, lr: 1.0e-4", "name: sgd, lr: 1.0e-2")
+    life = [
+        (four_ranks, "{zero: 2}", 3),
+        (two_ranks, "{zero: 3}", 6),
+        (three_ranks, "{zero: 1}", 4),
+        (four_ranks, "{zero: 0, stages: 2}", 6),
+        (two_ranks, "{zero: 2}", 6),
+    ]
+    quiet, moved = (write_config(tmp_path, shards, name, text) for name in ("quiet", "moved"))
+    lasts = ["train.micro_batch=6", "parallel={zero: 2}"]
+    two_ranks.run("tests.cases:run_config", path=str(quiet), overrides=lasts)
+    for number, (pool, parallel, batch) in enumerate(life):
+        more = [f"train.micro_batch={batch}", f"parallel={parallel}", "checkpoint.steps=1"]
+        last = number == len(life) - 1
+        steps = {} if last else {"step": 2 * number + 2}
+        case = "tests.cases:run_config" if last else "tests.cases:run_until"
+        pool.run(case, path=str(moved), overrides=more, **steps)
+    found, wanted = (
+        {line["step"]: line["loss"] for line in metrics(tmp_path / name) if "loss" in line}
+        for name in ("moved", "quiet")
+    )
+    assert found.keys() == wanted.keys() and len(wanted) == 9
+    for step, loss in wanted.items():
+        assert found[step] == pytest.approx(loss, rel=1e-5), step
+
+
 def test_what_cannot_be_gone_on_with_is_refused(
     tmp_path: Path, shards: Path, one_rank: Pool
 ) -> None:

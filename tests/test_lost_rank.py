@@ -61,6 +61,13 @@ def test_ranks_end_and_name_the_one_that_is_lost(
     assert f"dr2dist: rank {other}: {message}" in outputs[other].read_text()
 
 
+def test_three_messages_keep_a_rank_in_sight_however_many_there_are(
+    two_ranks: Pool, four_ranks: Pool
+) -> None:
+    for pool, ranks in ((two_ranks, 2), (four_ranks, 4)):
+        assert pool.run("tests.lost_case:messages_of_looks", looks=5) == [3.0] * ranks
+
+
 @pytest.mark.slow
 def test_a_run_whose_stage_is_killed_names_it_and_goes_on(
     tmp_path: Path, three_ranks: Pool
@@ -75,11 +82,8 @@ def test_a_run_whose_stage_is_killed_names_it_and_goes_on(
         run = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:
             wait_for(lambda: any(output.glob("checkpoints/step-*/checkpoint.json")), str(output))
-            stage = next(
-                process
-                for process in psutil.Process(run.pid).children(recursive=True)
-                if "--local_rank=1" in process.cmdline()
-            )
+            ranks = psutil.Process(run.pid).children()
+            stage = next(each for each in ranks if each.environ()["RANK"] == "1")
             others = psutil.Process(run.pid).children(recursive=True)
             stage.send_signal(signal.SIGKILL)
             status = run.wait(timeout=LIMIT)

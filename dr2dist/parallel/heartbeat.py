@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -54,6 +54,7 @@ class Heartbeat:
         self._board = _Board(self.rank, self._silence)
         self._board.set(f"host/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
         self._board.set(f"alive/{self.rank}", "0")
+        self._board.set_first(_LOST, "")
         self._heard: dict[int, tuple[str, float]] = {}
         self._looked = time.monotonic()
         self._here: dict[int, int] = {}
@@ -99,16 +100,17 @@ class Heartbeat:
         """Tells that this rank lives; what is known of one that does not."""
         try:
             self._board.set(f"alive/{self.rank}", str(count))
-            if told := self._board.get(_LOST):
+            others = range(1, self.ranks) if self.rank == 0 else (0,)
+            told, *counts = self._board.get_all([_LOST, *map("alive/{}".format, others)])
+            if told:
                 return told
             for rank, process in self._neighbours().items():
                 if not _lives(process):
                     return self._lost(rank, "its process has ended")
             if self._was_stopped():
                 self._heard.clear()
-            others = range(1, self.ranks) if self.rank == 0 else (0,)
-            for rank in others:
-                if self._silent(rank):
+            for rank, count_of_rank in zip(others, counts, strict=True):
+                if self._silent(rank, count_of_rank):
                     return self._lost(rank, f"no sign of life for {self._silence:.0f} s")
         except GoneError:
             return self._lost(0, "the store of the process group does not answer")
@@ -119,9 +121,9 @@ class Heartbeat:
         before, self._looked = self._looked, time.monotonic()
         return self._looked - before > 3 * PERIOD
 
-    def _silent(self, rank: int) -> bool:
+    def _silent(self, rank: int, count: str | None) -> bool:
         """Whether a rank that was heard once is heard no more."""
-        count, now = self._board.get(f"alive/{rank}"), time.monotonic()
+        now = time.monotonic()
         if count is None:
             return False
         known, since = self._heard.get(rank, (None, now))
@@ -187,6 +189,12 @@ class _Board:
             lambda: self._store.get(key).decode() if self._store.check([key]) else None
         )
         return found
+
+    def get_all(self, keys: Sequence[str]) -> list[str | None]:
+        """The same of several, in two messages however many they are, once all have been set."""
+        if not self._ask(lambda: self._store.check(list(keys))):
+            return [self.get(key) for key in keys]
+        return [value.decode() for value in self._ask(lambda: self._store.multi_get(list(keys)))]
 
     def set(self, key: str, value: str) -> None:
         """For all to read."""
