@@ -231,10 +231,15 @@ class Bench:
         while not any((output / "checkpoints").glob("step-*/checkpoint.json")):
             assert command.poll() is None and time.monotonic() < end, "no checkpoint came"
             time.sleep(0.005)
-        ranks = [each for each in _processes() if str(each.environ().get("RANK", "")).isdecimal()]
-        ranks = [each for each in ranks if RANK in each.cmdline() and _is_leader(each)]
-        ranks.sort(key=lambda each: int(each.environ()["RANK"]))
+        ranks = ranks_of()
         return Run(command, ranks, [each.parent() for each in ranks], output, self.nodes)  # type: ignore[misc]
+
+
+def ranks_of() -> list[psutil.Process]:
+    """The ranks of the run that there is, by number."""
+    found = [each for each in _processes() if str(each.environ().get("RANK", "")).isdecimal()]
+    leaders = [each for each in found if _is_leader(each)]
+    return sorted(leaders, key=lambda each: int(each.environ()["RANK"]))
 
 
 def _processes() -> Iterator[psutil.Process]:

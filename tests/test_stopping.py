@@ -8,13 +8,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from benchmarks.signals import Bench, Case, is_right, pairwise
+from dr2dist.errors import UserError
+from dr2dist.launching import supervise
 from dr2dist.launching.launcher import LocalLauncher
-from dr2dist.launching.supervise import combined
+from dr2dist.launching.supervise import Signals, combined, with_restarts
 from dr2dist.status import APART, Status
 from tests.commands import dr2dist
 from tests.pool import wait_for
@@ -53,6 +56,38 @@ def test_a_run_that_is_hit_goes_on_to_the_same_bits(case: Case, bench: Bench) ->
     assert "Traceback" not in text
     told = [line for line in text.splitlines() if line.startswith("dr2dist: ")]
     assert len(told) == (1 if found["status"] == Status.STOPPED else len(told)), text
+
+
+def test_a_run_is_started_again_until_it_has_ended_or_cannot_begin(
+    monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(supervise, "FIRST_WAIT", 0.01)
+
+    def ends(*outcomes: int | str, most: int = 9) -> int:
+        rest = iter(outcomes)
+
+        def start() -> int:
+            outcome = next(rest)
+            if isinstance(outcome, str):
+                raise UserError(outcome)
+            return outcome
+
+        with Signals() as signals:
+            return with_restarts(start, most, signals)
+
+    lost, wrong = Status.LOST, Status.USER_ERROR
+    assert ends(lost, "no route to b", wrong, lost, 0) == 0
+    waits = [
+        line.split(", in ")[1] for line in capfd.readouterr().err.splitlines() if "start" in line
+    ]
+    assert waits == ["0.01 s", "0.02 s", "0.04 s", "0.08 s"]
+    assert ends(wrong) == wrong and ends(Status.STOPPED) == Status.STOPPED
+    assert ends(lost, lost, most=1) == lost and ends(lost, most=0) == lost
+    with pytest.raises(UserError, match="no such file"):
+        ends("no such file")
+    monkeypatch.setattr(supervise, "STEADY", 0.0)
+    assert ends(lost, lost, 0) == 0
+    assert capfd.readouterr().err.count("in 0.01 s") == 3
 
 
 @pytest.mark.slow

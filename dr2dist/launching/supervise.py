@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
+from dr2dist.errors import UserError
 from dr2dist.launching.launcher import Launcher
 from dr2dist.status import APART, STOP_SIGNALS, Status, handled, say
 
@@ -17,6 +18,8 @@ PATIENCE = 28.0
 they take to find a silent one, all have ended within a minute."""
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0
 """Seconds before the first restart, and at most before one."""
+STEADY = 60.0
+"""Seconds after which a start has not failed as such."""
 MARGIN = 10.0
 """Seconds beyond `train.grace` after which a rank that was asked to stop is ended."""
 
@@ -86,21 +89,35 @@ def supervise(
 def with_restarts(start: Callable[[], int], most: int, signals: Signals) -> int:
     """Starts a run, and again, at most so many times, whenever a rank is lost; its exit status.
 
-    Before each start ranks wait, FIRST_WAIT seconds at first and twice as long each time: what has
-    ended one may need a while to come back. A signal ends the waiting.
+    Before each start ranks wait, FIRST_WAIT seconds, and twice as long where the start before has
+    not lasted for STEADY: what has ended one may need a while to come back. So may a host that
+    does not answer when the run is started again: what the first start has not refused counts as
+    lost then. A signal ends the waiting. Raises UserError for what the first start finds.
     """
-    for again in range(most):
-        status = start()
-        if status != Status.LOST or signals.caught:
+    again, wait = 0, 0.0
+    while True:
+        begin = time.monotonic()
+        status = _once_more(start) if again else start()
+        lost = (Status.LOST, Status.USER_ERROR) if again else (Status.LOST,)
+        if status not in lost or signals.caught or again == most:
             return status
-        wait = min(LONGEST_WAIT, FIRST_WAIT * 2**again)
-        say(f"dr2dist: start {again + 1} of at most {most} more, in {wait:g} s")
+        again += 1
+        lasted = time.monotonic() - begin > STEADY
+        wait = FIRST_WAIT if lasted or not wait else min(LONGEST_WAIT, 2 * wait)
+        say(f"dr2dist: start {again} of at most {most} more, in {wait:g} s")
         end = time.monotonic() + wait
         while time.monotonic() < end and not signals.caught:
             time.sleep(PERIOD)
         if signals.caught:
             return Status.STOPPED
-    return start()
+
+
+def _once_more(start: Callable[[], int]) -> int:
+    try:
+        return start()
+    except UserError as error:
+        say(f"dr2dist: {error}")
+        return Status.LOST
 
 
 def _wait(launcher: Launcher, signals: Signals, grace: float) -> list[int | None]:
