@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:
         given.overrides += more
+    given.arguments = list(sys.argv[1:] if arguments is None else arguments)
     command: Callable[[argparse.Namespace], int] = given.command
     try:
         status = command(given)
@@ -115,6 +116,12 @@ def _add_plugin(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_ranks(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ranks", type=positive, help="processes of this machine that share the samples; default 1"
+    )
+
+
 def _import(plugins: Sequence[str]) -> None:
     from dr2dist.config import import_plugins
 
@@ -185,27 +192,35 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate.add_argument(
         "--skip-unreadable", action="store_true", help="leave such samples out, and count them"
     )
+    _add_ranks(evaluate)
     _add_plugin(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
 
 def _evaluate(given: argparse.Namespace) -> int:
-    from dr2dist.inference.evaluate import draw, evaluate
+    from dr2dist.inference.ranks import as_rank, start_ranks, to_start
 
     if given.output is not None:
         if given.output.suffix == ".png":
             raise UserError(f"--output: {given.output} is the report; its picture gets .png")
         check_file_output(given.output)
         check_file_output(given.output.with_suffix(".png"))
+    if to_start(given.ranks):
+        return start_ranks(given.arguments, given.ranks)
+    from dr2dist.inference.evaluate import draw, evaluate
+
     _import(given.plugin)
-    report = evaluate(
-        given.model,
-        given.shards,
-        batch=given.batch,
-        workers=given.workers,
-        skip_unreadable=given.skip_unreadable,
-        cache=given.cache,
-    )
+    with as_rank() as rank:
+        report = evaluate(
+            given.model,
+            given.shards,
+            batch=given.batch,
+            workers=given.workers,
+            skip_unreadable=given.skip_unreadable,
+            cache=given.cache,
+        )
+    if rank:
+        return 0
     for line in _report_lines(report):
         print(line)
     if given.output is not None:
@@ -247,24 +262,31 @@ def _add_predict(commands: Commands) -> None:
     predict.add_argument(
         "--skip-unreadable", action="store_true", help="give such a sample a row with its error"
     )
+    _add_ranks(predict)
     _add_plugin(predict)
     predict.set_defaults(command=_predict)
 
 
 def _predict(given: argparse.Namespace) -> int:
     from dr2dist.inference.predict import check_output, predict, write_rows
+    from dr2dist.inference.ranks import as_rank, start_ranks, to_start
 
     check_output(given.output)
     picture = given.output.with_suffix(".png")
     check_file_output(picture)
+    if to_start(given.ranks):
+        return start_ranks(given.arguments, given.ranks)
     _import(given.plugin)
-    rows = predict(
-        given.model,
-        given.files,
-        batch=given.batch,
-        skip_unreadable=given.skip_unreadable,
-        picture=picture,
-    )
+    with as_rank() as rank:
+        rows = predict(
+            given.model,
+            given.files,
+            batch=given.batch,
+            skip_unreadable=given.skip_unreadable,
+            picture=picture,
+        )
+    if rank:
+        return 0
     write_rows(rows, given.output)
     unreadable = sum("error" in row for row in rows)
     print(f"{given.output}: {len(rows)} samples, {unreadable} of them unreadable")

@@ -13,7 +13,7 @@ from torch import Tensor
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.inference.evaluate import evaluate
 from dr2dist.inference.predict import predict
-from tests.commands import call
+from tests.commands import call, dr2dist
 from tests.films import make_action_shards
 from tests.pool import Pool
 
@@ -80,6 +80,12 @@ def test_an_exported_file_finds_what_the_run_found(
     assert set(found["class_map"]) == {"kind 0", "kind 1"}
     one = evaluate(exported, made / "val", batch=1, progress=False)
     assert one["loss"] == pytest.approx(found["loss"], rel=1e-5)
+    shared = str(tmp_path / "shared.json")
+    line = ("evaluate", str(exported), str(made / "val"), "--ranks", "2", "--output", shared)
+    assert dr2dist(*line).returncode == 0
+    several = json.loads(Path(shared).read_text())
+    assert several["samples"] == 4 and several["class_map"] == pytest.approx(found["class_map"])
+    assert several["loss"] == pytest.approx(found["loss"], rel=1e-5)
     film = str(made.parent / "film_3.mp4")
     line = ("predict", str(exported), film, "--output", str(tmp_path / "found"))
     for ending in (".csv", ".json"):

@@ -182,7 +182,7 @@ def test_a_frame_rate_without_frames_is_refused(tmp_path: Path, capfd: Any) -> N
     [
         (b"PK nothing", "is no readable archive"),
         (_archive({}), "has no images"),
-        (_archive({"a.png": b"none"}), "a.png: cannot identify"),
+        (_archive({"a.png": b"none"}), "a.png: is no image"),
         (_archive({"a.txt": b"none"}), "has no images"),
         (_archive({"a.png": _picture(8), "b.png": _picture(9)}), "frames of different sizes"),
     ],

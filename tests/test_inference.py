@@ -99,6 +99,35 @@ def test_evaluate_gives_the_runs_own_validation(
         assert report.with_suffix(".png").stat().st_size > 1000
 
 
+def test_several_ranks_measure_and_predict_as_one(
+    exported: Path, shards: Path, tmp_path: Path
+) -> None:
+    photos, reports, tables = shards.parent / "images", [], []
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    for ranks in ("1", "3"):
+        report, table = tmp_path / f"{ranks}.json", tmp_path / f"{ranks}.csv"
+        line = ("evaluate", str(exported), str(shards / "val"), "--ranks", ranks, "--batch", "5")
+        done = commands.dr2dist(*line, "--output", str(report))
+        assert done.returncode == 0 and done.stdout.count("loss  ") == 1, done.stderr
+        reports.append(json.loads(report.read_text()))
+        line = ("predict", str(exported), str(photos), str(broken), f"--ranks={ranks}")
+        skipping = ("--output", str(table), "--batch=4", "--skip-unreadable")
+        done = commands.dr2dist(*line, *skipping)
+        assert done.returncode == 0 and "1 of them unreadable" in done.stdout, done.stderr
+        tables.append(table.read_text())
+    assert tables[0] == tables[1]
+    assert reports[0].pop("loss") == pytest.approx(reports[1].pop("loss"), rel=1e-6)
+    assert reports[0] == reports[1] and reports[0]["samples"] == 18
+    done = commands.dr2dist(*line[:-1], "--ranks=3", "--output", str(tmp_path / "none.csv"))
+    told = [text for text in done.stderr.splitlines() if "dr2dist:" in text]
+    assert done.returncode == 2 and len(told) == 1 and f"{broken}: cannot be read" in told[0]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    done = commands.dr2dist(*line, "--output", str(tmp_path / "none.csv"), variables=place)
+    assert done.returncode == 2 and "this process is one of 2 ranks already" in done.stderr
+    assert not (tmp_path / "none.csv").exists()
+
+
 def test_evaluation_of_shards_that_are_elsewhere_is_that_of_these(
     exported: Path, shards: Path, tmp_path: Path, capfd: Any
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dr2dist.errors import one_line
 
@@ -43,6 +43,8 @@ def open_image(source: Path | BinaryIO) -> Image.Image:
             with Image.open(source) as image:
                 image.load()
                 return _over_range(image)
+    except UnidentifiedImageError:  # whose text has an address in memory
+        raise ValueError("is no image of a type that Pillow knows") from None
     except Exception as error:  # Pillow's readers raise anything on damaged files
         raise ValueError(one_line(str(error) or type(error).__name__)) from None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 from tqdm import tqdm
 
 from dr2dist.config.task import DEFAULT_TASK
@@ -17,6 +17,7 @@ from dr2dist.data.positions import validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import ready
+from dr2dist.inference.ranks import own_part, together
 from dr2dist.pictures import save_picture
 from dr2dist.tasks.metrics import add_loss
 from dr2dist.tasks.registry import task_of
@@ -41,7 +42,8 @@ def evaluate(
     cache_limit: int = CACHE_LIMIT,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The report of an exported file on all samples of the shards, each counted once.
+    """The report of an exported file on all samples of the shards, each counted once; in a process
+    group every rank must call it, measures a part, and returns the whole.
 
     path: a file of `export` or `save`; it runs in fp32, on a GPU if there is one. shards: a folder,
     a brace pattern, an index, or a URL of one. batch: samples at a time. workers: loader processes.
@@ -54,12 +56,13 @@ def evaluate(
     task reports, all values of JSON. Raises UserError if the shards are not what the task learns,
     or a sample cannot be read.
     """
-    (net, task, facts), device = ready(path)
     unreadable: Literal["fail", "drop"] = "drop" if skip_unreadable else "fail"
-    wanted = Fields(task.fields, facts.fields if fields is None else fields)
-    kept = None if cache is None else Cache(Path(cache), cache_limit)
-    dataset = ShardDataset(shards, wanted, task.transform(), unreadable=unreadable, cache=kept)
-    task.check_index(dataset.index, str(shards))
+    with together():
+        (net, task, facts), device = ready(path)
+        wanted = Fields(task.fields, facts.fields if fields is None else fields)
+        kept = None if cache is None else Cache(Path(cache), cache_limit)
+        dataset = ShardDataset(shards, wanted, task.transform(), unreadable=unreadable, cache=kept)
+        task.check_index(dataset.index, str(shards))
     return {"task": task.name, **_measure(net, task, dataset, device, batch, workers, progress)}
 
 
@@ -73,24 +76,26 @@ def _measure(
     progress: bool,
 ) -> dict[str, Any]:
     metrics, loss = task.report(device), MeanMetric().to(device)
-    samples = skipped = 0
-    batches = validation_batches(len(dataset), batch=batch, rank=0, ranks=1)
+    samples, skipped = SumMetric().to(device), SumMetric().to(device)
+    rank, ranks = own_part()
+    batches = validation_batches(len(dataset), batch=batch, rank=rank, ranks=ranks)
     items = [[(0, index) for index in part] for part in batches]
     stream = loader(dataset, items, workers, task.collate)
-    with torch.inference_mode():
-        for found in tqdm(stream, total=len(items), disable=not progress):
-            skipped += found.skipped
+    with torch.inference_mode(), together():
+        for found in tqdm(stream, total=len(items), disable=not progress or rank > 0):
+            samples.update(found.count)
+            skipped.update(found.skipped)
             if not found.count:
                 continue
-            samples += found.count
             here = found.to(device)
             output = net(here.inputs)
             metrics.update(task.predictions(output, here), here)
             add_loss(loss, task, output, here)
-    if not samples:
-        raise UserError(f"{dataset.index.base}: no sample can be read")
-    mean = float(loss.compute())
-    return {"samples": samples, "skipped": skipped, "loss": mean, **metrics.compute()}
+    counts = {"samples": int(samples.compute()), "skipped": int(skipped.compute())}
+    with together():
+        if not counts["samples"]:
+            raise UserError(f"{dataset.index.base}: no sample can be read")
+    return {**counts, "loss": float(loss.compute()), **metrics.compute()}
 
 
 def draw(report: dict[str, Any], path: str | Path) -> bool:

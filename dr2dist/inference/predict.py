@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from dr2dist.data.batch import Batch
@@ -17,6 +18,7 @@ from dr2dist.data.listing import list_files, shown
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write, check_file_output
 from dr2dist.inference.exported import ready
+from dr2dist.inference.ranks import own_part, together
 from dr2dist.pictures import save_picture
 from dr2dist.tasks.task import Row, Task
 
@@ -77,7 +79,8 @@ def predict(
     picture: str | Path | None = None,
     progress: bool = True,
 ) -> list[Row]:
-    """A row for each sample in files and folders, in the order given, and of names in a folder.
+    """A row for each sample in files and folders, in the order given, and of names in a folder; in
+    a process group every rank must call it, predicts a part, and returns all.
 
     path: a file of `export` or `save`; it runs in fp32, on a GPU if there is one. paths: files of
     samples, and folders of them. Where the task has one input each file is a sample, otherwise
@@ -89,24 +92,43 @@ def predict(
     lacks an input, and one that cannot be read; with skip_unreadable the last one's row holds the
     error.
     """
-    (net, task, facts), device = ready(path)
-    fields = Fields(task.fields, facts.fields).only(task.inputs)
-    sources = find_sources(paths, fields)
-    transform, rows = task.transform(), list[Row]()
-    with tqdm(total=len(sources), unit="sample", disable=not progress) as bar:
-        for start in range(0, len(sources), batch):
+    with together():
+        (net, task, facts), device = ready(path)
+        fields = Fields(task.fields, facts.fields).only(task.inputs)
+        sources = find_sources(paths, fields)
+    rank, ranks = own_part()
+    own = range(rank * batch, len(sources), ranks * batch)
+    transform, found = task.transform(), dict[int, list[Row]]()
+    with (
+        tqdm(total=len(sources), unit="sample", disable=not progress or rank > 0) as bar,
+        together(),
+    ):
+        for start in own:
             part = sources[start : start + batch]
             read = [_read(source, fields, transform, skip_unreadable) for source in part]
             fine = [values for values in read if isinstance(values, dict)]
             said = iter(_said(net, task, fine, device) if fine else ())
-            for source, value in zip(part, read, strict=True):
-                row = {"error": value} if isinstance(value, str) else next(said)
-                rows.append({"path": str(source[0]), **row})
-            bar.update(len(part))
-    figure = None if picture is None else task.draw_rows(rows)
+            found[start] = [
+                {"path": str(source[0])}
+                | ({"error": value} if isinstance(value, str) else next(said))
+                for source, value in zip(part, read, strict=True)
+            ]
+            bar.update(min(ranks * batch, len(sources) - start))
+    rows = _whole(found, ranks)
+    figure = None if picture is None or rank else task.draw_rows(rows)
     if picture is not None and figure is not None:
         save_picture(figure, picture)
     return rows
+
+
+def _whole(found: dict[int, list[Row]], ranks: int) -> list[Row]:
+    """The rows of all ranks, by the numbers of their first samples."""
+    everywhere: list[dict[int, list[Row]]] = [found]
+    if ranks > 1:
+        everywhere = [{} for _ in range(ranks)]
+        dist.all_gather_object(everywhere, found)
+    parts = {start: rows for each in everywhere for start, rows in each.items()}
+    return [row for start in sorted(parts) for row in parts[start]]
 
 
 @torch.inference_mode()
