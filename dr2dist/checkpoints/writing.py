@@ -45,7 +45,8 @@ class Writing:
         behind: bool = False,
     ) -> None:
         self._folder, self._tensors = folder, tensors
-        self._said = {"format": FORMAT, **state, "shapes": shapes}
+        # As it is now: parts of it belong to the run, which goes on.
+        self._said = json.loads(json.dumps({"format": FORMAT, **state, "shapes": shapes}))
         self._aside = folder.with_name(f"{folder.name}.tmp")
         self._path = self._aside / f"rank-{dist.get_rank():05d}.safetensors"
         self._checksum = ""
@@ -85,7 +86,7 @@ class Writing:
             if dist.get_rank() == 0:
                 _check_seen([self._aside / name for name, _ in sums])
                 values = {**self._said, "files": dict(sums)}
-                values["checksum"] = sum_of(json.loads(json.dumps(values)))
+                values["checksum"] = sum_of(values)
                 (self._aside / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", "utf-8")
                 _to_disk(self._aside / MANIFEST)
                 _put(self._aside, self._folder)
