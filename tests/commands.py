@@ -1,10 +1,12 @@
-"""The command line: in a new interpreter, in a forked process, and in this one."""
+"""The command line, in a forked process and in this one.
+
+In new interpreters, as a person starts it, it is in the tests of signals, hosts and starters.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,25 +21,10 @@ SECONDS = 480
 """After which a command is ended, and its test fails."""
 
 
-def new_dr2dist(
-    *arguments: str, folder: Path = ROOT, variables: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """How `dr2dist ARGUMENTS` ends in a folder, and what it says: as a person starts it."""
-    return subprocess.run(
-        [sys.executable, "-m", "dr2dist.cli", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-
-
 def dr2dist(
     *arguments: str, folder: Path = ROOT, variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """As `new_dr2dist`, in processes that need not import anything (`tests.forked`)."""
+    """How `dr2dist ARGUMENTS` ends in a folder, and what it says (`tests.forked`)."""
     whole = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "output"

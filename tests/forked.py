@@ -2,7 +2,7 @@
 
 Torch, timm and DeepSpeed take a command and each of its ranks some fifteen seconds of a processor
 to import. What is forked is started, ended and waited for as any other process; what it shares with
-the tests are modules alone. Tests of how processes start have new interpreters (`tests.commands`).
+the tests are modules alone.
 """
 
 from __future__ import annotations

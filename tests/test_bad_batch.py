@@ -14,6 +14,7 @@ from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.data.index import read_index
 from tests.images import make_small_shards, place_of, samples_of
 from tests.pool import Pool
+from tests.runs import masters, records
 
 CONFIG = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 2}}
@@ -46,12 +47,6 @@ def _write(folder: Path, shards: Path, zero: int = 2) -> str:
     return str(folder / "config.yaml")
 
 
-def _weights(run: Path) -> dict[str, Any]:
-    saved = Checkpoint(checkpoints(run)[-1])
-    assert saved.state["step"] == 9
-    return {name: saved.tensor("master", name) for name in saved.names("master")}
-
-
 def _go(pool: Pool, path: str, bad: str, overrides: list[str], **options: Any) -> str:
     """How a run ends, on all ranks alike."""
     results = pool.run("tests.bad_cases:run", path=path, overrides=overrides, bad=[bad], **options)
@@ -59,7 +54,7 @@ def _go(pool: Pool, path: str, bad: str, overrides: list[str], **options: Any) -
     return str(results[0])
 
 
-@pytest.mark.parametrize("zero", [0, 3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zero", [3, *(pytest.param(z, marks=pytest.mark.slow) for z in (0, 2))])
 def test_a_skipped_batch_is_named_and_the_run_goes_on_alike(
     zero: int, shards: Path, bad: str, tmp_path: Path, two_ranks: Pool
 ) -> None:
@@ -75,9 +70,8 @@ def test_a_skipped_batch_is_named_and_the_run_goes_on_alike(
             step = json.loads((tmp_path / name / "run" / "summary.json").read_text())["steps"]
             assert Checkpoint(checkpoints(tmp_path / name / "run")[-1]).state["step"] == step > 0
         assert int(go([SKIP])) >= 2
-        found[name] = _weights(tmp_path / name / "run")
-    lines = (tmp_path / "whole" / "run" / "metrics.jsonl").read_text().splitlines()
-    told = [line for line in map(json.loads, lines) if "bad_batch" in line]
+        found[name] = masters(tmp_path / name / "run")
+    told = [line for line in records(tmp_path / "whole" / "run") if "bad_batch" in line]
     assert told and all(bad in line["bad_batch"] for line in told)
     for name in ("cut", "stopped"):
         for key, value in found["whole"].items():
@@ -90,5 +84,4 @@ def test_too_many_in_a_row_stop_the_run(shards: Path, tmp_path: Path, two_ranks:
     overrides = [SKIP, "train.bad_batches=3"]
     results = two_ranks.run("tests.bad_cases:run", path=path, overrides=overrides, bad=everything)
     assert all("is not finite" in told for told in results)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [x["bad_batches"] for x in map(json.loads, lines) if "bad_batches" in x] == [1, 2, 3]
+    assert [x["bad_batches"] for x in records(tmp_path / "run") if "bad_batches" in x] == [1, 2, 3]

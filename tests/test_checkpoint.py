@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.errors import UserError
@@ -20,6 +19,7 @@ from tests.forked import start
 from tests.images import make_small_shards
 from tests.manifests import change
 from tests.pool import Pool, wait_for
+from tests.runs import assert_same_run, metrics
 
 CONFIG = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 4},
@@ -45,31 +45,7 @@ def write_config(tmp_path: Path, shards: Path, name: str = "run", text: str = CO
     return path
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """What a run logged, without what depends on the clock and the machine."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    volatile = {"samples_per_second", "peak_memory_bytes", "data_wait", "model_flops_per_second"}
-    volatile |= {"checkpoint_pause", "data_wait_most", "data_wait_rank"}
-    volatile |= {"micro_batch_seconds", "idle"}  # of each stage
-    return [
-        {k: v for k, v in line.items() if k.rpartition("/")[2] not in volatile} for line in lines
-    ]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    saved = Checkpoint(checkpoints(run)[-1])
-    return {name: saved.tensor("master", name) for name in saved.names("master")}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert metrics(one) == metrics(other)
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys() and len(ours) > 50
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
-
-
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [1, 3, *(pytest.param(z, marks=pytest.mark.slow) for z in (0, 2))])
 def test_a_run_that_breaks_off_anywhere_goes_on_to_the_same_bits(
     zero: int, tmp_path: Path, shards: Path, two_ranks: Pool
 ) -> None:

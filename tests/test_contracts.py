@@ -14,11 +14,11 @@ from torch import Tensor
 
 import dr2dist
 from dr2dist.backbones.heads import attach_head
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.cli import main
 from dr2dist.inference.exported import export
 from tests.outside.clouds import POINTS, CloudOptions, Clouds, CloudsBackbone, CloudTask
 from tests.pool import Pool
+from tests.runs import masters, records
 
 PLUGIN = "tests.outside.clouds"
 CONFIG = f"""
@@ -119,11 +119,6 @@ def test_it_computes_what_the_model_does_and_every_mode_the_same_bits() -> None:
                 assert all(torch.equal(others[name], value) for name, value in grads.items())
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    saved = Checkpoint(checkpoints(folder)[-1])
-    return {name: saved.tensor("master", name) for name in saved.names("master")}
-
-
 LAYOUTS = {
     "one rank": (1, ["train.micro_batch=8"]),
     "two ranks": (2, ["train.micro_batch=4", "parallel.zero=2"]),
@@ -142,8 +137,7 @@ def test_a_loss_does_not_depend_on_how_samples_are_cut(
         more = ["model.options={depth: 2, drop: 0.0}", "train.steps=2", "data.val=null"]
         pools[ranks].run("tests.cases:run_config", path=str(path), overrides=[*overrides, *more])[0]
         folder = tmp_path / name.replace(" ", "_")
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        found[name] = lines, weights(folder)
+        found[name] = records(folder), masters(folder)
     steps, wanted = found.pop("one rank")
     for name, (lines, values) in found.items():
         for line, step in zip(lines, steps, strict=True):
@@ -174,7 +168,7 @@ def test_it_trains_breaks_off_goes_on_and_is_used(
     assert summary["certificate_failures"] == 0 and summary["best"]["clouds"] == 12
     two_ranks.run("tests.cases:run_until", path=str(broken), overrides=layout, step=3)
     two_ranks.run("tests.cases:run_config", path=str(broken), overrides=layout)
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    one, other = masters(tmp_path / "whole"), masters(tmp_path / "broken")
     assert one.keys() == other.keys() and "task_head.module.size.bias" in one
     assert all(torch.equal(other[name], value) for name, value in one.items())
     file = tmp_path / "clouds.safetensors"

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.inference.evaluate import evaluate
 from dr2dist.inference.predict import predict
 from tests.commands import call, dr2dist
 from tests.films import make_action_shards
 from tests.pool import Pool
+from tests.runs import losses, masters, records
 
 CONFIG = """
 model: {MODEL}
@@ -50,10 +49,6 @@ def write(folder: Path, made: Path, model: str, parallel: str) -> Path:
     return path
 
 
-def records_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize(
     ("model", "parallel"),
     [(SWIN, "zero: 2"), (VIDEOMAE, "stages: 2, zero: 0")],
@@ -66,9 +61,9 @@ def test_an_exported_file_finds_what_the_run_found(
     less = ["train.micro_batch=2", "train.steps=2"]  # within an epoch: one validation
     results = two_ranks.run("tests.cases:run_config", path=str(path), overrides=less)
     assert all(found["status"] == "finished" for found in results)
-    records = records_of(tmp_path / "run")
-    (said,) = [record for record in records if "val_loss" in record]
-    steps = [record for record in records if "loss_classes" in record]
+    logged = records(tmp_path / "run")
+    (said,) = [record for record in logged if "val_loss" in record]
+    steps = [record for record in logged if "loss_classes" in record]
     assert all(r["loss_classes"] + r["loss_ends"] == pytest.approx(r["loss"]) for r in steps)
     exported = tmp_path / "model.safetensors"
     status, _, err = call(capfd, "export", str(tmp_path / "run"), "--output", str(exported))
@@ -103,11 +98,6 @@ def test_an_exported_file_finds_what_the_run_found(
     assert scores == sorted(scores, reverse=True) and scores
 
 
-def masters(folder: Path) -> dict[str, Tensor]:
-    saved = Checkpoint(checkpoints(folder)[-1])
-    return {name: saved.tensor("master", name) for name in saved.names("master")}
-
-
 LAYOUTS = {
     "one": (1, ["train.micro_batch=4"]),
     "two": (2, ["train.micro_batch=2", "parallel.zero=2"]),
@@ -127,10 +117,10 @@ def test_a_loss_and_its_gradient_do_not_depend_on_how_films_are_cut(
         more = [*overrides, *sgd, "train.steps=3", "data.val=null"]
         pools[ranks].run("tests.cases:run_config", path=str(path), overrides=more)
         folder = tmp_path / name / "run"
-        found[name] = [record["loss"] for record in records_of(folder)], masters(folder)
-    losses, weights = found.pop("one")
+        found[name] = list(losses(folder).values()), masters(folder)
+    wanted, weights = found.pop("one")
     for others, values in found.values():
-        assert others == pytest.approx(losses, rel=1e-6)
+        assert others == pytest.approx(wanted, rel=1e-6)
         for name, value in values.items():
             scale = float(weights[name].abs().max())
             assert float((value - weights[name]).abs().max()) <= 2e-5 * scale + 1e-7, name

@@ -12,7 +12,7 @@ import torch
 from dr2dist.coefficients import Bounds, Guard, Limits, Memory
 from dr2dist.coefficients.guard import HORIZON
 from tests.pool import Pool
-from tests.test_checkpoint import metrics, weights
+from tests.runs import masters, metrics
 from tests.test_stage_runs import shards, train  # noqa: F401 - a fixture
 
 LIMITS = Limits(Bounds(0.1, 0.3), Bounds(1e-3, 1e-2))
@@ -115,7 +115,7 @@ def test_a_guarded_run_that_breaks_off_goes_on_to_the_same_bits(
     train(two_ranks, folder, shards, "broken", *GUARDED, step=8)
     train(two_ranks, folder, shards, "broken", *GUARDED)
     assert metrics(folder / "broken") == metrics(guarded)
-    ours, theirs = weights(folder / "broken"), weights(guarded)
+    ours, theirs = masters(folder / "broken"), masters(guarded)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 

@@ -14,13 +14,14 @@ import psutil
 import pytest
 import torch
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import checkpoints
 from dr2dist.errors import UserError
 from dr2dist.launching.hosts import Host, is_here, read_hostfile
 from dr2dist.launching.remote import forwarded
 from tests.commands import call, dr2dist
 from tests.images import make_small_shards
 from tests.pool import wait_for
+from tests.runs import losses, masters
 
 ROOT = Path(__file__).parent.parent
 SSH = """#!/bin/bash
@@ -141,16 +142,6 @@ def whole(place: Path, *arguments: str) -> str:
     return out
 
 
-def losses(folder: Path) -> dict[int, float]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def weights(folder: Path) -> dict[str, Any]:
-    saved = Checkpoint(checkpoints(folder)[-1])
-    return {name: saved.tensor("master", name) for name in saved.names("master")}
-
-
 def test_two_hosts_give_the_bits_of_one_and_no_shell_sees_a_word(place: Path) -> None:
     awkward = "output=it's $HOME; `id`"
     braces = "data.train=shards/train/shard-{000000..000001}.tar"
@@ -160,7 +151,7 @@ def test_two_hosts_give_the_bits_of_one_and_no_shell_sees_a_word(place: Path) ->
     assert [line.split()[0] for line in lines] == ["a", "b"]
     assert not any(word in line for line in lines for word in ("HOME", "shard-", "it's", "output"))
     here(place, braces, "output=here")
-    one, other = weights(place / "here"), weights(place / "it's $HOME; `id`")
+    one, other = masters(place / "here"), masters(place / "it's $HOME; `id`")
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
@@ -264,7 +255,7 @@ def test_a_lost_rank_is_started_again_to_the_same_bits(place: Path) -> None:
     _, err = command.communicate(timeout=300)
     assert command.returncode == 0, err
     assert "dr2dist: start 1 of at most 1 more, in 5 s" in err.splitlines()
-    one, other = weights(place / "quiet"), weights(place / "restarted")
+    one, other = masters(place / "quiet"), masters(place / "restarted")
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert losses(place / "quiet") == losses(place / "restarted")
     starts = (place / "restarted" / "starts.jsonl").read_text().splitlines()

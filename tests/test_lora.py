@@ -23,7 +23,7 @@ from dr2dist.tasks.registry import options_from
 from dr2dist.training.plan import make_plan
 from tests.images import make_small_shards
 from tests.pool import Pool
-from tests.test_checkpoint import metrics
+from tests.runs import metrics
 
 SIZE = {"depth": 3, "embed_dim": 48, "num_heads": 2}
 CONFIG = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from dr2dist.training.schedule import learning_rate
 from tests.images import FIELDS, batches, classification, labelled, make_small_shards
 from tests.models import build
 from tests.pool import Pool
+from tests.runs import records
 
 STEPS, BATCH, DECAY, LAYER_DECAY, DEPTH = 6, 6, 0.7, 0.6, 4
 MODEL, SIZE = "vit_tiny_patch16_224", {"img_size": (32, 32), "depth": DEPTH}
@@ -118,8 +118,7 @@ def test_layer_decay_groups_and_averages_equal_a_plain_loop_on_every_stage(
     for name in weights:
         for kind, wanted in (("master", weights), ("ema", averages)):
             assert torch.allclose(saved.tensor(kind, name), wanted[name], rtol=0, atol=1e-5), name
-    lines = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if "loss" in line]
+    logged = [line for line in records(tmp_path / "run") if "loss" in line]
     assert [line["gradient_norm"] for line in logged] == pytest.approx(norms, rel=1e-4)
     assert logged[0]["lr_highest"] == pytest.approx(3 * logged[0]["lr"])
     assert logged[0]["lr_lowest"] == pytest.approx(LAYER_DECAY ** (DEPTH + 1) * logged[0]["lr"])

@@ -16,7 +16,6 @@ import pytest
 import torch
 import webdataset
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.data.cache import Cache, Wanted
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import read_index
@@ -27,6 +26,7 @@ from dr2dist.errors import UserError
 from tests.commands import ROOT, call, dr2dist
 from tests.images import make_folder, make_small_shards, samples_of
 from tests.pool import Pool
+from tests.runs import losses, masters
 from tests.servers import S3_BUCKET, Server, s3, serve
 
 
@@ -254,17 +254,6 @@ output: OUTPUT
 """
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    saved = Checkpoint(checkpoints(folder)[-1])
-    assert saved.state["step"] == 14
-    return {name: saved.tensor("master", name) for name in saved.names("master")}
-
-
-def losses(folder: Path) -> list[float]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def test_a_runs_curve_is_the_same_from_anywhere(
     shards: Path, tmp_path: Path, two_ranks: Pool
 ) -> None:
@@ -285,10 +274,10 @@ def test_a_runs_curve_is_the_same_from_anywhere(
             summaries = two_ranks.run("tests.remote_cases:run_config", **options)
             assert all(each["last"]["samples"] == 63 for each in summaries)
     server.stop()
-    wanted = weights(tmp_path / "folder")
+    wanted = masters(tmp_path / "folder")
     for name in ("http", "s3", "broken"):
         assert losses(tmp_path / name) == losses(tmp_path / "folder"), name
-        for key, value in weights(tmp_path / name).items():
+        for key, value in masters(tmp_path / name).items():
             assert torch.equal(value, wanted[key]), (name, key)
 
 

@@ -19,10 +19,11 @@ from dr2dist.config import load_config
 from dr2dist.data.index import read_index
 from dr2dist.training.plan import make_plan
 from dr2dist.training.progress import ProgressLine
-from tests.commands import ROOT, call, new_dr2dist
+from tests.commands import ROOT, call, dr2dist
 from tests.films import make_action_shards, make_film_shards
 from tests.images import make_small_shards, place_of
 from tests.pool import Pool
+from tests.runs import losses, records
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 SMALLER = {
@@ -80,14 +81,6 @@ def write_config(tmp_path: Path, shards: Path, name: str = "run") -> Path:
     return path
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in lines(folder) if "loss" in line]
-
-
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, shards: Path, two_ranks: Pool
@@ -123,7 +116,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], sh
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert summary["status"] == "finished" and summary["steps"] == 12 and summary["ranks"] == 2
     assert summary["certificate_failures"] == 0 and summary["peak_memory_bytes"] > 0
-    logged = [line for line in lines(folder) if "loss" in line]
+    logged = [line for line in records(folder) if "loss" in line]
     assert [line["step"] for line in logged] == list(range(1, 13))
     assert all(line["alpha"] + line["beta"] == 1 for line in logged)
     assert logged[0]["beta"] < 0.11 and logged[-1]["beta"] > 0.4
@@ -135,7 +128,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], sh
     assert summary["state_bytes"]["moments"] == pytest.approx(4 * 5.5e6, rel=0.02)
     keys = {"lr", "certificate_failures", "samples_per_second", "remainder_bytes"}
     assert all(keys <= line.keys() for line in logged)
-    held_out = [line for line in lines(folder) if "val_loss" in line]
+    held_out = [line for line in records(folder) if "val_loss" in line]
     assert [line["step"] for line in held_out] == [5, 10, 12]
     num_samples = read_index(shards / "val").num_samples
     assert all(line["val_samples"] == num_samples for line in held_out)
@@ -223,7 +216,7 @@ def test_train_starts_its_ranks_and_leaves_a_finished_run_alone(
 ) -> None:
     path = write_config(tmp_path, shards)
     line = ("train", str(path), "--ranks", "2")
-    done = new_dr2dist(*line, "train.steps=2")
+    done = dr2dist(*line, "train.steps=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "launch        2 rank(s) on this machine" in done.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2

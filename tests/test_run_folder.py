@@ -26,7 +26,7 @@ from tests.commands import ROOT, call
 from tests.forked import errors_of, start
 from tests.images import make_folder, make_small_shards
 from tests.pool import Pool, wait_for
-from tests.test_checkpoint import weights
+from tests.runs import masters
 
 CONFIG = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 2}}
@@ -137,7 +137,7 @@ def test_a_folder_that_is_damaged_anywhere_goes_on_rightly_or_is_refused(
     config, sound = str(cut / "config.yaml"), tmp_path / "sound"
     shutil.copytree(cut / "run", sound)
     two_ranks.run("tests.folder_cases:goes_on", path=config, output=str(sound))
-    wanted = weights(sound)
+    wanted = masters(sound)
     for seed in seeds:
         draw, run = random.Random(seed), tmp_path / "run"
         shutil.copytree(cut / "run", run)
@@ -146,7 +146,7 @@ def test_a_folder_that_is_damaged_anywhere_goes_on_rightly_or_is_refused(
         found = two_ranks.run("tests.folder_cases:goes_on", path=config, output=str(run))
         assert found[0] == found[1], (seed, done, found)
         if found[0] == "finished":
-            ours = weights(run)
+            ours = masters(run)
             assert all(torch.equal(value, ours[key]) for key, value in wanted.items()), (seed, done)
         else:
             assert "\n" not in found[0] and str(run) in found[0], (seed, done, found)

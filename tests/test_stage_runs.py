@@ -14,7 +14,7 @@ from dr2dist.errors import UserError
 from dr2dist.training.plan import make_plan
 from tests.images import make_small_shards
 from tests.pool import Pool
-from tests.test_checkpoint import metrics, weights
+from tests.runs import masters, metrics
 
 CONFIG = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 4}}
@@ -61,7 +61,7 @@ def assert_same_curve(run: Path, whole: Path) -> None:
         for key in ("loss", "gradient_norm", "val_loss", "val_samples", "val_accuracy", "beta"):
             if key in other:
                 assert line[key] == pytest.approx(other[key], rel=1e-4), (key, line["step"])
-    ours, theirs = weights(run), weights(whole)
+    ours, theirs = masters(run), masters(whole)
     assert ours.keys() == theirs.keys()
     apart = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
     assert apart < 1e-5
@@ -114,7 +114,7 @@ def test_a_run_in_stages_that_breaks_off_goes_on_to_the_same_bits(
     train(two_ranks, folder, shards, "broken", *noisy, step=5)
     train(two_ranks, folder, shards, "broken", *noisy)
     assert metrics(folder / "broken") == metrics(folder / "quiet")
-    ours, theirs = weights(folder / "broken"), weights(folder / "quiet")
+    ours, theirs = masters(folder / "broken"), masters(folder / "quiet")
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import checkpoints
 from tests import slurm
 from tests.images import make_small_shards
 from tests.pool import wait_for
+from tests.runs import losses, masters
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -66,22 +67,18 @@ def start(place: Path, line: list[str], environment: dict[str, str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def reached(place: Path, name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    lines = map(json.loads, (place / name / "metrics.jsonl").read_text().splitlines())
-    saved = Checkpoint(checkpoints(place / name)[-1])
+def reached(place: Path, name: str) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
     assert json.loads((place / name / "summary.json").read_text())["ranks"] == 2
-    return [line["loss"] for line in lines if "loss" in line], {
-        key: saved.tensor("master", key) for key in saved.names("master")
-    }
+    return losses(place / name), masters(place / name)
 
 
 @pytest.fixture(scope="module")
-def wanted(place: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+def wanted(place: Path) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
     start(place, [*COMMAND, config(place, "own"), "--ranks", "2"], dict(os.environ))
     return reached(place, "own")
 
 
-def check(place: Path, name: str, wanted: tuple[list[float], dict[str, torch.Tensor]]) -> None:
+def check(place: Path, name: str, wanted: tuple[dict[int, float], dict[str, torch.Tensor]]) -> None:
     losses, weights = reached(place, name)
     assert losses == wanted[0]
     assert all(torch.equal(value, wanted[1][key]) for key, value in weights.items())
@@ -96,7 +93,7 @@ STARTERS = {
 
 @pytest.mark.parametrize("name", STARTERS)
 def test_what_starts_the_command_several_times_starts_its_ranks(
-    name: str, place: Path, wanted: tuple[list[float], dict[str, torch.Tensor]]
+    name: str, place: Path, wanted: tuple[dict[int, float], dict[str, torch.Tensor]]
 ) -> None:
     line = STARTERS[name]
     if shutil.which(line[0]) is None:
@@ -106,7 +103,7 @@ def test_what_starts_the_command_several_times_starts_its_ranks(
 
 
 def test_deepspeeds_launcher(
-    place: Path, wanted: tuple[list[float], dict[str, torch.Tensor]]
+    place: Path, wanted: tuple[dict[int, float], dict[str, torch.Tensor]]
 ) -> None:
     where = ["--num_accelerators", "2", "--master_port", "29617", str(ROOT / "launch" / "train.py")]
     line = [sys.executable, "-m", "deepspeed.launcher.runner", *where]
@@ -115,7 +112,7 @@ def test_deepspeeds_launcher(
 
 
 def test_srun_on_two_nodes(
-    place: Path, wanted: tuple[list[float], dict[str, torch.Tensor]], cluster: dict[str, str]
+    place: Path, wanted: tuple[dict[int, float], dict[str, torch.Tensor]], cluster: dict[str, str]
 ) -> None:
     here = {**cluster, "MASTER_ADDR": "127.0.0.1"}  # names of its nodes mean nothing here
     start(place, ["srun", "-N2", "-n2", *COMMAND, config(place, "srun")], here)

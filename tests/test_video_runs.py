@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from dr2dist.inference.predict import predict
 from tests.commands import ROOT, call
 from tests.films import film, make_film_shards
 from tests.pool import Pool
+from tests.runs import records
 
 CONFIG = """
 model: {name: MODEL, weights: random, image_size: 16, options: OPTIONS}
@@ -60,9 +60,7 @@ def test_an_exported_file_says_what_the_run_validated(
     path = write(tmp_path, shards, model, parallel)
     results = two_ranks.run("tests.cases:run_config", path=str(path), overrides=[])
     assert all(found["status"] == "finished" for found in results)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    said = [record for record in records if "val_loss" in record][-1]
+    said = [record for record in records(tmp_path / "run") if "val_loss" in record][-1]
     exported = tmp_path / "model.safetensors"
     status, _, err = call(capfd, "export", str(tmp_path / "run"), "--output", str(exported))
     assert status == 0, err
