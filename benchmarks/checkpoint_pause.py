@@ -30,10 +30,10 @@ SETTINGS = [
     "train.log_every=1",
     f"train.steps={EVERY * TIMES + EVERY // 2}",
     "train.epochs=null",
-    "train.validate_every=1000",
     f"checkpoint={{steps: {EVERY}, minutes: null, keep: 1}}",
     "parallel={zero: 0}",
     "data.val=null",
+    "train.validate_every=null",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,9 @@ from dr2dist.parallel.agreement import AgreedError, agree, from_first
 from dr2dist.parallel.engine import ReversibleEngine
 
 log = logging.getLogger(__name__)
+
+_OLD = ".old.tmp"
+"""Ends the names of checkpoints that are being deleted."""
 
 
 @dataclass
@@ -86,6 +90,7 @@ class CheckpointManager:
         self._writing: Writing | None = None
         self._best: int | None = None
         self._copies: dict[str, Tensor] = {}
+        self._forgetting: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
@@ -96,7 +101,7 @@ class CheckpointManager:
         """Writes a checkpoint after the applied step; every rank must call it.
 
         behind: it is written from a copy in host memory while the run goes on, and there once
-        `finish` was called, by all ranks; of that copy's tensors a run keeps the memory.
+        `finish` was called, by all ranks.
         """
         self.finish()
         alpha, beta = engine.coefficients
@@ -115,12 +120,15 @@ class CheckpointManager:
         self._writing = Writing(folder, tensors, _shapes(engine), state, behind)
         if not behind:
             self.finish()
+            self._wait_for_deletion()
 
     def finish(self) -> None:
         """Ends what was begun to be written, if anything was, and forgets older ones."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.finish()
+            if not torch.cuda.is_available():
+                self._copies.clear()  # pinned memory alone takes long to get
             if dist.get_rank() == 0:
                 self._forget()
 
@@ -136,9 +144,17 @@ class CheckpointManager:
         return {name: Source(self._copies[name], dtype) for name, (_, dtype) in tensors.items()}
 
     def _forget(self) -> None:
+        """Deletes older ones, which takes seconds, behind the steps."""
         for folder in checkpoints(self.run)[: -self.keep]:
             if self._best is None or folder != checkpoint_folder(self.run, self._best):
-                shutil.rmtree(folder)
+                folder.rename(folder.with_name(f"{folder.name}{_OLD}"))
+        self._wait_for_deletion()
+        self._forgetting = threading.Thread(target=_delete_old, args=(self.run,), daemon=True)
+        self._forgetting.start()
+
+    def _wait_for_deletion(self) -> None:
+        if self._forgetting is not None:
+            self._forgetting.join()
 
     def restore_newest(self, folders: Sequence[Path], engine: ReversibleEngine) -> Progress:
         """Brings an engine to the first of these checkpoints that is sound; every rank must call
@@ -185,6 +201,11 @@ class CheckpointManager:
         batches = saved.state["step"] + values.get("bad_batches", 0)
         before = {"consumed": batches * saved.state.get("global_batch", 0)}
         return Progress(**{**before, **values, "guard": Memory(**values.get("guard", {}))})
+
+
+def _delete_old(run: Path) -> None:
+    for folder in (run / "checkpoints").glob(f"step-*{_OLD}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _damage(folder: Path) -> str | None:
