@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import multiprocessing
 import platform
 import statistics
@@ -60,6 +59,7 @@ def main() -> None:
 def measure(output: Path, behind: bool) -> tuple[float, float, float]:
     """(mean pause of a checkpoint, median step without one, the whole run) in seconds."""
     from dr2dist.training.checkpoint_manager import CheckpointManager
+    from dr2dist.training.run_files import METRICS, read_lines
 
     save, folder = CheckpointManager.save, output / ("behind" if behind else "at_once")
 
@@ -69,7 +69,7 @@ def measure(output: Path, behind: bool) -> tuple[float, float, float]:
     CheckpointManager.save = chosen  # type: ignore[method-assign]
     begin = time.monotonic()
     one_run([*SETTINGS, f"data.train={output / 'shards' / 'train'}"], folder)
-    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(folder / METRICS)
     pauses = sum(line["checkpoint_pause"] for line in lines) / TIMES
     steps = [2 / line["samples_per_second"] for line in lines]
     return pauses, statistics.median(steps), time.monotonic() - begin

@@ -21,19 +21,9 @@ from typing import Any
 
 from benchmarks.faults import ranks_of
 from benchmarks.nodes import Nodes, lacking, two_nodes
-from benchmarks.signals import end_of_run, make_small_shards, same
+from benchmarks.signals import CONFIG, LAYOUTS, end_of_run, make_small_shards, same
 from dr2dist.data.index import read_index
 
-CONFIG = """
-model: {{name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {{depth: 4}}}}
-task: {{num_classes: 2}}
-data: {{train: {shards}/train, val: {shards}/val, num_workers: 1, unreadable: skip}}
-optim: {{lr: 1.0e-3}}
-train: {{steps: {steps}, micro_batch: 4, log_every: 50, validate_every: 500}}
-checkpoint: {{steps: 50}}
-parallel: {{zero: 2}}
-output: {output}
-"""
 PAUSE = (15.0, 75.0)
 """Seconds of peace between two faults, at least and at most."""
 AWAY = (3.0, 40.0)
@@ -91,8 +81,13 @@ def start(nodes: Nodes, folder: Path, name: str, steps: int) -> subprocess.Popen
     """The command of a run, on both nodes."""
     (folder / "runs" / name).mkdir(parents=True)
     path, output = folder / f"{name}.yaml", folder / "runs" / name / "run"
-    path.write_text(CONFIG.format(shards=folder / "shards", steps=steps, output=output))
-    return nodes.begin(path, "--hostfile", str(folder / "hosts1"), "--max-restarts", "1000")
+    text = CONFIG.format(
+        shards=folder / "shards", steps=steps, validate=500, save=50,
+        parallel=LAYOUTS["ZeRO-2"], output=output,
+    )  # fmt: skip
+    path.write_text(text)
+    hosts = ("--hostfile", str(folder / "hosts1"), "--max-restarts", "1000")
+    return nodes.begin(path, *hosts, "data.unreadable=skip", "train.log_every=50")
 
 
 def finish(command: subprocess.Popen[str]) -> None:

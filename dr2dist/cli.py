@@ -198,20 +198,19 @@ def _add_evaluate(commands: Commands) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> int:
-    from dr2dist.inference.ranks import as_rank, start_ranks, to_start
+    from dr2dist.inference.ranks import on_ranks
 
     if given.output is not None:
         if given.output.suffix == ".png":
             raise UserError(f"--output: {given.output} is the report; its picture gets .png")
         check_file_output(given.output)
         check_file_output(given.output.with_suffix(".png"))
-    if to_start(given.ranks):
-        return start_ranks(given.arguments, given.ranks)
-    from dr2dist.inference.evaluate import draw, evaluate
 
-    _import(given.plugin)
-    with as_rank() as rank:
-        report = evaluate(
+    def find() -> dict[str, Any]:
+        from dr2dist.inference.evaluate import evaluate
+
+        _import(given.plugin)
+        return evaluate(
             given.model,
             given.shards,
             batch=given.batch,
@@ -219,15 +218,18 @@ def _evaluate(given: argparse.Namespace) -> int:
             skip_unreadable=given.skip_unreadable,
             cache=given.cache,
         )
-    if rank:
-        return 0
-    for line in _report_lines(report):
-        print(line)
-    if given.output is not None:
-        with atomic_write(given.output) as aside:
-            aside.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-        draw(report, given.output.with_suffix(".png"))
-    return 0
+
+    def tell(report: dict[str, Any]) -> None:
+        from dr2dist.inference.evaluate import draw
+
+        for line in _report_lines(report):
+            print(line)
+        if given.output is not None:
+            with atomic_write(given.output) as aside:
+                aside.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+            draw(report, given.output.with_suffix(".png"))
+
+    return on_ranks(given.arguments, given.ranks, find, tell)
 
 
 def _report_lines(report: dict[str, Any]) -> Iterator[str]:
@@ -269,28 +271,28 @@ def _add_predict(commands: Commands) -> None:
 
 def _predict(given: argparse.Namespace) -> int:
     from dr2dist.inference.predict import check_output, predict, write_rows
-    from dr2dist.inference.ranks import as_rank, start_ranks, to_start
+    from dr2dist.inference.ranks import on_ranks
 
     check_output(given.output)
     picture = given.output.with_suffix(".png")
     check_file_output(picture)
-    if to_start(given.ranks):
-        return start_ranks(given.arguments, given.ranks)
-    _import(given.plugin)
-    with as_rank() as rank:
-        rows = predict(
+
+    def find() -> list[dict[str, Any]]:
+        _import(given.plugin)
+        return predict(
             given.model,
             given.files,
             batch=given.batch,
             skip_unreadable=given.skip_unreadable,
             picture=picture,
         )
-    if rank:
-        return 0
-    write_rows(rows, given.output)
-    unreadable = sum("error" in row for row in rows)
-    print(f"{given.output}: {len(rows)} samples, {unreadable} of them unreadable")
-    return 0
+
+    def tell(rows: list[dict[str, Any]]) -> None:
+        write_rows(rows, given.output)
+        unreadable = sum("error" in row for row in rows)
+        print(f"{given.output}: {len(rows)} samples, {unreadable} of them unreadable")
+
+    return on_ranks(given.arguments, given.ranks, find, tell)
 
 
 def command() -> None:

@@ -5,7 +5,6 @@ In new interpreters, as a person starts it, it is in the tests of signals, hosts
 
 from __future__ import annotations
 
-import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -25,10 +24,9 @@ def dr2dist(
     *arguments: str, folder: Path = ROOT, variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """How `dr2dist ARGUMENTS` ends in a folder, and what it says (`tests.forked`)."""
-    whole = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "output"
-        process = start(arguments, folder, whole, output)
+        process = start(arguments, folder, output, variables)
         process.join(SECONDS)
         status = process.exitcode
         process.kill()  # its ranks end with it

@@ -30,13 +30,15 @@ FIRST, LAST = 3, 1024
 
 
 def start(
-    command: Sequence[str], folder: Path, variables: Mapping[str, str], output: Path
+    command: Sequence[str], folder: Path, output: Path, variables: Mapping[str, str] | None = None
 ) -> ForkServerProcess:
     """A process that runs `dr2dist COMMAND`, the leader of a session; see `multiprocessing`.
 
-    output: a file that gets what it and its ranks say on stdout and, beside it, `.err` on stderr.
+    variables: beside this process's own, with one thread. output: a file that gets what it and its
+    ranks say on stdout and, beside it, `.err` on stderr.
     """
-    arguments = (list(command), folder, dict(variables), output)
+    whole = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
+    arguments = (list(command), folder, whole, output)
     process = CONTEXT.Process(target=_command, args=arguments)
     process.start()
     return process

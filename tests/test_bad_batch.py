@@ -70,6 +70,7 @@ def test_a_skipped_batch_is_named_and_the_run_goes_on_alike(
             step = json.loads((tmp_path / name / "run" / "summary.json").read_text())["steps"]
             assert Checkpoint(checkpoints(tmp_path / name / "run")[-1]).state["step"] == step > 0
         assert int(go([SKIP])) >= 2
+        assert Checkpoint(checkpoints(tmp_path / name / "run")[-1]).state["step"] == 9
         found[name] = masters(tmp_path / name / "run")
     told = [line for line in records(tmp_path / "whole" / "run") if "bad_batch" in line]
     assert told and all(bad in line["bad_batch"] for line in told)

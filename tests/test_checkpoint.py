@@ -102,9 +102,8 @@ def test_steps_go_on_while_a_checkpoint_is_written(
 
 
 def _command(config: Path, more: list[str]) -> ForkServerProcess:
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     line = ["train", str(config), "--ranks", "2", *more]
-    return start(line, ROOT, variables, config.with_suffix(".log"))
+    return start(line, ROOT, config.with_suffix(".log"))
 
 
 def _wait_for_lines(path: Path, count: int) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import webdataset
 
+from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.data.cache import Cache, Wanted
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import read_index
@@ -275,6 +276,8 @@ def test_a_runs_curve_is_the_same_from_anywhere(
             assert all(each["last"]["samples"] == 63 for each in summaries)
     server.stop()
     wanted = masters(tmp_path / "folder")
+    for name in ("folder", "http", "s3", "broken"):
+        assert Checkpoint(checkpoints(tmp_path / name)[-1]).state["step"] == 14
     for name in ("http", "s3", "broken"):
         assert losses(tmp_path / name) == losses(tmp_path / "folder"), name
         for key, value in masters(tmp_path / name).items():

@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.errors import UserError
-from dr2dist.parallel.agreement import agree
+from dr2dist.parallel.agreement import agree, from_all
 
 FORMAT = 2
 """1 had no checksum of the manifest itself."""
@@ -32,8 +32,8 @@ class Writing:
     `finish`. Nothing else may be on its way to the same folder.
 
     tensors: by KIND/NAME/START, flat; behind a run they must not change before `finish`. shapes: of
-    all parameters and buffers. state: JSON values. behind: in a thread. Both raise UserError, on
-    all ranks, naming file and rank, for what one of them cannot write or see.
+    all parameters and buffers. state: JSON values. behind: writes the files; None: `finish` does.
+    Both raise UserError, on all ranks, naming file and rank, for what one cannot write or see.
     """
 
     def __init__(
@@ -42,46 +42,34 @@ class Writing:
         tensors: Mapping[str, Source],
         shapes: Mapping[str, tuple[int, ...]],
         state: Mapping[str, Any],
-        behind: bool = False,
+        behind: Executor | None = None,
     ) -> None:
         self._folder, self._tensors = folder, tensors
         # As it is now: parts of it belong to the run, which goes on.
         self._said = json.loads(json.dumps({"format": FORMAT, **state, "shapes": shapes}))
         self._aside = folder.with_name(f"{folder.name}.tmp")
         self._path = self._aside / f"rank-{dist.get_rank():05d}.safetensors"
-        self._checksum = ""
-        self._failure: Exception | None = None
         with agree(), _writing(self._aside):
             if dist.get_rank() == 0:
                 shutil.rmtree(self._aside, ignore_errors=True)
                 self._aside.mkdir(parents=True)
-        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
-        if behind:
-            self._thread.start()
-        else:
-            self._write()
+        self._written = None if behind is None else behind.submit(self._write)
 
     @property
     def busy(self) -> bool:
         """Whether this rank still writes."""
-        return self._thread.is_alive()
+        return self._written is not None and not self._written.done()
 
-    def _write(self) -> None:
-        try:
-            with _writing(self._path):
-                self._checksum = write_tensors(self._path, self._tensors)
-        except Exception as error:  # for who finishes it
-            self._failure = error
+    def _write(self) -> str:
+        with _writing(self._path):
+            return write_tensors(self._path, self._tensors)
 
     def finish(self) -> None:
         """Waits for what is still being written, and makes a checkpoint of it."""
-        if self._thread.ident is not None:
-            self._thread.join()
+        checksum = ""
         with agree():
-            if self._failure is not None:
-                raise self._failure
-        sums: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(sums, (self._path.name, self._checksum))
+            checksum = self._write() if self._written is None else self._written.result()
+        sums = from_all((self._path.name, checksum))
         with agree(), _writing(self._folder):
             if dist.get_rank() == 0:
                 _check_seen([self._aside / name for name, _ in sums])

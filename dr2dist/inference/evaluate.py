@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric
 from tqdm import tqdm
 
 from dr2dist.config.task import DEFAULT_TASK
@@ -17,7 +17,7 @@ from dr2dist.data.positions import validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import ready
-from dr2dist.inference.ranks import own_part, together
+from dr2dist.inference.ranks import gathered, own_part, together
 from dr2dist.pictures import save_picture
 from dr2dist.tasks.metrics import add_loss
 from dr2dist.tasks.registry import task_of
@@ -76,26 +76,27 @@ def _measure(
     progress: bool,
 ) -> dict[str, Any]:
     metrics, loss = task.report(device), MeanMetric().to(device)
-    samples, skipped = SumMetric().to(device), SumMetric().to(device)
+    samples = skipped = 0
     rank, ranks = own_part()
     batches = validation_batches(len(dataset), batch=batch, rank=rank, ranks=ranks)
     items = [[(0, index) for index in part] for part in batches]
     stream = loader(dataset, items, workers, task.collate)
     with torch.inference_mode(), together():
         for found in tqdm(stream, total=len(items), disable=not progress or rank > 0):
-            samples.update(found.count)
-            skipped.update(found.skipped)
+            samples += found.count
+            skipped += found.skipped
             if not found.count:
                 continue
             here = found.to(device)
             output = net(here.inputs)
             metrics.update(task.predictions(output, here), here)
             add_loss(loss, task, output, here)
-    counts = {"samples": int(samples.compute()), "skipped": int(skipped.compute())}
+    samples, skipped = map(sum, zip(*gathered((samples, skipped)), strict=True))
     with together():
-        if not counts["samples"]:
+        if not samples:
             raise UserError(f"{dataset.index.base}: no sample can be read")
-    return {**counts, "loss": float(loss.compute()), **metrics.compute()}
+    mean = float(loss.compute())
+    return {"samples": samples, "skipped": skipped, "loss": mean, **metrics.compute()}
 
 
 def draw(report: dict[str, Any], path: str | Path) -> bool:

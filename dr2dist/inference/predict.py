@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from dr2dist.data.batch import Batch
@@ -18,7 +17,7 @@ from dr2dist.data.listing import list_files, shown
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write, check_file_output
 from dr2dist.inference.exported import ready
-from dr2dist.inference.ranks import own_part, together
+from dr2dist.inference.ranks import gathered, own_part, together
 from dr2dist.pictures import save_picture
 from dr2dist.tasks.task import Row, Task
 
@@ -114,21 +113,12 @@ def predict(
                 for source, value in zip(part, read, strict=True)
             ]
             bar.update(min(ranks * batch, len(sources) - start))
-    rows = _whole(found, ranks)
+    parts = {k: each for own_parts in gathered(found) for k, each in own_parts.items()}
+    rows = [row for start in sorted(parts) for row in parts[start]]
     figure = None if picture is None or rank else task.draw_rows(rows)
     if picture is not None and figure is not None:
         save_picture(figure, picture)
     return rows
-
-
-def _whole(found: dict[int, list[Row]], ranks: int) -> list[Row]:
-    """The rows of all ranks, by the numbers of their first samples."""
-    everywhere: list[dict[int, list[Row]]] = [found]
-    if ranks > 1:
-        everywhere = [{} for _ in range(ranks)]
-        dist.all_gather_object(everywhere, found)
-    parts = {start: rows for each in everywhere for start, rows in each.items()}
-    return [row for start in sorted(parts) for row in parts[start]]
 
 
 @torch.inference_mode()

@@ -7,16 +7,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from dr2dist.errors import UserError
-from dr2dist.launching.launcher import LAUNCHER, LocalLauncher, ranks_here, watched
+from dr2dist.launching.launcher import LocalLauncher, own_launcher, ranks_here, watched
 from dr2dist.launching.place import several, take_place
 from dr2dist.launching.supervise import Signals, supervise
-from dr2dist.parallel.agreement import AgreedError, agree
+from dr2dist.parallel.agreement import AgreedError, agree, from_all
 from dr2dist.status import Status
+
+Value = TypeVar("Value")
 
 GRACE = 5.0
 """Seconds that ranks have to end when they are told to: nothing is lost."""
@@ -24,28 +27,40 @@ PERIOD = 1.0
 """Seconds between two looks at the process that has started this one."""
 
 
-def to_start(ranks: int | None) -> bool:
-    """Whether this process is to start that many, and is none of them.
+def on_ranks(
+    arguments: Sequence[str],
+    ranks: int | None,
+    find: Callable[[], Value],
+    tell: Callable[[Value], None],
+) -> int:
+    """Finds something as one of several ranks, or alone, and tells it on the first; exit status.
 
-    Raises UserError if something else has started it as one of several.
+    arguments: of the command, which is started as so many ranks of this machine if that is more
+    than one. Raises UserError if something else has started it as one of several.
     """
-    place = None if LAUNCHER in os.environ else several()
-    if ranks is not None and place is not None:
-        raise UserError(f"--ranks: this process is one of {place.ranks} ranks already")
-    return ranks is not None and ranks > 1 and LAUNCHER not in os.environ
-
-
-def start_ranks(arguments: Sequence[str], ranks: int) -> int:
-    """Runs `dr2dist ARGUMENTS` as so many ranks of this machine; its exit status."""
-    line = [sys.executable, "-m", "dr2dist.cli", *arguments]
-    with Signals() as signals:
-        return supervise(LocalLauncher(), line, watched(ranks_here(ranks)), signals, GRACE)
+    own = own_launcher()
+    if ranks is not None and own is None:
+        place = several()
+        if place is not None:
+            raise UserError(f"--ranks: this process is one of {place.ranks} ranks already")
+        if ranks > 1:
+            line = [sys.executable, "-m", "dr2dist.cli", *arguments]
+            with Signals() as signals:
+                return supervise(LocalLauncher(), line, watched(ranks_here(ranks)), signals, GRACE)
+    with _as_rank(own) as rank:
+        found = find()
+    if not rank:
+        tell(found)
+    return 0
 
 
 @contextlib.contextmanager
-def as_rank() -> Iterator[int]:
+def _as_rank(launcher: int | None) -> Iterator[int]:
     """Within it this process is in a group with the other ranks, if it was started as one of
-    several; its number, 0 of a single one. What all ranks raise, rank 0 alone tells."""
+    several; its number, 0 of a single one. What all ranks raise, rank 0 alone tells.
+
+    launcher: the process with which this one ends, if there is one.
+    """
     place = several()
     if place is None:
         yield 0
@@ -54,8 +69,7 @@ def as_rank() -> Iterator[int]:
     from dr2dist.parallel.processes import init_distributed, share_cores
 
     take_place(place)
-    if LAUNCHER in os.environ:
-        launcher = int(os.environ[LAUNCHER])
+    if launcher is not None:
         threading.Thread(target=_end_after, args=(launcher,), daemon=True).start()
     share_cores()
     init_distributed()
@@ -84,3 +98,8 @@ def together() -> contextlib.AbstractContextManager[None]:
 def own_part() -> tuple[int, int]:
     """(rank, ranks) of this process; (0, 1) of a single one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(value: Value) -> list[Value]:
+    """`from_all` where there are several ranks."""
+    return from_all(value) if dist.is_initialized() else [value]

@@ -98,6 +98,12 @@ def watched(environments: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     return [{**each, LAUNCHER: str(os.getpid())} for each in environments]
 
 
+def own_launcher() -> int | None:
+    """The process that watches over this one; None where none does."""
+    found = os.environ.get(LAUNCHER)
+    return None if found is None else int(found)
+
+
 def ranks_here(ranks: int) -> list[dict[str, str]]:
     """The variables of each rank of a run that is on this machine alone."""
     port, job = free_port(), new_job()

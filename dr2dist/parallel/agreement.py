@@ -28,12 +28,18 @@ def agree() -> Iterator[None]:
         yield
     except UserError as error:
         failure = str(error)
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, failure)
+    found = from_all(failure)
     for rank, message in enumerate(found):
         if message is not None:
             alike = all(other == message for other in found)
             raise AgreedError(message if alike else f"{message} (rank {rank})") from None
+
+
+def from_all(value: Value) -> list[Value]:
+    """What each rank has, by rank, on all ranks; every rank must call it."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def from_first(find: Callable[[], Value]) -> Value:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch.distributed as dist
 
-from dr2dist.parallel.agreement import AgreedError, from_first
+from dr2dist.parallel.agreement import AgreedError, from_all, from_first
 
 SHOWN = 3
 """Hosts, and of each facts, that a message names."""
@@ -25,8 +25,7 @@ def compare(find: Callable[[], Facts], hint: str = "") -> None:
     first, first_host = from_first(lambda: (dict(facts), host))
     names = dict.fromkeys((*first, *facts))
     other = {name: facts.get(name) for name in names if facts.get(name) != first.get(name)}
-    found: list[tuple[str, dict[str, str | None]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (host, other) if other else None)
+    found = from_all((host, other) if other else None)
     differing = [(rank, *each) for rank, each in enumerate(found) if each is not None]
     if differing:
         raise AgreedError(_told(differing, first, first_host) + hint)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from dr2dist.errors import UserError
 from dr2dist.launching.place import Place, own_place
 from dr2dist.parallel import adapter
+from dr2dist.parallel.agreement import from_all
 from dr2dist.parallel.meeting import LIMIT, meet, take_interface
 
 
@@ -107,8 +108,7 @@ def total(value: float) -> float:
 
 def averages(values: dict[str, float]) -> dict[str, float]:
     """Each value's mean over the ranks that have it; every rank must call it."""
-    everywhere: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, values)
+    everywhere = from_all(values)
     names = dict.fromkeys(name for each in everywhere for name in each)
     own = {name: [each[name] for each in everywhere if name in each] for name in names}
     return {name: sum(found) / len(found) for name, found in own.items()}
@@ -116,16 +116,13 @@ def averages(values: dict[str, float]) -> dict[str, float]:
 
 def most(value: float) -> tuple[float, int]:
     """The largest of all ranks' values, and the first rank that has it; every rank must call it."""
-    found: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    found = from_all(value)
     return max(found), found.index(max(found))
 
 
 def slowest(times: list[int]) -> list[int]:
     """Each time as the slowest rank measured it."""
-    found: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, times)
-    return [max(each) for each in zip(*found, strict=True)]
+    return [max(each) for each in zip(*from_all(times), strict=True)]
 
 
 def _reduced(value: float, how: Any) -> float:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dr2dist.parallel.agreement import from_all
 from dr2dist.reversible import Chain
 from dr2dist.reversible.arithmetic.scales import ChannelMaxima, ChannelScales
 
@@ -33,8 +34,7 @@ def find_scales(chains: Sequence[Chain], measure: Callable[[], Any]) -> None:
     finally:
         for chain in chains:
             chain.maxima = None
-    found: list[Mapping[str, list[float] | None]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, own)
+    found = from_all(own)
     for chain in chains:
         known = [values for row in found if (values := row[chain.name]) is not None]
         largest = [max(column) for column in zip(*known, strict=True)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from dr2dist.checkpoints.tensors import Source
 from dr2dist.checkpoints.writing import MANIFEST, Writing
 from dr2dist.coefficients import Memory
 from dr2dist.errors import UserError
-from dr2dist.parallel.agreement import AgreedError, agree, from_first
+from dr2dist.parallel.agreement import AgreedError, agree, from_all, from_first
 from dr2dist.parallel.engine import ReversibleEngine
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,8 @@ class CheckpointManager:
         self._writing: Writing | None = None
         self._best: int | None = None
         self._copies: dict[str, Tensor] = {}
-        self._forgetting: threading.Thread | None = None
+        self._behind = ThreadPoolExecutor(1, "checkpoint")
+        self._deletion: Future[None] | None = None
 
     @property
     def busy(self) -> bool:
@@ -117,10 +118,12 @@ class CheckpointManager:
         folder = checkpoint_folder(self.run, engine.applied)
         tensors = self._copied(_tensors(engine)) if behind else _tensors(engine)
         self._best = None if progress.best is None else progress.best["step"]
-        self._writing = Writing(folder, tensors, _shapes(engine), state, behind)
+        writer = self._behind if behind else None
+        self._writing = Writing(folder, tensors, _shapes(engine), state, writer)
         if not behind:
             self.finish()
-            self._wait_for_deletion()
+            if self._deletion is not None:
+                self._deletion.result()
 
     def finish(self) -> None:
         """Ends what was begun to be written, if anything was, and forgets older ones."""
@@ -148,13 +151,7 @@ class CheckpointManager:
         for folder in checkpoints(self.run)[: -self.keep]:
             if self._best is None or folder != checkpoint_folder(self.run, self._best):
                 folder.rename(folder.with_name(f"{folder.name}{_OLD}"))
-        self._wait_for_deletion()
-        self._forgetting = threading.Thread(target=_delete_old, args=(self.run,), daemon=True)
-        self._forgetting.start()
-
-    def _wait_for_deletion(self) -> None:
-        if self._forgetting is not None:
-            self._forgetting.join()
+        self._deletion = self._behind.submit(_delete_old, self.run)
 
     def restore_newest(self, folders: Sequence[Path], engine: ReversibleEngine) -> Progress:
         """Brings an engine to the first of these checkpoints that is sound; every rank must call
@@ -219,8 +216,7 @@ def _damage(folder: Path) -> str | None:
         Checkpoint(folder).verify(dist.get_rank(), dist.get_world_size())
     except UserError as error:
         own = str(error)
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+    found = from_all(own)
     if not any(found):
         return None
 
@@ -248,9 +244,7 @@ def _tell(faults: Sequence[tuple[Path, str]], step: int) -> None:
 def _shapes(engine: ReversibleEngine) -> dict[str, tuple[int, ...]]:
     """Of the whole network's parameters and buffers, by name; every rank must call it."""
     own = {name: tuple(value.shape) for name, value in engine.buffers().items()} | engine.shapes()
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return {name: shape for shapes in found for name, shape in shapes.items()}
+    return {name: shape for shapes in from_all(own) for name, shape in shapes.items()}
 
 
 def _tensors(engine: ReversibleEngine) -> dict[str, Source]:

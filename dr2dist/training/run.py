@@ -19,7 +19,7 @@ from dr2dist.config import Config, dump_config
 from dr2dist.config.coefficients import Guarded
 from dr2dist.errors import UserError
 from dr2dist.loggers.registry import make_loggers
-from dr2dist.parallel.agreement import AgreedError, agree, from_first
+from dr2dist.parallel.agreement import AgreedError, agree, from_all, from_first
 from dr2dist.parallel.compared import compare
 from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
 from dr2dist.parallel.heartbeat import Heartbeat
@@ -166,9 +166,8 @@ def _end(trainer: Trainer, failure: UnprovenStepError | None) -> End:
         return End("stopped", str(failure), len(failure.verdict.messages))
     if not trainer.stopping:
         return End("finished")
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, trainer.asked())
-    return End("interrupted", next((reason for reason in found if reason), None))
+    reasons = from_all(trainer.asked())
+    return End("interrupted", next((reason for reason in reasons if reason), None))
 
 
 def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, ...]]:

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 
-from dr2dist.launching.launcher import LAUNCHER
+from dr2dist.launching.launcher import own_launcher
 from dr2dist.status import APART, Status, handled, say
 
 PERIOD = 1.0
@@ -32,7 +32,7 @@ class StopRequest:
         self.speaks = True
         """Whether this rank says what all of them do."""
         self._since = 0.0
-        self._launcher = os.environ.get(LAUNCHER)
+        self._launcher = own_launcher()
         self._ear, mouth = socket.socketpair()
         mouth.setblocking(False)
         self._mouth = mouth
@@ -45,7 +45,7 @@ class StopRequest:
         while True:
             for number in self._heard():
                 self._ask(signal.Signals(number).name)
-            if self.asked is None and self._launcher not in (None, str(os.getppid())):
+            if self.asked is None and self._launcher not in (None, os.getppid()):
                 self._ask("the end of the command")
             if self.asked is not None and time.monotonic() - self._since > self.grace:
                 self._end(f"the step did not end within {self.grace:g} s")

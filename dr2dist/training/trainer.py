@@ -10,12 +10,12 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from dr2dist.coefficients import Guard, Limits, Schedule
 from dr2dist.data.batch import Batch
 from dr2dist.data.randomness import seed_device, seeded
+from dr2dist.parallel.agreement import from_all
 from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepError
 from dr2dist.parallel.processes import averages, most, total
 from dr2dist.parallel.verdict import Kind, Verdict, Wish
@@ -300,10 +300,8 @@ class Trainer:
             for key, good in zip(batch.keys, fine.tolist(), strict=True)
             if not good
         ]
-        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, bad or whole)
         texts = list(verdict.messages)
-        for rank, keys in enumerate(found):
+        for rank, keys in enumerate(from_all(bad or whole)):
             if keys and any(text.startswith(f"rank {rank}: ") for text in verdict.messages):
                 more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
                 step = self.engine.applied + 1

@@ -20,6 +20,7 @@ from torch import Tensor
 from dr2dist.backbones.network import ReversibleNetwork
 from dr2dist.errors import UserError
 from dr2dist.parallel import adapter
+from dr2dist.parallel.agreement import from_all
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.engine import ReversibleEngine, StepBatches
 from dr2dist.parallel.pipeline.clock import Clock
@@ -91,10 +92,8 @@ class StagedEngine(ReversibleEngine):
 
     def by_stage(self, values: Mapping[str, float]) -> dict[str, float]:
         """See ReversibleEngine."""
-        found: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, {**values, **self._clock.take()})
         result: dict[str, float] = {}
-        for rank, own in enumerate(found):
+        for rank, own in enumerate(from_all({**values, **self._clock.take()})):
             stage, _ = self.grid.place(rank)
             for name, value in own.items():
                 key = f"stage_{stage}/{name}"
