@@ -1,10 +1,12 @@
 """How a run stops: every signal, to everyone, at every moment, and whether it goes on rightly.
 
-    python benchmarks/signals.py --output runs/signals [--cases all | pairwise]
+    python -m benchmarks.signals [--cases all | pairwise] [--write docs/signals.md]
 
-A small run of two ranks is begun by `dr2dist train`, hit once, and begun again by the same command.
+A small run of two ranks is begun by `dr2dist train`, hit once, and begun again by the same command
+(what is hit are programs of their own; what is not is forked from a process with all imports).
 Looked at: the exit status, what still runs 60 s later, that a process beside it with a like command
-line lives on, and that the run's end is in every bit that of one which nobody disturbed.
+line lives on, and that the run's end is in every bit that of one which nobody disturbed. Each case
+is a line of benchmarks/results/signals.jsonl and is not run again.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -34,7 +37,9 @@ from tqdm import tqdm
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import image_folder
+from tests.commands import dr2dist
 
+RECORDS = Path(__file__).parent / "results" / "signals.jsonl"
 SIGNALS = ("TERM", "INT", "HUP", "USR1", "KILL")
 RECEIVERS = ("command", "group", "rank 0", "rank 1", "everyone")
 """everyone: the command, its ranks and their data workers, as service managers send it."""
@@ -90,21 +95,16 @@ def _pairs(case: Case) -> set[tuple[tuple[int, str], tuple[int, str]]]:
 class Bench:
     """Runs of one folder: its shards, and for each layout how a run ends that is left alone."""
 
-    def __init__(
-        self, folder: Path, run: Callable[[Sequence[str], Path], int] | None = None
-    ) -> None:
-        """run: runs a command that is left alone, what it says goes to a file; its exit status."""
-        self.folder, self._run = folder, run or run_whole
-        self.shards = folder / "shards"
-        if not self.shards.exists():
-            make_small_shards(folder)
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.shards = folder, folder / "shards"
+        make_small_shards(folder)
         self._ends: dict[str, dict[str, Any]] = {}
 
     def end_of(self, layout: str) -> dict[str, Any]:
         """See Bench."""
         if layout not in self._ends:
             name = f"undisturbed-{layout}".replace(" ", "_")
-            status = self._run(self._line(name, layout), self.folder / f"{name}.txt")
+            status = run_whole(self._line(name, layout), self.folder / f"{name}.txt")
             assert status == 0, (self.folder / f"{name}.txt").read_text()
             self._ends[layout] = end_of_run(self.folder / name)
         return self._ends[layout]
@@ -112,11 +112,17 @@ class Bench:
     def run(self, case: Case) -> dict[str, Any]:
         """What came of a case: status, seconds, left (processes), decoy, same."""
         wanted, output = self.end_of(case.layout), self.folder / case.name
-        shutil.rmtree(output, ignore_errors=True)
-        line = self._line(case.name, case.layout)
+        shutil.rmtree(output, ignore_errors=True)  # of a try that was given up
+        line = [sys.executable, "-m", "dr2dist.cli", *self._line(case.name, case.layout)]
         decoy = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)", *line[1:]])
         with (self.folder / f"{case.name}.txt").open("a") as said:
-            command = subprocess.Popen(line, start_new_session=True, **options(said))
+            command = subprocess.Popen(
+                line,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
         try:
             _wait(lambda: _reached(case.moment, output, command), command)
             ranks = _ranks(command)
@@ -130,7 +136,7 @@ class Bench:
             for process in (command, decoy):
                 process.kill()
                 process.wait()
-        again = self._run(line, self.folder / f"{case.name}.txt")
+        again = run_whole(self._line(case.name, case.layout), self.folder / f"{case.name}.txt")
         alike = again == 0 and same(end_of_run(output), wanted)
         return {
             **case._asdict(),
@@ -148,19 +154,15 @@ class Bench:
             parallel=LAYOUTS[layout], output=self.folder / name,
         )  # fmt: skip
         config.write_text(text)
-        return [sys.executable, "-m", "dr2dist.cli", "train", str(config), "--ranks", "2"]
+        return ["train", str(config), "--ranks", "2"]
 
 
 def run_whole(line: Sequence[str], output: Path) -> int:
-    """See Bench."""
+    """The exit status of a command that is left alone; what it says is added to a file."""
+    done = dr2dist(*line)
     with output.open("a") as said:
-        return subprocess.run(line, **options(said)).returncode
-
-
-def options(said: TextIO) -> dict[str, Any]:
-    """Of a process with one thread that says everything to one file."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return {"stdout": said, "stderr": subprocess.STDOUT, "env": environment}
+        said.write(done.stdout + done.stderr)
+    return done.returncode
 
 
 def expected(case: Case) -> set[int]:
@@ -254,43 +256,65 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def page(results: Iterable[dict[str, Any]]) -> str:
-    """The table."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+def page(records: Sequence[dict[str, Any]]) -> str:
+    """The table: a line for each signal and receiver, a column for each moment and layout."""
+    found = {Case(*(record[field] for field in Case._fields)): record for record in records}
+    columns = [(moment, layout) for moment in MOMENTS for layout in LAYOUTS]
+    right = sum(is_right(case, record) for case, record in found.items())
     lines = [
-        f"`python benchmarks/signals.py`, {machine}, {datetime.date.today().isoformat()}.",
+        "# Signals",
         "",
-        "| signal | to | at | layout | status | seconds | left | beside | same bits | right |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"`python -m benchmarks.signals` on {platform.machine()}, {os.cpu_count()} cores, "
+        f"{datetime.date.today().isoformat()}: a run of two ranks is hit once, and begun again by "
+        "the same command. Each cell: the command's exit status, and seconds until nothing of it "
+        f"was left. Of {len(found)} cases {right} are right: the status is the one that the table "
+        "of exit statuses in [training.md](training.md) says, nothing was left running, a process "
+        "with a like command line lived on, and the run's end had every bit of one that nobody "
+        "disturbed. What is not right says so. -9 is the shell's 137: the command itself was "
+        "killed.",
+        "",
+        f"| signal | to | {' | '.join(f'{moment}, {layout}' for moment, layout in columns)} |",
+        f"|---|---|{'---|' * len(columns)}",
     ]
-    for found in results:
-        case = Case(*(found[field] for field in Case._fields))
-        cells = [*case, *(found[key] for key in ("status", "seconds", "left", "decoy", "same"))]
-        lines.append(f"| {' | '.join(map(str, [*cells, is_right(case, found)]))} |")
+    for number, receiver in itertools.product(SIGNALS, RECEIVERS):
+        cases = [Case(number, receiver, moment, layout) for moment, layout in columns]
+        cells = [_cell(case, found.get(case)) for case in cases]
+        lines.append(f"| {number} | {receiver} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def _cell(case: Case, found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not run"
+    cell = f"{found['status']}, {found['seconds']:.1f} s"
+    return cell if is_right(case, found) else f"{cell}: **wrong**"
+
+
 def main() -> None:
-    """Runs the cases that have no result yet, and prints the table."""
+    """Runs the cases that have no line yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--output", type=Path, default=Path("runs/signals"), help="folder")
     parser.add_argument("--cases", choices=("all", "pairwise"), default="all")
+    parser.add_argument("--write", type=Path, help="the page, in Markdown")
     given = parser.parse_args()
-    given.output.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup runs would rightly ignore it
-    path, bench = given.output / "results.json", Bench(given.output.resolve())
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for case in tqdm(ALL if given.cases == "all" else pairwise()):
-        if case.name not in results:
+    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    records = [json.loads(line) for line in lines]
+    done = {Case(*(record[field] for field in Case._fields)) for record in records}
+    wanted = ALL if given.cases == "all" else pairwise()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        for case in tqdm([case for case in wanted if case not in done]):
             try:
-                results[case.name] = bench.run(case)
-            except AssertionError as error:  # a case without a result is run again the next time
+                records.append(bench.run(case))
+            except AssertionError as error:  # a case without a line is run again the next time
                 tqdm.write(f"{case.name}: {error}")
                 continue
-            path.write_text(json.dumps(results, indent=1) + "\n")
-    table = page(results.values())
-    (given.output / "results.md").write_text(table)
-    sys.stdout.write(table)
+            with RECORDS.open("a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
+    text = page(records)
+    if given.write is not None:
+        given.write.write_text(text)
+    sys.stdout.write(text)
 
 
 if __name__ == "__main__":

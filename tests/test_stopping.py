@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from dr2dist.launching import supervise
 from dr2dist.launching.launcher import LocalLauncher
 from dr2dist.launching.supervise import Signals, combined, with_restarts
 from dr2dist.status import APART, Status
-from tests.commands import dr2dist
 from tests.pool import wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -34,14 +32,7 @@ MORE = [
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("signals"), run)
-
-
-def run(line: Sequence[str], output: Path) -> int:
-    done = dr2dist(*line[line.index("train") :])
-    with output.open("a") as said:
-        said.write(done.stdout + done.stderr)
-    return done.returncode
+    return Bench(tmp_path_factory.mktemp("signals"))
 
 
 @pytest.mark.parametrize(
