@@ -20,6 +20,7 @@ from dr2dist.config.schema import Lora
 from dr2dist.errors import UserError
 from dr2dist.inference.exported import export
 from dr2dist.tasks.registry import options_from
+from dr2dist.training.described_plan import describe
 from dr2dist.training.plan import make_plan
 from tests.images import make_small_shards
 from tests.pool import Pool
@@ -201,7 +202,7 @@ def test_a_run_with_dropout_goes_on_to_the_same_bits(folder: Path, two_ranks: Po
 
 
 def test_the_plan_says_where_adapters_are(folder: Path) -> None:
-    shown = make_plan(load_config(config_of(folder, "plan"), []), 1).describe()
+    shown = describe(make_plan(load_config(config_of(folder, "plan"), []), 1))
     assert (
         "adapters      rank 2 on 12 linear layers: blocks.*.attn.proj, blocks.*.attn.qkv" in shown
     )

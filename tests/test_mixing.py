@@ -19,6 +19,7 @@ from dr2dist.data.order import Item, Order
 from dr2dist.data.positions import batches, of_node, open_at_most
 from dr2dist.errors import UserError
 from dr2dist.training.datasets import datasets
+from dr2dist.training.described_plan import describe
 from dr2dist.training.folder import find_start
 from dr2dist.training.plan import make_plan
 from tests.images import make_small_shards
@@ -161,7 +162,7 @@ def test_a_run_of_two_sources_breaks_off_and_goes_on_with_the_same_bits(
 ) -> None:
     path = written(tmp_path, shards)
     plan = make_plan(load_config(path), 2)
-    said = plan.describe()
+    said = describe(plan)
     # 42 and 21 samples for training: 21 and 21 in an epoch.
     assert (plan.steps, plan.steps_per_epoch) == (11, 6) and "63 for training" in said, said
     assert "mixes         a micro-batch is of up to 4 shards" in said

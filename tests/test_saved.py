@@ -73,7 +73,9 @@ def output(net: nn.Module, batch: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("setting", [{}, {"arithmetic": "float", "alpha": 0.9, "beta": 0.1}])
+@pytest.mark.parametrize(
+    "setting", [{}, {"arithmetic": "float", "alpha": 0.9, "beta": 0.1, "hand_on": "mean"}]
+)
 def test_what_is_saved_computes_the_same(
     kind: str, setting: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dr2dist.config import load_config
 from dr2dist.errors import UserError
+from dr2dist.training.described_plan import describe
 from dr2dist.training.plan import make_plan
 from tests.images import make_small_shards
 from tests.pool import Pool
@@ -73,7 +74,7 @@ def test_two_stages_run_as_one_rank_does(
     summary = train(two_ranks, folder, shards, "two", "parallel.stages=2")
     assert (summary["stages"], summary["ranks"], summary["certificate_failures"]) == (2, 2, 0)
     assert_same_curve(folder / "two", whole)
-    shown = make_plan(load_config(folder / "two.yaml", ["parallel.stages=2"]), 2).describe()
+    shown = describe(make_plan(load_config(folder / "two.yaml", ["parallel.stages=2"]), 2))
     held = metrics(folder / "two")[0]["remainder_bytes"]  # of the first stage, at the least beta
     images = 4 * 3 * 32 * 32 * 4
     assert f"2 micro-batch(es) in flight, {held:,} bytes of remainders and {images:,} of" in shown
@@ -123,7 +124,7 @@ def test_the_plan_shows_the_grid_and_refuses_what_cannot_be(folder: Path, shards
     path.write_text(CONFIG.replace("SHARDS", str(shards)).replace("OUTPUT", str(folder / "plan")))
 
     def text(ranks: int, *overrides: str) -> str:
-        return make_plan(load_config(path, list(overrides)), ranks).describe()
+        return describe(make_plan(load_config(path, list(overrides)), ranks))
 
     shown = text(4, "parallel.stages=2")
     assert "stages        2 x 2 replica(s), idle for 25% of a step" in shown

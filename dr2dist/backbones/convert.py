@@ -27,7 +27,7 @@ from dr2dist.backbones.videomae import VideoMaeBackbone
 from dr2dist.backbones.vit import VitBackbone
 from dr2dist.errors import UserError
 from dr2dist.reversible import Setting
-from dr2dist.reversible.arithmetic.setting import Arithmetic, Memory, Place, StateBits
+from dr2dist.reversible.arithmetic.setting import Arithmetic, HandOn, Memory, Place, StateBits
 from dr2dist.reversible.failure import OnFailure
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def convert(
     compile: bool = False,
     state_bits: StateBits = 32,
     remainders: Place = "device",
+    hand_on: HandOn = "last",
 ) -> Any:
     """A reversible network from a supported model (Dr2Net, arXiv 2401.04105; docs/method.md).
 
@@ -83,6 +84,7 @@ def convert(
     state_bits: of exact states: 32, or 16 with a scale for each channel, which is found in the
     first pass and grows between passes where it must (docs/method.md). remainders: where the bits
     that beta discards wait for the backward pass: "host" is pinned memory (docs/memory.md).
+    hand_on: what each chain gives: its "last" tokens, or the "mean" of its last two.
 
     Raises UserError for a model that is not supported and ValueError for a setting that is not.
     """
@@ -98,6 +100,7 @@ def convert(
         chunk_budget,
         state_bits,
         remainders,
+        hand_on,
     )
     family = family_of(model)
     net = blank(type(model))

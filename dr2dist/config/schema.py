@@ -121,6 +121,9 @@ class Reversible(Section):
     remainders: Literal["device", "host"] = Field(
         "device", description="where discarded bits wait: host is pinned memory, out of the way"
     )
+    hand_on: Literal["last", "mean"] = Field(
+        "last", description="what a chain gives: its last tokens, or the mean of its last two"
+    )
     compile: bool = Field(
         False, description="run functions by torch.compile, forth and back; not with zero 3"
     )

@@ -118,6 +118,7 @@ def load_with_task(path: str | Path) -> Loaded:
         "store" if facts.conventional else "reverse",
         fraction_bits=facts.fraction_bits,
         state_bits=facts.state_bits,
+        hand_on=facts.hand_on,
     )
     net.set_scales(facts.scales)
     # What timm says of other sizes than the trained one is not true of these weights.

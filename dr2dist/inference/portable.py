@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,24 +52,31 @@ class PlainChain(nn.Module):
         """As Chain's."""
         shared = Sides(sides, batched)
         states = self._floating if self.setting.arithmetic == "float" else self._exact
-        tapped = []
-        for index, tokens in enumerate(states(x, list(self.functions)[:until], shared)):
+        functions, tapped = list(self.functions)[:until], []
+        averaged = len(self.functions) - 1 if self.setting.hand_on == "mean" else None
+        for index, (before, tokens) in enumerate(pairwise(states(x, functions, shared))):
+            if index == averaged:
+                tokens = tokens * 0.5 + before * 0.5
             if index in taps:
                 tapped.append(tokens)
         return (tokens, tapped) if taps else tokens
 
     def _floating(self, x: Tensor, functions: Sequence[Any], sides: Sides) -> Iterator[Tensor]:
+        """x_0, x_1, ..."""
         alpha, beta = self.setting.alpha, self.setting.beta
         previous = beta * x
+        yield x
         for function in functions:
             f = function(x, **sides.of(function))
             x, previous = f + alpha * x + previous, beta * x
             yield x
 
     def _exact(self, x: Tensor, functions: Sequence[Any], sides: Sides) -> Iterator[Tensor]:
+        """The same on the grid."""
         setting, scale = self.setting, self._steps_of_one(x.dim())
         now = (x.double() * scale).round()
         before = now
+        yield (now / scale).to(x.dtype)
         for function in functions:
             f = function((now / scale).to(x.dtype), **sides.of(function))
             quotient = (before * setting.beta + 0.5).floor()

@@ -34,8 +34,8 @@ from dr2dist.reversible.tape import Sides, Tape
 class Recorded(NamedTuple):
     """A forward pass that `Chain.reverse` can undo.
 
-    output: x_L, tokens [B, ...] of the input's dtype. state: the last two states, int32 or int16 in
-    exact arithmetic. tape: what the pass left, with the remainders.
+    output: x_L, or what `hand_on` says, tokens [B, ...] of the input's dtype. state: the last two
+    states, int32 or int16 in exact arithmetic. tape: what the pass left, with the remainders.
     """
 
     output: Tensor
@@ -125,7 +125,9 @@ class Chain(nn.Module):
     def part(self, begin: int = 0, end: int | None = None) -> Segment:
         """The chain's functions from `begin` up to `end`, with what is in force."""
         functions = list(self.functions)[begin:end]
-        return Segment(functions, self.runner, begin, self.scales, self.maxima)
+        whole = end is None or end >= len(self.functions)
+        hand_on = self.setting.hand_on if whole else "last"
+        return Segment(functions, self.runner, begin, self.scales, self.maxima, hand_on)
 
     @property
     def segment(self) -> Segment:
@@ -248,11 +250,12 @@ class Chain(nn.Module):
         sides: shared inputs, tensors or pytrees of them; they are differentiable, and those in
         `batched` have the batch in dim 0. until: run only that many functions. rows: of the batch,
         that are one sample: slices of the batch keep them together.
-        Returns x_L, or (x_L, [tapped tokens]) if taps are given, of x's shape and dtype (fp32
-        under autocast). Raises ValueError for tokens that are not floating, for a tap or a name in
-        `batched` that does not exist, ReversalError for an earlier backward pass on a GPU that
-        failed, and RuntimeError where it is traced by torch.compile for training,
-        unless memory is "store": a recompute could not use the same kernels.
+        Returns x_L (or what `hand_on` says, also for a tap there), or (x_L, [tapped tokens]) if
+        taps are given, of x's shape and dtype (fp32 under autocast). Raises ValueError for tokens
+        that are not floating, for a tap or a name in `batched` that does not exist, ReversalError
+        for an earlier backward pass on a GPU that failed, and RuntimeError where it is traced by
+        torch.compile for training, unless memory is "store": a recompute could not use the same
+        kernels.
         """
         segment = self.part(0, until)
         self._check_inputs(x, taps, len(segment.functions), batched, sides)
@@ -279,7 +282,7 @@ class Chain(nn.Module):
         self._failures.poll(self.on_failure)
         with torch.no_grad():
             state, tape, handed = self._recorded(segment, x, sides, self.setting, layout, taps)
-            output = tape.arithmetic.hand_out(state.current, tape.dtype)
+            output = segment.handed_on(state, tape.arithmetic, tape.dtype)
         self.open(tape)
         last = state if tape.mode(len(segment.functions) - 1) == "reverse" else None
         path = ChainPass(self.name, segment, tape, last, taps, self._look, self.enter)
@@ -318,8 +321,9 @@ class Chain(nn.Module):
         layout = self._layout(self.segment, x, shared)
         if self._lacks_scales:
             self._find_scales(x, shared, layout)
-        state, tape, _ = self._recorded(self.segment, x, shared, setting, layout)
-        return Recorded(tape.arithmetic.hand_out(state.current, tape.dtype), state, tape)
+        segment = self.segment
+        state, tape, _ = self._recorded(segment, x, shared, setting, layout)
+        return Recorded(segment.handed_on(state, tape.arithmetic, tape.dtype), state, tape)
 
     @torch.no_grad()
     def reverse(self, recorded: Recorded) -> Tensor:

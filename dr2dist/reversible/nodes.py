@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dr2dist.reversible.arithmetic.state import Gradient, State
+from dr2dist.reversible.arithmetic.state import State
 from dr2dist.reversible.calls.runner import differentiable
 from dr2dist.reversible.reversal import Backward, Reversal
 from dr2dist.reversible.segment import Segment
@@ -87,7 +87,8 @@ class ChainPass:
         state = self.state
         if not keep:
             self.state = None
-        self.reversal = self.segment.reversal(self.tape, state, Gradient(grad, None), taps, keep)
+        of_state, taps = self.segment.gradient(grad, taps)
+        self.reversal = self.segment.reversal(self.tape, state, of_state, taps, keep)
         return grad.new_zeros(())
 
     def step(self) -> None:

@@ -27,6 +27,9 @@ from dr2dist.reversible.calls.slices import Slice, joined
 from dr2dist.reversible.certificate import Probe
 from dr2dist.reversible.tape import Kept, Tape
 
+START = -1
+"""In the place of a function's number: tokens before the first one."""
+
 
 class Backward(NamedTuple):
     """What reversing a segment gives: its first state if that was reached, that state's
@@ -41,7 +44,7 @@ class Reversal:
     """Takes a segment's last state and gradient back to its first; both buffers are reused.
 
     state: None where the last function keeps its activations. grad: None to reverse only.
-    taps: gradients of tapped tokens by function. keep: the tape is left as it is.
+    taps: gradients of tapped tokens by function, or START. keep: the tape is left as it is.
     accumulator: has the gradients of parameters, unless the runner is nested.
     """
 
@@ -80,6 +83,9 @@ class Reversal:
         """Reverses all functions that are left."""
         while self.left > self.tape.first:
             self.step()
+        first = self.taps.pop(START, None)
+        if self.grad is not None and first is not None:
+            self.grad.x.add_(first)
         if self.tape.setting.memory in ("reverse", "budget"):
             self.tape.flags.note_done()
         if not self.keep:

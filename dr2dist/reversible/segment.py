@@ -6,19 +6,19 @@ The mathematics is explicit here; autograd, pipeline stages and benchmarks are i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dr2dist.reversible.advance import Advance, ambient_stream, note_state, tokens_of
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.floating import FloatArithmetic
 from dr2dist.reversible.arithmetic.scales import ChannelMaxima, ChannelScales
-from dr2dist.reversible.arithmetic.setting import Setting
+from dr2dist.reversible.arithmetic.setting import HandOn, Setting
 from dr2dist.reversible.arithmetic.state import Gradient, State
 from dr2dist.reversible.calls.kernels import Kernels
 from dr2dist.reversible.calls.replay import Randomness
@@ -29,10 +29,10 @@ from dr2dist.reversible.calls.runner import (
     trainable,
     without_saved,
 )
-from dr2dist.reversible.calls.slices import Layout, Slice, joined, slices_of
-from dr2dist.reversible.certificate import Flags, Probe
+from dr2dist.reversible.calls.slices import Layout, slices_of
+from dr2dist.reversible.certificate import Flags
 from dr2dist.reversible.remainders import Remainders
-from dr2dist.reversible.reversal import Backward, Reversal
+from dr2dist.reversible.reversal import START, Backward, Reversal
 from dr2dist.reversible.tape import Arithmetic, Kept, Sides, Tape, arithmetic_of, state_dtype
 
 
@@ -41,6 +41,7 @@ class Segment:
 
     begin: a, the number of functions before it in its chain. scales: of its states, if these have
     16 bits. maxima: takes note of all states, which are then in floating point; `infer` only.
+    hand_on: which tokens it gives, see Setting.
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class Segment:
         begin: int = 0,
         scales: ChannelScales | None = None,
         maxima: ChannelMaxima | None = None,
+        hand_on: HandOn = "last",
     ) -> None:
         self.functions = functions
         self.runner = runner
         self.begin = begin
-        self.scales, self.maxima = scales, maxima
+        self.scales, self.maxima, self.hand_on = scales, maxima, hand_on
 
     def first_trained(self, sides: Sides, x_needs_grad: bool) -> int:
         """Index of the first function that gradients concern; the number of functions if none."""
@@ -94,7 +96,7 @@ class Segment:
         state, outside, arithmetic, dtype, handed = self._infer(
             given, sides, setting, layout, taps, dtype
         )
-        output = arithmetic.hand_out(state.current, dtype).masked_fill_(outside, torch.nan)
+        output = self.handed_on(state, arithmetic, dtype).masked_fill_(outside, torch.nan)
         return output, [handed[index] for index in taps]
 
     @torch.no_grad()
@@ -139,9 +141,40 @@ class Segment:
             self._note_maxima(state)
             outside = outside | arithmetic.outside(state.current)
             if index in taps:
-                handed[index] = arithmetic.hand_out(state.current, dtype)
+                handed[index] = self._tapped(index, state, arithmetic, dtype)
                 handed[index].masked_fill_(outside, torch.nan)
         return state, outside, arithmetic, dtype, handed
+
+    def handed_on(self, state: State, arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
+        """The tokens that the segment gives, from its last state: a new tensor."""
+        tokens = arithmetic.hand_out(state.current, dtype)
+        if self.hand_on == "mean":
+            tokens.mul_(0.5).add_(arithmetic.source(state, dtype), alpha=0.5)
+        return tokens
+
+    def _tapped(
+        self, index: int, state: State, arithmetic: Arithmetic, dtype: torch.dtype
+    ) -> Tensor:
+        """Tokens after a function: after the last one those that are handed on."""
+        if index == len(self.functions) - 1:
+            return self.handed_on(state, arithmetic, dtype)
+        return arithmetic.hand_out(state.current, dtype)
+
+    def gradient(
+        self, grad: Tensor, taps: Mapping[int, Tensor]
+    ) -> tuple[Gradient, dict[int, Tensor]]:
+        """What `reversal` takes: (gradient of the last state, those of taps).
+
+        grad: of the tokens that were handed on; consumed. taps: of tapped tokens by function.
+        """
+        taps, count = dict(taps), len(self.functions)
+        if self.hand_on == "mean":
+            if count - 1 in taps:
+                grad.add_(taps.pop(count - 1))
+            grad.mul_(0.5)
+            before = max(count - 2, START)
+            taps[before] = taps[before] + grad if before in taps else grad.clone()
+        return Gradient(grad, None), taps
 
     def _note_maxima(self, state: State) -> None:
         if self.maxima is not None:
@@ -199,7 +232,7 @@ class Segment:
             else:
                 state = self._step(index, state, tape, seen)
             if index in taps:
-                handed[index] = arithmetic.hand_out(state.current, tape.dtype)
+                handed[index] = self._tapped(index, state, arithmetic, tape.dtype)
         tape.flags.note_functions(self.begin, largest, arithmetic.limit)
         tape.randomness.close()
         tape.remainders.settle()
@@ -220,7 +253,8 @@ class Segment:
         """The way back from the segment's last state, which is consumed unless `keep`.
 
         state: None where the last function keeps its activations. grad: of the last state, in
-        the tokens' dtype and contiguous; consumed. taps: gradients of tapped tokens by function.
+        the tokens' dtype and contiguous; consumed. taps: gradients of tapped tokens by function,
+        and by START of those that the segment began with.
         Raises RuntimeError on a used tape.
         """
         if tape.used:
@@ -287,11 +321,11 @@ class Segment:
         tape.parts[index] = slices_of(
             function, state.current.shape, tape.layout, tape.sides.of(function)
         )
-        _note(tape, index, state)
+        note_state(tape, index, state)
         out = tape.arithmetic.target(state, tape.may_overwrite(index))
         keep = mode == "reverse" and not tape.starts_chain(index)
-        advance = _Advance(tape.arithmetic, state, out, keep, seen)
-        tokens = partial(_tokens, tape.arithmetic, state, tape.dtype)
+        advance = Advance(tape.arithmetic, state, out, keep, seen)
+        tokens = partial(tokens_of, tape.arithmetic, state, tape.dtype)
         kept = []
         # Code that is compiled under hooks is other code: its graphs are made whole, and dropped.
         whole = mode == "store" or self.runner.compile
@@ -333,66 +367,13 @@ class Segment:
         """One function forward without a graph or a record."""
         function = self.functions[index]
         out = arithmetic.target(state, in_place=True)
-        advance = _Advance(arithmetic, state, out, keep=False, seen=seen)
-        tokens = partial(_tokens, arithmetic, state, dtype)
+        advance = Advance(arithmetic, state, out, keep=False, seen=seen)
+        tokens = partial(tokens_of, arithmetic, state, dtype)
         with torch.no_grad(), self.runner.open(function, self._next(index), False) as live:
             shape = state.current.shape
             slices = slices_of(function, shape, layout, sides.of(function))
             for work in sides.work(function, slices, shape):
-                for part, call in work.calls(live, tokens, _ambient, x_needs_grad=False):
+                for part, call in work.calls(live, tokens, ambient_stream, x_needs_grad=False):
                     advance(part, call.output)
                     del call
         return out
-
-
-class _Advance:
-    """Writes the next state, part by part, and gathers the remainders."""
-
-    def __init__(
-        self,
-        arithmetic: Arithmetic,
-        state: State,
-        out: State,
-        keep: bool,
-        seen: OutputChecksum | None,
-    ) -> None:
-        self.arithmetic, self.state, self.out = arithmetic, state, out
-        self.keep, self.seen = keep, seen
-        self.remainders: list[Tensor | None] = []
-
-    def __call__(self, part: Slice, f: Tensor) -> None:
-        """f: F's output for the part. Raises ValueError if it has another shape."""
-        now, out = part.states(self.state), part.states(self.out)
-        pieces = part.split(f)
-        found = [tuple(piece.shape) for piece in pieces]
-        allowed = [tuple(state.current.shape) for state in now]
-        if found != allowed:
-            raise ValueError(
-                f"a residual function maps {allowed[0]} to {found[0]}: "
-                "shapes must be equal in a chain"
-            )
-        for state, target, piece in zip(now, out, pieces, strict=True):
-            rest = self.arithmetic.advance(state, piece, target, self.keep, self.seen)
-            self.remainders.append(rest)
-
-
-def _tokens(arithmetic: Arithmetic, state: State, dtype: torch.dtype, part: Slice) -> Tensor:
-    return joined([arithmetic.tokens(view, dtype) for view in part.views(state.current)])
-
-
-def _ambient(key: tuple[int, ...]) -> AbstractContextManager[Any]:
-    """Calls without a record use the random stream that is in force."""
-    return nullcontext()
-
-
-def _note(tape: Tape, index: int, state: State) -> None:
-    """Notes of the state before a function what its reversal will need of it."""
-    if tape.mode(index) == "checkpoint":
-        tape.inputs[index] = state.current
-    if tape.ends_stretch(index):
-        tape.states[index] = state
-    if tape.starts_stretch(index):
-        if isinstance(tape.arithmetic, ExactArithmetic):
-            tape.starts[index] = tape.arithmetic.sums(state)
-        else:
-            tape.starts[index] = Probe(state)

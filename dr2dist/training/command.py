@@ -81,6 +81,7 @@ def _run(given: argparse.Namespace, signals: Signals, ranks: int) -> int:
 
     with left_out("wandb"):  # timm imports it
         from dr2dist.training.datasets import check_cache
+        from dr2dist.training.described_plan import describe, describe_longer
         from dr2dist.training.folder import find_start
         from dr2dist.training.hosts import on_hosts
         from dr2dist.training.plan import make_plan
@@ -89,7 +90,7 @@ def _run(given: argparse.Namespace, signals: Signals, ranks: int) -> int:
     hosts = _hosts(given)
     ranks = sum(host.slots for host in hosts) if hosts else given.ranks or ranks
     plan = make_plan(config, ranks)
-    print(plan.describe())
+    print(describe(plan))
     start = find_start(config, plan.global_batch, plan.steps, plan.train.digest())
     if start.finished is not None:
         print(f"output        {config.output} is finished: nothing is left to do")
@@ -99,7 +100,7 @@ def _run(given: argparse.Namespace, signals: Signals, ranks: int) -> int:
     plan.try_out(config, fetch=not (given.dry_run or start.checkpoints))
     print(f"starts from   {start.describe(config.model.weights)}")
     if start.longer is not None:
-        print(f"longer        {plan.describe_longer(config, start.longer)}")
+        print(f"longer        {describe_longer(plan, config, start.longer)}")
     if hosts and given.node_rank is None:
         return on_hosts(given, config, plan, hosts, signals)
     return _here(given, config, hosts, ranks, signals)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,7 @@ from dr2dist.config import Config
 from dr2dist.data.compared import check_fields, compare_with_index
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index
-from dr2dist.data.mixing import MixedOrder
-from dr2dist.data.positions import AnyOrder, open_at_most
-from dr2dist.data.prefetch import least_cache
+from dr2dist.data.positions import AnyOrder
 from dr2dist.errors import UserError
 from dr2dist.loggers.registry import check_loggers
 from dr2dist.parallel.deepspeed_json import deepspeed_config, read_deepspeed_json
@@ -37,7 +34,6 @@ from dr2dist.tasks.task import Task
 from dr2dist.training.datasets import datasets, indexes, order_of
 from dr2dist.training.footprint import Footprint, elements_of, footprint
 from dr2dist.training.groups import parameter_groups
-from dr2dist.training.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -101,167 +97,6 @@ class Plan:
         """Raises UserError for shards that are not those of their index."""
         for index in (*self.train.sources, *(self.val.sources if self.val else ())):
             compare_with_index(index, config.data.unreadable == "skip")
-
-    def describe_longer(self, config: Config, done: int) -> str:
-        """What the schedules do when a run that has ended after `done` steps goes on."""
-        alpha, beta = self.schedule.at(done)
-        rate = learning_rate(config.optim, self.steps)(done)
-        return (
-            f"{done} steps are done of {self.steps}: the schedules are those of {self.steps} "
-            f"steps, and go on with lr {rate:.3g}, alpha {alpha:.4f}, beta {beta:.4f}"
-        )
-
-    def describe(self) -> str:
-        """A few lines for people."""
-        chains = ", ".join(f"{name}: {count} functions" for name, count in self.lengths.items())
-        first, last = self.schedule.at(0), self.schedule.at(self.steps)
-        held_out = "none" if self.val is None else str(self.val.num_samples)
-        return "\n".join(
-            [
-                f"parameters    {self.parameters:,}, {self.trained:,} of them trained in "
-                f"{self.groups} group(s)",
-                *self._describe_adapters(),
-                f"chains        {chains}",
-                f"coefficients  ({first.alpha:.4f}, {first.beta:.4f}) to "
-                f"({last.alpha:.4f}, {last.beta:.4f})",
-                f"samples       {self.train.num_samples} for training, {held_out} for validation",
-                *self._describe_sources(),
-                f"steps         {self.steps} of {self.global_batch} samples on "
-                f"{self.grid.stages * self.grid.replicas} rank(s), {self.steps_per_epoch} an epoch",
-                *self._describe_order(),
-                *self._describe_best(),
-                *self._describe_states(),
-                *([] if self.footprint is None else [f"memory        {self.footprint.describe()}"]),
-                f"ZeRO          {self.deepspeed['zero_optimization']['stage']}",
-                *self._describe_stages(),
-            ]
-        )
-
-    def _describe_adapters(self) -> list[str]:
-        if self.blueprint.lora is None:
-            return []
-        kinds = sorted({re.sub(r"\d+", "*", name) for name in self.adapted})
-        rank, count = self.blueprint.lora.rank, len(self.adapted)
-        return [f"adapters      rank {rank} on {count} linear layers: {', '.join(kinds)}"]
-
-    def _describe_sources(self) -> list[str]:
-        if not isinstance(self.order, MixedOrder):
-            return []
-        return [
-            f"  source      {part.base}: {part.num_samples} samples, {passes:g} pass(es) and "
-            f"{length / self.order.num_samples:.1%} of an epoch"
-            for part, passes, length in zip(
-                self.train.sources, self.order.passes, self.order.lengths, strict=True
-            )
-        ]
-
-    def _describe_order(self) -> list[str]:
-        if self.order is None:
-            return []
-        shards, most = self.train.shards, open_at_most(self.order)
-        alone = open_at_most(self.order, nodes=self.order.streams)
-        size = int(self.deepspeed["train_micro_batch_size_per_gpu"])
-        lines = [
-            f"order         {self.order.describe()}: at most {most} shards are open at a time",
-            f"mixes         a micro-batch is of up to {min(size, most)} shards where one node "
-            f"reads all streams, {min(size, alone)} where each reads one",
-        ]
-        if all(shard.bytes for shard in shards):
-            parts = zip(self.train.sources, self.order.lengths, strict=True)
-            epoch = sum(part.bytes_of(length) for part, length in parts)
-            step = epoch * self.global_batch / self.order.num_samples
-            lines.append(f"reads         {step:,.0f} bytes a step")
-        if any(map(self.train.is_remote, shards)):
-            least = least_cache(self.train, self.order)
-            lines.append(f"cache         at least {least:,} bytes, if one node reads all streams")
-        return lines
-
-    def _describe_best(self) -> list[str]:
-        if self.val is None:
-            return []
-        metric, wanted = self.task.best
-        which = "largest" if wanted == "max" else "least"
-        return [f"best          the {which} {metric} of a validation, ties by its loss"]
-
-    def _describe_stages(self) -> list[str]:
-        if self.grid.stages == 1:
-            return []
-        total = sum(layer.flops for layer in self.layers)
-        bubble = self.grid.bubble(self.deepspeed["gradient_accumulation_steps"])
-        lines = [
-            f"stages        {self.grid.stages} x {self.grid.replicas} replica(s), "
-            f"idle for {bubble:.0%} of a step"
-        ]
-        for number, part in enumerate(self.parts):
-            own = self.layers[part.start : part.stop]
-            share = sum(layer.flops for layer in own) / total
-            ranks = [self.grid.rank(number, replica) for replica in range(self.grid.replicas)]
-            lines += [
-                f"  stage {number}     ranks {ranks[0]} to {ranks[-1]}: layers {part.start} to "
-                f"{part.stop - 1} ({own[0].kind} to {own[-1].kind}), {share:.0%} of the FLOPs",
-                f"              {self._held(number, own)}",
-            ]
-            if number < self.grid.stages - 1:
-                lines.append(f"              {self._crossing(own[-1])}")
-        return lines
-
-    def _held(self, number: int, own: list[Layer]) -> str:
-        """What a stage holds: parameters, and remainders at their most."""
-        text = f"{sum(layer.parameters for layer in own):,} parameters"
-        bits = self._kept_bits
-        if not bits:
-            return text
-        flight = min(self.grid.stages - number, self.deepspeed["gradient_accumulation_steps"])
-        inputs = sum(4 * self._elements(shape) for shape in self._inputs_kept(number))
-        # The first function of a chain keeps none: it reverses by y = beta x.
-        kept = [layer for layer in own if layer.kind == "function" and layer.place.function]
-        size = sum(self._elements(layer.shape) for layer in kept) * bits // 8
-        other = f" and {inputs:,} of inputs" if inputs else ""
-        place = " in the host's memory" if self.setting.remainders == "host" else ""
-        return (
-            f"{text}; {flight} micro-batch(es) in flight, {size:,} bytes of remainders{place}"
-            f"{other} each"
-        )
-
-    @property
-    def _kept_bits(self) -> int:
-        """Bits of remainders for each element and function."""
-        return self.setting.remainder_bits if self.setting.keeps_remainders else 0
-
-    def _describe_states(self) -> list[str]:
-        setting = self.setting
-        if setting.arithmetic == "float":
-            return []
-        grid = f"in steps of 2^-{setting.fraction_bits}"
-        if setting.by_channel:
-            grid = "with a scale for each channel, found in the first step"
-        bits = self._kept_bits
-        kept = f"; {bits} bit(s) of remainders, on the {setting.remainders}" if bits else ""
-        return [f"states        {setting.state_bits} bits {grid}{kept}"]
-
-    def _inputs_kept(self, number: int) -> list[tuple[int, ...]]:
-        """Shapes of one sample's input to the stem, the transitions and the tail of a stage."""
-        shapes = [(self.inputs,), *(layer.shape for layer in self.layers)]
-        return [shapes[i] for i in self.parts[number] if self.layers[i].kind != "function"]
-
-    def _elements(self, shape: tuple[int, ...]) -> int:
-        """Of a micro-batch."""
-        return math.prod(shape) * int(self.deepspeed["train_micro_batch_size_per_gpu"])
-
-    def _crossing(self, layer: Layer) -> str:
-        """What crosses the cut behind a layer, as a text: bytes of a micro-batch, on and back."""
-        narrow = any(self.deepspeed.get(kind, {}).get("enabled") for kind in ("bf16", "fp16"))
-        tokens = (2 if narrow else 4) * self._elements(layer.shape)
-        on, back = tokens, tokens
-        if layer.hands_on_state:
-            bits = 32 if self.setting.arithmetic == "float" else self.setting.state_bits
-            on = 2 * self._elements(layer.shape) * bits // 8
-            back = 2 * tokens + (on if self.setting.memory == "reverse" else 0)
-        batch = int(self.deepspeed["train_micro_batch_size_per_gpu"])
-        beside = [(4 * math.prod(each.shape_of(batch)), each.trained) for each in layer.carried]
-        on += sum(count for count, _ in beside)
-        back += sum(count for count, trained in beside if trained)
-        return f"{on:,} bytes on and {back:,} back a micro-batch"
 
 
 def make_plan(config: Config, ranks: int) -> Plan:

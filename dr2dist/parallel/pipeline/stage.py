@@ -351,16 +351,17 @@ class _Reversal:
     def tokens(self) -> Tensor:
         """The chain's output, a new tensor."""
         assert self.state is not None
-        return self.tape.arithmetic.hand_out(self.state.current, self.tape.dtype)
+        return self.segment.handed_on(self.state, self.tape.arithmetic, self.tape.dtype)
 
     def backward(self, gradient: Any, run: Pass) -> Any:
         """From tokens' or a state's gradient to that of what it began with."""
-        if isinstance(gradient, Tensor):
-            gradient = Gradient(gradient.to(self.tape.dtype).contiguous(), None)
         held = self.tape.remainder_bytes
         state, self.state = self.state, None
         keys = {tap: self._run[tap].tap for tap in self._taps}
         taps = {tap: run.grads.pop(key) for tap, key in keys.items() if key in run.grads}
+        if isinstance(gradient, Tensor):
+            tokens = gradient.to(self.tape.dtype).contiguous()
+            gradient, taps = self.segment.gradient(tokens, taps)
         with torch.no_grad():
             result = self.segment.reversal(self.tape, state, gradient, taps).finish()
         self.chain.enter(self.tape, held)

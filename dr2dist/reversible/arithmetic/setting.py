@@ -10,6 +10,7 @@ Arithmetic = Literal["exact", "float"]
 Memory = Literal["reverse", "store", "checkpoint", "budget"]
 StateBits = Literal[16, 32]
 Place = Literal["device", "host"]
+HandOn = Literal["last", "mean"]
 
 COEFFICIENT_STEP = 2.0**-16
 """alpha and beta are multiples of this, so that their products with int32 are exact in fp64."""
@@ -58,6 +59,8 @@ class Setting:
     state_bits: of exact states: 32 with one step for all, 16 with one for each channel.
     remainders: where they wait for the reversal: "host" is pinned memory, to which they are copied
         while functions run.
+    hand_on: the tokens that the chain gives: the last x_L, or the mean of x_L and x_{L-1}, as some
+        networks trained with two residuals end (docs/method.md).
 
     Raises ValueError for a value outside these sets.
     """
@@ -73,6 +76,7 @@ class Setting:
     chunk_budget: int | None = None
     state_bits: StateBits = 32
     remainders: Place = "device"
+    hand_on: HandOn = "last"
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -91,6 +95,7 @@ class Setting:
             ("memory", Memory),
             ("state_bits", StateBits),
             ("remainders", Place),
+            ("hand_on", HandOn),
         )
         for name, kind in choices:
             if getattr(self, name) not in get_args(kind):
@@ -149,6 +154,8 @@ class Setting:
                 "beta is 0, which nothing can reverse: it is allowed only for conventional "
                 "finetuning (alpha 1, arithmetic float, memory store or checkpoint)"
             )
+        if self.hand_on == "mean":
+            raise ValueError("beta is 0, which keeps no second state: hand_on mean has no effect")
 
     @property
     def remainder_bits(self) -> int:
