@@ -22,8 +22,10 @@ from timm.models.vision_transformer import (
 )
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
+from torchvision.models.video.mvit import MSBlockConfig
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
+from dr2dist.backbones.mvit import V1, V2, Mvit
 from dr2dist.backbones.videomae import VideoMae
 
 DEPTH = 6
@@ -122,8 +124,34 @@ def _swin3d(
     return model
 
 
+def _mvit(
+    depth: int = 4, v2: bool = True, drop_path_rate: float = 0.0, proj_drop_rate: float = 0.0
+) -> nn.Module:
+    """A block of one stage, and a second stage, whose first block pools (v1's last one widens)."""
+    blocks = []
+    for number in range(depth):
+        pools, keys = number == 1, [1, 4, 4] if number == 0 else [1, 2, 2]
+        width = 12 if number == 0 or (pools and v2) else 24
+        widens = number == (1 if v2 else 0)
+        blocks.append(
+            MSBlockConfig(
+                num_heads=2,
+                input_channels=width,
+                output_channels=24 if widens else width,
+                kernel_q=[3, 3, 3] if v2 or pools else [],
+                kernel_kv=[3, 3, 3],
+                stride_q=[1, 2, 2] if pools else [1, 1, 1] if v2 else [],
+                stride_kv=keys,
+            )
+        )
+    rates = {"stochastic_depth_prob": drop_path_rate, "attention_dropout": proj_drop_rate}
+    how = V2 if v2 else V1
+    return Mvit(how, CLIP[1], CLIP[2:], blocks=blocks, num_classes=5, dropout=0.0, **rates)
+
+
 VIDEO: dict[str, Callable[..., Any]] = {
     "swin3d": _swin3d,
+    "mvit": _mvit,
     "videomae": partial(
         VideoMae,
         embed_dim=48,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.video.swin_transformer import SwinTransformer3d
@@ -67,9 +68,18 @@ def test_slices_attend_in_one_window_at_a_time(window: list[int]) -> None:
     assert largest and max(largest) == 1
 
 
+PAIRS = [(0.9, 0.1), (0.5, 0.5), (1, 0.1)]
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("pair", [(0.9, 0.1), (0.5, 0.5), (1, 0.1)])
-@pytest.mark.parametrize("kind", VIDEO)
+@pytest.mark.parametrize(
+    ("kind", "pair"),
+    [
+        *((kind, pair) for kind in ("swin3d", "videomae") for pair in PAIRS),
+        ("mvit", PAIRS[0]),
+        *(pytest.param("mvit", pair, marks=pytest.mark.slow) for pair in PAIRS[1:]),
+    ],
+)
 def test_reversal_is_exact_with_droppath_and_slices(
     kind: str, pair: tuple[float, float], bf16: bool
 ) -> None:
@@ -117,6 +127,49 @@ def test_zero_and_stages_follow_one_curve(
     for stages, pool in ((2, two_ranks), (4, four_ranks)):
         (found, *_), *_ = pool.run("tests.stage_cases:curve", kind=kind, stages=stages, steps=6)
         assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_mvit_is_itself_and_pools_between_its_chains(v2: bool) -> None:
+    model, clips = build("mvit", depth=4, v2=v2).eval(), inputs("mvit")
+    net = dr2dist.convert(model, **CONVENTIONAL)
+    assert_state_is_of(net, model)
+    assert torch.equal(net(clips), model(clips))
+    # v1 widens in the first block's MLP, and pools in the second one's attention.
+    assert [len(chain.functions) for chain in net.chains] == ([2, 5] if v2 else [1, 5])
+    for slices in ({"chunk_size": 1}, {"chunk_size": 1, "chunk_tokens": 30}):
+        sliced = dr2dist.convert(model, **CONVENTIONAL, **slices)
+        assert_close(sliced(clips), model(clips))
+    steps = (one_step(model.train(), clips, False, memory=m) for m in ("reverse", "store"))
+    for one, two in zip(*steps, strict=True):
+        assert (one is None and two is None) or torch.equal(one, two)
+    model.eval()
+    model.blocks[1].mlp = nn.Identity()  # replaced modules take effect, of a transition too
+    model.blocks[1].attn.project = nn.Identity()
+    net.blocks[1] = model.blocks[1]
+    assert torch.equal(net(clips), model(clips))
+    with pytest.raises(UserError, match=r"\[4, 32, 32\] frames.*, the model is built for \[8"):
+        net(clips[:, :, :4])
+
+
+@pytest.mark.parametrize(("name", "functions"), [("mvit_v1_b", 26), ("mvit_v2_s", 29)])
+def test_mvit_has_torchvisions_weights_at_any_size(
+    name: str, functions: int, tmp_path: Path
+) -> None:
+    with torch.device("meta"):
+        wanted = getattr(torchvision.models.video, name)().state_dict()
+    model = build_model(name, weights=None, image_size=None, num_classes=400)
+    found = model.state_dict()
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
+    assert sum(len(chain.functions) for chain in dr2dist.convert(model).chains) == functions
+    path = tmp_path / "weights.safetensors"
+    save_file(found, path)
+    options: Any = {"num_classes": 5, "options": {"frames": 4}, "in_channels": 1}
+    smaller = build_model(name, weights=str(path), image_size=(32, 64), **options).eval()
+    assert torch.equal(smaller.blocks[3].mlp[0].weight, found["blocks.3.mlp.0.weight"])
+    assert smaller(torch.zeros(1, 1, 4, 32, 64)).shape == (1, 5)
+    with pytest.raises(UserError, match=r"multiples of \(2, 4, 4\): found \(16, 30, 30\)"):
+        build_model(name, weights=None, image_size=(30, 30), num_classes=5)
 
 
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 3, "num_heads": 3, "frames": 4}

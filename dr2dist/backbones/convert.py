@@ -16,6 +16,7 @@ from dr2dist.backbones.beit import BeitBackbone
 from dr2dist.backbones.convnext import ConvNextBackbone
 from dr2dist.backbones.eva import EvaBackbone
 from dr2dist.backbones.in_force import COEFFICIENTS_NAME
+from dr2dist.backbones.mvit import MvitBackbone
 from dr2dist.backbones.network import ReversibleNetwork, blank
 from dr2dist.backbones.refusal import check_is_model, unsupported
 from dr2dist.backbones.relpos import RelPosBackbone
@@ -41,6 +42,7 @@ _families: list[Backbone] = [
     ConvNextBackbone(),
     RelPosBackbone(),
     Swin3dBackbone(),
+    MvitBackbone(),
     VideoMaeBackbone(),
     TorchvisionVitBackbone(),
 ]

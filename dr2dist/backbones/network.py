@@ -204,10 +204,10 @@ class ReversibleNetwork(InForce):
             if changed:
                 self.cut_layers()
             refuse_hooks(self._bypassed)
-        for chain in self.chains:
-            for function in chain.functions:
-                if isinstance(function, Branch):
-                    function.renew()
+        for item in self.items:
+            for part in item.functions if hasattr(item, "functions") else (item.module,):
+                if isinstance(part, Branch):
+                    part.renew()
         if not torch.compiler.is_compiling():  # what torch.export traces has no values
             self._take_coefficients()
 
