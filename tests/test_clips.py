@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dr2dist.config.task import sections_of
 from dr2dist.data.batch import Batch
@@ -151,6 +152,24 @@ def test_views_are_averaged_as_probabilities() -> None:
     metrics = task.metrics(torch.device("cpu"))
     metrics.update(found, batch)
     assert set(metrics.compute()) == {"accuracy", "accuracy_top5", "balanced_accuracy"}
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_metrics_are_their_own_however_alike_they_begin(first: int) -> None:
+    """A first batch whose samples are all right, or all wrong, in all ways is often seen."""
+    task, random = made(), torch.Generator().manual_seed(first)
+    logits, labels = torch.randn(64, 6, generator=random), torch.arange(64) % 6
+    logits[:2] = functional.one_hot((labels[:2] + first) % 6, 6) - 0.1 * torch.arange(6)
+    metrics = task.metrics(torch.device("cpu"))
+    for part in range(0, 64, 2):
+        batch = Batch({}, {"label": labels[part : part + 2]}, ["a", "b"], 2)
+        metrics.update(logits[part : part + 2], batch)
+    right = logits.argmax(1) == labels
+    among = (logits.topk(5).indices == labels[:, None]).any(1)
+    recalls = [right[labels == label].double().mean() for label in range(6)]
+    wanted = {"accuracy": right.double().mean(), "accuracy_top5": among.double().mean()}
+    wanted["balanced_accuracy"] = torch.stack(recalls).mean()
+    assert metrics.compute() == pytest.approx({k: v.item() for k, v in wanted.items()}, abs=1e-6)
 
 
 def test_cutmix_cuts_through_all_frames() -> None:

@@ -34,7 +34,9 @@ class TorchMetrics:
     ) -> None:
         from torchmetrics import MetricCollection
 
-        self._metrics = MetricCollection(dict(metrics)).to(device)
+        # Groups would be found by comparing states after the first batch, where counts of different
+        # things are often equal: from then on one metric would be told as another.
+        self._metrics = MetricCollection(dict(metrics), compute_groups=False).to(device)
         self._values, self._plain = values, plain
 
     def update(self, predictions: Any, batch: Batch) -> None:
