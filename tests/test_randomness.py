@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -21,30 +23,30 @@ from tests.images import classification, labelled, on_image
 ROOT = Path(__file__).parent.parent
 NORMAL = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 STREAMS = """
-import random, numpy, torch
+import json, random, numpy, torch
 from dr2dist.data.randomness import seeded, seed_device
-from tests.images import classification, labelled, on_image
+from dr2dist.reversible.calls.replay import stable_seed
 with seeded(7, -1, 3):
-    print(torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.random())
+    found = [torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.random()]
 seed_device(torch.device("cpu"), 7, 2, 5)
-print(torch.rand(3).tolist())
+print(json.dumps([*found, torch.rand(3).tolist(), stable_seed(1, -2, 3)]))
 """
 
 
 def test_streams_do_not_depend_on_the_process() -> None:
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", STREAMS],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert found[0] == found[1] and len(found[0].splitlines()) == 2
+    # One whose hashes are other ones than this one's, which are drawn.
+    found = subprocess.check_output(
+        [sys.executable, "-c", STREAMS],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        text=True,
+        timeout=240,
+    )
+    with seeded(7, -1, 3):
+        wanted = [torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()]
+    seed_device(torch.device("cpu"), 7, 2, 5)
+    assert json.loads(found) == [*wanted, torch.rand(3).tolist(), stable_seed(1, -2, 3)]
+    assert stable_seed(1, 2, 3) != stable_seed(1, 3, 2)
 
 
 def test_a_seed_is_a_function_of_its_whole_key() -> None:
