@@ -47,7 +47,6 @@ from benchmarks.evidence import (
 )
 from dr2dist.reversible.certificate import worst_drift
 
-WEIGHTS = ROOT / "demo" / "vit_small_patch14.safetensors"
 RECORDS = ROOT / "benchmarks" / "results" / "frontier.jsonl"
 LEAST_SEEDS, MOST_SEEDS, HALF_WIDTH = 5, 20, 0.02
 CHOOSING_SEED = 100
@@ -57,32 +56,25 @@ CONVENTIONAL, DEFAULT, BITS16 = "conventional", "beta 0.1", "beta 0.1, 16 bits"
 
 
 class Way(NamedTuple):
-    """The sections `reversible` and `coefficients` of a run; rate_of: whose rate it takes.
-
-    gain: of each residual function but the first, by its layer scale at the start. 1 + beta makes
-    of the recursion a two-step method that is consistent with the pretrained network's.
-    """
+    """The sections `reversible` and `coefficients` of a run; rate_of: whose rate it takes."""
 
     reversible: str
     coefficients: str
     rate_of: str | None = None
-    gain: float = 1.0
 
 
-def _constant(beta: float) -> Way:
-    return Way(EXACT, f"kind: conserve, beta: [{beta}, {beta}]")
+def _constant(beta: float, more: str = "") -> Way:
+    return Way(EXACT + more, f"kind: conserve, beta: [{beta}, {beta}]")
 
 
 BETAS = {1 / 16: "beta 1/16", 0.1: DEFAULT, 1 / 8: "beta 1/8", 1 / 4: "beta 1/4", 1 / 2: "beta 1/2"}
+GAINS = {beta: f"{BETAS[beta]}, gain 1 + beta" for beta in (0.1, 1 / 8, 1 / 4)}
 WAYS: dict[str, Way] = {
     CONVENTIONAL: Way("arithmetic: float, memory: store", "kind: constant, alpha: 1, beta: 0"),
     DEFAULT: _constant(0.1),
-    BITS16: _constant(0.1)._replace(reversible=f"{EXACT}, state_bits: 16", rate_of=DEFAULT),
+    BITS16: _constant(0.1, ", state_bits: 16")._replace(rate_of=DEFAULT),
     **{BETAS[beta]: _constant(beta) for beta in (1 / 8, 1 / 4, 1 / 2, 1 / 16)},
-    **{
-        f"{BETAS[beta]}, gain 1 + beta": _constant(beta)._replace(gain=1 + beta)
-        for beta in (1 / 8, 1 / 4)
-    },
+    **{way: _constant(beta, ", gain: consistent") for beta, way in GAINS.items()},
     "paper, exact": Way(EXACT, PAPER),
     "paper, float reversal": Way(FLOAT, PAPER),
 }
@@ -223,24 +215,8 @@ def run_all(jobs: list[Job], workers: int) -> Results:
 
 def in_passing(job: Job) -> dict[str, Any]:
     """`one_run` in a folder that is deleted afterwards."""
-    overrides, gain = overrides_of(job), WAYS[job.way].gain
     with tempfile.TemporaryDirectory() as folder:
-        if gain != 1:
-            weights = Path(folder) / "weights.safetensors"
-            write_gained(gain, weights)
-            overrides.append(f"model.weights={weights}")
-        return one_run(overrides, Path(folder) / "run")
-
-
-def write_gained(gain: float, path: Path) -> None:
-    """The pretrained weights with a gain of all residual functions but the first."""
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(WEIGHTS)
-    for name, tensor in weights.items():
-        if name.endswith("gamma") and name != "blocks.0.ls1.gamma":
-            tensor *= gain
-    save_file(weights, path)
+        return one_run(overrides_of(job), Path(folder) / "run")
 
 
 def write_page(results: Results, arguments: argparse.Namespace) -> str:
@@ -271,7 +247,8 @@ def _choice(results: Results, arguments: argparse.Namespace) -> list[str]:
     """Which constant beta the rule makes the default, of those that were run on all data, or on
     some and do not keep to it there."""
     lines, chosen = [], None
-    for beta, way in sorted(BETAS.items(), reverse=True):  # the fewest bits first
+    # The fewest bits first, and of those without a gain first.
+    for beta, way in sorted([*BETAS.items(), *GAINS.items()], key=lambda each: -each[0]):
         lower: list[float] = []
         for data in arguments.data:
             runs, base = (seeds_of(results, data, w, arguments.steps) for w in (way, CONVENTIONAL))

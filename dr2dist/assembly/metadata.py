@@ -33,11 +33,11 @@ class ExportMetadata(BaseModel):
     """What an exported file says of its model.
 
     model, image_size (height, width in pixels), in_channels, options, lora: how it is built.
-    alpha, beta, arithmetic, fraction_bits, state_bits, scales, hand_on: how its residual functions
-    are joined. task: the section `task`. classes: names by label. preprocessing: how samples become
-    inputs, as plain values. fields: members of samples that were read instead of the task's.
-    plugins: modules that know the task or the backbone. step: applied optimiser steps, None where
-    nobody counted. dr2dist: the version that trained it.
+    alpha, beta, arithmetic, fraction_bits, state_bits, scales, hand_on, gain: how its residual
+    functions are joined. task: the section `task`. classes: names by label. preprocessing: how
+    samples become inputs, as plain values. fields: members of samples that were read instead of
+    the task's. plugins: modules that know the task or the backbone. step: applied optimiser steps,
+    None where nobody counted. dr2dist: the version that trained it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -53,6 +53,7 @@ class ExportMetadata(BaseModel):
     state_bits: Literal[16, 32] = 32
     scales: dict[str, tuple[int, ...]] = {}
     hand_on: Literal["last", "mean"] = "last"
+    gain: Literal["none", "consistent"] = "none"
     task: dict[str, Any]
     classes: tuple[str, ...] = ()
     preprocessing: dict[str, Any]
@@ -153,6 +154,7 @@ def metadata_of(
             state_bits=setting.state_bits,
             scales=net.scales,
             hand_on=setting.hand_on,
+            gain=setting.gain,
             task=dict(task or {"name": DEFAULT_TASK, "num_classes": len(classes)}),
             classes=classes,
             preprocessing={**family.preprocessing(net), **PRESENT, **preprocessing},

@@ -28,7 +28,7 @@ from dr2dist.backbones.videomae import VideoMaeBackbone
 from dr2dist.backbones.vit import VitBackbone
 from dr2dist.errors import UserError
 from dr2dist.reversible import Setting
-from dr2dist.reversible.arithmetic.setting import Arithmetic, HandOn, Memory, Place, StateBits
+from dr2dist.reversible.arithmetic.setting import Arithmetic, Gain, HandOn, Memory, Place, StateBits
 from dr2dist.reversible.failure import OnFailure
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def convert(
     state_bits: StateBits = 32,
     remainders: Place = "device",
     hand_on: HandOn = "last",
+    gain: Gain = "none",
 ) -> Any:
     """A reversible network from a supported model (Dr2Net, arXiv 2401.04105; docs/method.md).
 
@@ -86,7 +87,8 @@ def convert(
     state_bits: of exact states: 32, or 16 with a scale for each channel, which is found in the
     first pass and grows between passes where it must (docs/method.md). remainders: where the bits
     that beta discards wait for the backward pass: "host" is pinned memory (docs/memory.md).
-    hand_on: what each chain gives: its "last" tokens, or the "mean" of its last two.
+    hand_on: what each chain gives: its "last" tokens, or the "mean" of its last two. gain:
+    "consistent" multiplies the outputs of all functions but a chain's first by 1 + beta.
 
     Raises UserError for a model that is not supported and ValueError for a setting that is not.
     """
@@ -103,6 +105,7 @@ def convert(
         state_bits,
         remainders,
         hand_on,
+        gain,
     )
     family = family_of(model)
     net = blank(type(model))

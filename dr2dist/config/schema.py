@@ -121,6 +121,9 @@ class Reversible(Section):
     remainders: Literal["device", "host"] = Field(
         "device", description="where discarded bits wait: host is pinned memory, out of the way"
     )
+    gain: Literal["none", "consistent"] = Field(
+        "none", description="consistent: all functions but a chain's first count 1 + beta times"
+    )
     hand_on: Literal["last", "mean"] = Field(
         "last", description="what a chain gives: its last tokens, or the mean of its last two"
     )

@@ -119,6 +119,7 @@ def load_with_task(path: str | Path) -> Loaded:
         fraction_bits=facts.fraction_bits,
         state_bits=facts.state_bits,
         hand_on=facts.hand_on,
+        gain=facts.gain,
     )
     net.set_scales(facts.scales)
     # What timm says of other sizes than the trained one is not true of these weights.

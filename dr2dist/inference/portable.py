@@ -64,23 +64,24 @@ class PlainChain(nn.Module):
     def _floating(self, x: Tensor, functions: Sequence[Any], sides: Sides) -> Iterator[Tensor]:
         """x_0, x_1, ..."""
         alpha, beta = self.setting.alpha, self.setting.beta
-        previous = beta * x
+        previous, factor = beta * x, 1.0
         yield x
         for function in functions:
-            f = function(x, **sides.of(function))
-            x, previous = f + alpha * x + previous, beta * x
+            f = factor * function(x, **sides.of(function))
+            x, previous, factor = f + alpha * x + previous, beta * x, self.setting.factor
             yield x
 
     def _exact(self, x: Tensor, functions: Sequence[Any], sides: Sides) -> Iterator[Tensor]:
         """The same on the grid."""
         setting, scale = self.setting, self._steps_of_one(x.dim())
         now = (x.double() * scale).round()
-        before = now
+        before, factor = now, 1.0
         yield (now / scale).to(x.dtype)
         for function in functions:
             f = function((now / scale).to(x.dtype), **sides.of(function))
             quotient = (before * setting.beta + 0.5).floor()
-            now, before = (f.double() * scale + setting.alpha * now).round() + quotient, now
+            total = (f.double() * (factor * scale) + setting.alpha * now).round()
+            now, before, factor = total + quotient, now, setting.factor
             yield (now / scale).to(x.dtype)
 
     def _steps_of_one(self, dims: int) -> Any:

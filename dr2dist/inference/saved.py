@@ -171,7 +171,7 @@ def _again(net: Any, path: Path) -> Any:
     """The file's network, run in the same types, slices and place as the given one."""
     again: Any = load(path)
     for chain, own in zip(again.chains, net.chains, strict=True):
-        said = ("alpha", "beta", "arithmetic", "fraction_bits", "state_bits", "hand_on")
+        said = ("alpha", "beta", "arithmetic", "fraction_bits", "state_bits", "hand_on", "gain")
         chain.setting = replace(own.setting, **{key: getattr(chain.setting, key) for key in said})
     for mine, theirs in (
         (again.named_parameters(), dict(net.named_parameters())),

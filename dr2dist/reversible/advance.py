@@ -26,9 +26,10 @@ class Advance:
         out: State,
         keep: bool,
         seen: OutputChecksum | None,
+        factor: float,
     ) -> None:
         self.arithmetic, self.state, self.out = arithmetic, state, out
-        self.keep, self.seen = keep, seen
+        self.keep, self.seen, self.factor = keep, seen, factor
         self.remainders: list[Tensor | None] = []
 
     def __call__(self, part: Slice, f: Tensor) -> None:
@@ -43,7 +44,7 @@ class Advance:
                 "shapes must be equal in a chain"
             )
         for state, target, piece in zip(now, out, pieces, strict=True):
-            rest = self.arithmetic.advance(state, piece, target, self.keep, self.seen)
+            rest = self.arithmetic.advance(state, piece, target, self.keep, self.seen, self.factor)
             self.remainders.append(rest)
 
 

@@ -161,6 +161,7 @@ class _Step:
         self.after, self.seen, self.keep = after, seen, reversal.keep
         self.tape, self.arithmetic = reversal.tape, reversal.tape.arithmetic
         self.function = reversal.functions[index]
+        self.factor = reversal.tape.factor(index)
         self.number = 0
 
     def from_graphs(self, kept: Kept) -> None:
@@ -219,10 +220,10 @@ class _Step:
             return
         for state, piece in zip(self._states(part), part.split(f), strict=True):
             if isinstance(self.arithmetic, FloatArithmetic):
-                self.arithmetic.retreat(state, piece)
+                self.arithmetic.retreat(state, piece, self.factor)
             elif not self.tape.starts_chain(self.index):
                 remainders = self.tape.remainders.part(self.index, self.number)
-                self.arithmetic.retreat(state, piece, remainders, self.seen)
+                self.arithmetic.retreat(state, piece, remainders, self.seen, self.factor)
                 if not self.keep:
                     self.tape.remainders.drop(self.index, self.number)
             else:
@@ -231,13 +232,14 @@ class _Step:
             self.number += 1
 
     def _differentiate(self, part: Slice, call: Call) -> None:
-        """dx = F'(x)^T dx' + (alpha dx' + beta dy'), over the buffer of dy'."""
+        """dx = F'(x)^T g dx' + (alpha dx' + beta dy'), over the buffer of dy'."""
         if self.after is None or self.reversal.grad is None:
             return
         before, setting = self.reversal.grad, self.tape.setting
         beta = 0.0 if before.y is None else setting.beta
         views, targets = part.views(before.x), part.views(self.after.x)
-        (of_x, *others), of_leaves = gradients(call, [joined(views)], self.keep)
+        of_f = joined(views) if self.factor == 1 else joined(views) * self.factor
+        (of_x, *others), of_leaves = gradients(call, [of_f], self.keep)
         pieces = [None] * len(views) if of_x is None else part.split(of_x)
         for target, dx, piece in zip(targets, views, pieces, strict=True):
             couple(target, dx, piece, setting.alpha, beta)

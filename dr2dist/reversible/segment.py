@@ -33,7 +33,15 @@ from dr2dist.reversible.calls.slices import Layout, slices_of
 from dr2dist.reversible.certificate import Flags
 from dr2dist.reversible.remainders import Remainders
 from dr2dist.reversible.reversal import START, Backward, Reversal
-from dr2dist.reversible.tape import Arithmetic, Kept, Sides, Tape, arithmetic_of, state_dtype
+from dr2dist.reversible.tape import (
+    Arithmetic,
+    Kept,
+    Sides,
+    Tape,
+    arithmetic_of,
+    factor_of,
+    state_dtype,
+)
 
 
 class Segment:
@@ -324,7 +332,7 @@ class Segment:
         note_state(tape, index, state)
         out = tape.arithmetic.target(state, tape.may_overwrite(index))
         keep = mode == "reverse" and not tape.starts_chain(index)
-        advance = Advance(tape.arithmetic, state, out, keep, seen)
+        advance = Advance(tape.arithmetic, state, out, keep, seen, tape.factor(index))
         tokens = partial(tokens_of, tape.arithmetic, state, tape.dtype)
         kept = []
         # Code that is compiled under hooks is other code: its graphs are made whole, and dropped.
@@ -367,7 +375,8 @@ class Segment:
         """One function forward without a graph or a record."""
         function = self.functions[index]
         out = arithmetic.target(state, in_place=True)
-        advance = Advance(arithmetic, state, out, keep=False, seen=seen)
+        factor = factor_of(arithmetic, self.begin + index)
+        advance = Advance(arithmetic, state, out, keep=False, seen=seen, factor=factor)
         tokens = partial(tokens_of, arithmetic, state, dtype)
         with torch.no_grad(), self.runner.open(function, self._next(index), False) as live:
             shape = state.current.shape

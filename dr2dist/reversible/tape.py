@@ -120,6 +120,10 @@ class Tape:
         of it is discarded."""
         return self.begin + index == 0
 
+    def factor(self, index: int) -> float:
+        """By which function `index`'s output is multiplied."""
+        return factor_of(self.arithmetic, self.begin + index)
+
     def starts_stretch(self, index: int) -> bool:
         """Whether reversal ends at function `index`, for now or for good."""
         first = index == self.first or self.mode(index - 1) != "reverse"
@@ -191,6 +195,11 @@ def arithmetic_of(
 
         return FusedArithmetic(setting, dtype, scales, wide)
     return ExactArithmetic(setting, dtype, scales, wide)
+
+
+def factor_of(arithmetic: Arithmetic, index: int) -> float:
+    """By which the output of a chain's function is multiplied: the first one's by 1."""
+    return arithmetic.factor if index else 1.0
 
 
 def state_dtype(h: Tensor) -> torch.dtype:

@@ -27,7 +27,8 @@ def describe(plan: Plan) -> str:
             *_adapters(plan),
             f"chains        {chains}{given}",
             f"coefficients  ({first.alpha:.4f}, {first.beta:.4f}) to "
-            f"({last.alpha:.4f}, {last.beta:.4f})",
+            f"({last.alpha:.4f}, {last.beta:.4f})"
+            f"{', gain 1 + beta' if plan.setting.gain == 'consistent' else ''}",
             f"samples       {plan.train.num_samples} for training, {held_out} for validation",
             *_sources(plan),
             f"steps         {plan.steps} of {plan.global_batch} samples on "

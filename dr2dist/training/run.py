@@ -217,6 +217,7 @@ def _facts(config: Config, plan: Plan) -> dict[str, Any]:
         "fraction_bits": config.setting().fraction_bits,
         "state_bits": config.setting().state_bits,
         "hand_on": config.reversible.hand_on,
+        "gain": config.reversible.gain,
         "global_batch": plan.global_batch,
         "index": plan.train.digest(),
         "dr2dist": __version__,

@@ -3,14 +3,14 @@
 With `x = X * s` and rne = round to nearest, ties to even; s is 2^-K in 32 bits, and in 16 bits a
 power of two of each channel:
 
-    G(X)    = rne(F(x) / s + alpha * X)
+    G(X)    = rne(g * F(x) / s + alpha * X)          g: 1, or `factor` of the setting
     X_{i+1} = G(X_i) + enc(X_{i-1})                  enc(X) = floor(beta * X + 1/2)
     X_{i-1} = dec(X_{i+1} - G(X_i), r)               dec(y, r) = ceil(y / beta - 1 / (2 beta)) + r
 
-All of it runs in fp64. alpha is a multiple of 2^-16 and X has 31 bits, so alpha * X and
-F / s are exact there and G rounds its sum once and then to the grid: a fused multiply-add
-gives the same bits as a separate one, and only F itself can differ between two runs. dec uses
-1 / beta rounded to fp64; 2^-18 in its offset keeps that error away from the integers.
+All of it runs in fp64. alpha and g are multiples of 2^-16 and X has 31 bits, so alpha * X and
+g * F / s are exact there (of F in fp32) and G rounds its sum once and then to the grid: a fused
+multiply-add gives the same bits as a separate one, and only F itself can differ between two runs.
+dec uses 1 / beta rounded to fp64; 2^-18 in its offset keeps that error away from the integers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ExactArithmetic:
         scales: ChannelScales | None = None,
         wide: bool = False,
     ) -> None:
-        self.alpha, self.beta = setting.alpha, setting.beta
+        self.alpha, self.beta, self.factor = setting.alpha, setting.beta, setting.factor
         self.scales, self.scale = scales, 2.0**setting.fraction_bits
         self.inverse = 1 / setting.beta
         self.bits = setting.remainder_bits
@@ -106,17 +106,23 @@ class ExactArithmetic:
         return State(torch.empty_like(state.current), state.current)
 
     def advance(
-        self, state: State, f: Tensor, out: State, keep: bool, seen: OutputChecksum | None
+        self,
+        state: State,
+        f: Tensor,
+        out: State,
+        keep: bool,
+        seen: OutputChecksum | None,
+        factor: float = 1.0,
     ) -> Tensor | None:
         """Writes X_{i+1} to out.current (which may be state.previous); `seen` looks at all of it.
 
-        What leaves the range is noted, and the state then undefined; in 16 bits, and where nothing
-        looks, it ends outside the allowed range.
-        Returns the packed remainders if they are to be kept: uint8, bits * ceil(n / 8) bytes.
+        factor: g. What leaves the range is noted, and the state then undefined; in 16 bits, and
+        where nothing looks, it ends outside the allowed range. Returns the packed remainders if
+        they are to be kept: uint8, bits * ceil(n / 8) bytes.
         """
         bits = self.bits if keep else 0
         remainders = f.new_empty(packed_bytes(bits, f.numel()), dtype=torch.uint8)
-        rows, place = self._rows(f, onto_grid=True), 0
+        rows, place = self._rows(f, onto_grid=True, factor=factor), 0
         room = _Room(rows, f)
         for start, target, now, before, branch in _tiles(rows, out.current, *state, f):
             source = room.cut(0, before).copy_(before)
@@ -145,9 +151,16 @@ class ExactArithmetic:
             seen.note_peaks(_near(_tile_peaks(finite, start, shape, self.scales)))
             self._clamp(total)
 
-    def retreat(self, state: State, f: Tensor, remainders: Tensor, seen: OutputChecksum) -> State:
-        """(X_i, X_{i-1}) from (X_{i+1}, X_i): X_{i-1} is written over X_{i+1}."""
-        rows, place = self._rows(f, onto_grid=True), 0
+    def retreat(
+        self,
+        state: State,
+        f: Tensor,
+        remainders: Tensor,
+        seen: OutputChecksum,
+        factor: float = 1.0,
+    ) -> State:
+        """(X_i, X_{i-1}) from (X_{i+1}, X_i): X_{i-1} is written over X_{i+1}. factor: g."""
+        rows, place = self._rows(f, onto_grid=True, factor=factor), 0
         room = _Room(rows, f)
         for start, after, now, branch in _tiles(rows, *state, f):
             seen.again(branch, room.cut(3, branch))
@@ -190,10 +203,11 @@ class ExactArithmetic:
             return None
         return _near(channel_peaks(state, self.scales.dim).long())
 
-    def _rows(self, like: Tensor, onto_grid: bool) -> Rows:
+    def _rows(self, like: Tensor, onto_grid: bool, factor: float = 1.0) -> Rows:
         if self.scales is None:
-            return Rows(1, self.scale if onto_grid else 1 / self.scale)
-        return self.scales.rows(like, onto_grid)
+            return Rows(1, factor * (self.scale if onto_grid else 1 / self.scale))
+        rows = self.scales.rows(like, onto_grid)
+        return rows if factor == 1 else Rows(rows.width, rows.factors * factor)
 
     def _function(self, f: Tensor, x: Tensor, room: _Room, start: int) -> Tensor:
         """G of one tile, fp64, in two of the room's places."""

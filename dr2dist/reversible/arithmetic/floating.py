@@ -21,7 +21,7 @@ class FloatArithmetic:
     """Of states: there is none."""
 
     def __init__(self, setting: Setting, dtype: torch.dtype) -> None:
-        self.alpha, self.beta = setting.alpha, setting.beta
+        self.alpha, self.beta, self.factor = setting.alpha, setting.beta, setting.factor
         self.dtype = dtype
 
     def start(self, h: Tensor) -> State:
@@ -56,18 +56,25 @@ class FloatArithmetic:
         return state.previous.to(dtype)
 
     def advance(
-        self, state: State, f: Tensor, out: State, keep: bool, seen: OutputChecksum | None
+        self,
+        state: State,
+        f: Tensor,
+        out: State,
+        keep: bool,
+        seen: OutputChecksum | None,
+        factor: float = 1.0,
     ) -> None:
         """Writes (x_{i+1}, y_{i+1}) to out, which may be the state itself; nothing to keep."""
         x, y = state
-        after = torch.add(f.to(self.dtype), x, alpha=self.alpha).add_(y)
+        branch = f.to(self.dtype) if factor == 1 else f.to(self.dtype) * factor
+        after = torch.add(branch, x, alpha=self.alpha).add_(y)
         torch.mul(x, self.beta, out=out.previous)
         out.current.copy_(after)
         if seen:
             seen.output(f)
 
-    def retreat(self, state: State, f: Tensor) -> State:
+    def retreat(self, state: State, f: Tensor, factor: float = 1.0) -> State:
         """(x_i, y_i) from (x_{i+1}, y_{i+1}), written over them."""
         x = self.source(state, self.dtype)
-        before = state.current.sub_(f).sub_(x, alpha=self.alpha)
+        before = state.current.sub_(f, alpha=factor).sub_(x, alpha=self.alpha)
         return State(state.previous.copy_(x), before)

@@ -17,15 +17,31 @@ from dr2dist.reversible.arithmetic import triton_kernels as kernels
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.packing import packed_bytes
-from dr2dist.reversible.arithmetic.scales import inner_size
+from dr2dist.reversible.arithmetic.scales import ChannelScales, inner_size
+from dr2dist.reversible.arithmetic.setting import Setting
 from dr2dist.reversible.arithmetic.state import State
 
 
 class FusedArithmetic(ExactArithmetic):
     """The coupling in kernels. Remainders are planes of one bit, 8 neighbours to a byte.
 
-    Coefficients travel as fp32, which holds every multiple of 2^-16 up to 1, and every step 2^k.
+    Coefficients travel as fp32, which holds every multiple of 2^-16 up to 2, and its product with
+    every step 2^k.
     """
+
+    def __init__(
+        self,
+        setting: Setting,
+        dtype: torch.dtype,
+        scales: ChannelScales | None = None,
+        wide: bool = False,
+    ) -> None:
+        if setting.factor != 1 and dtype == torch.float64:
+            raise ValueError(
+                "gain 'consistent' multiplies outputs in fp64, which on a GPU is the same in all "
+                "kernels for tokens of fp32 or less: found fp64"
+            )
+        super().__init__(setting, dtype, scales, wide)
 
     def start(self, h: Tensor) -> State:
         """See ExactArithmetic."""
@@ -60,7 +76,13 @@ class FusedArithmetic(ExactArithmetic):
         return x
 
     def advance(
-        self, state: State, f: Tensor, out: State, keep: bool, seen: OutputChecksum | None
+        self,
+        state: State,
+        f: Tensor,
+        out: State,
+        keep: bool,
+        seen: OutputChecksum | None,
+        factor: float = 1.0,
     ) -> Tensor | None:
         """See ExactArithmetic. A state outside the range ends there in any case."""
         bits = self.bits if keep else 0
@@ -80,7 +102,7 @@ class FusedArithmetic(ExactArithmetic):
             seen.bits,
             seen.largest.view(torch.int64),
             seen.bits if peaks is None else peaks,
-            self._values(f, onto_grid=True),
+            self._values(f, onto_grid=True, factor=factor),
             seen.place,
             count,
             self.alpha,
@@ -94,7 +116,14 @@ class FusedArithmetic(ExactArithmetic):
         seen.advance(count)
         return remainders if keep else None
 
-    def retreat(self, state: State, f: Tensor, remainders: Tensor, seen: OutputChecksum) -> State:
+    def retreat(
+        self,
+        state: State,
+        f: Tensor,
+        remainders: Tensor,
+        seen: OutputChecksum,
+        factor: float = 1.0,
+    ) -> State:
         """See ExactArithmetic."""
         kernels.launch(
             kernels.retreat,
@@ -104,7 +133,7 @@ class FusedArithmetic(ExactArithmetic):
             f,
             remainders,
             seen.bits,
-            self._values(f, onto_grid=True),
+            self._values(f, onto_grid=True, factor=factor),
             seen.place,
             f.numel(),
             self.alpha,
@@ -143,11 +172,12 @@ class FusedArithmetic(ExactArithmetic):
         parts = state[:1] if state.previous is state.current else state
         return torch.stack([kernels.weighted_bits(part, 0) for part in parts])
 
-    def _values(self, like: Tensor, onto_grid: bool) -> Tensor:
+    def _values(self, like: Tensor, onto_grid: bool, factor: float = 1.0) -> Tensor:
         """What brings each channel onto the grid, or back: fp32; one for states of 32 bits."""
         if self.scales is not None:
-            return self.scales.values(like.device, onto_grid)
-        return _one(self.scale if onto_grid else 1 / self.scale, like.device)
+            values = self.scales.values(like.device, onto_grid)
+            return values if factor == 1 else values * factor
+        return _one(factor * (self.scale if onto_grid else 1 / self.scale), like.device)
 
     def _channels(self, like: Tensor) -> dict[str, Any]:
         """How kernels find an element's channel."""

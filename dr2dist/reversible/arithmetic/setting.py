@@ -11,6 +11,7 @@ Memory = Literal["reverse", "store", "checkpoint", "budget"]
 StateBits = Literal[16, 32]
 Place = Literal["device", "host"]
 HandOn = Literal["last", "mean"]
+Gain = Literal["none", "consistent"]
 
 COEFFICIENT_STEP = 2.0**-16
 """alpha and beta are multiples of this, so that their products with int32 are exact in fp64."""
@@ -59,6 +60,9 @@ class Setting:
     state_bits: of exact states: 32 with one step for all, 16 with one for each channel.
     remainders: where they wait for the reversal: "host" is pinned memory, to which they are copied
         while functions run.
+    gain: what a function's output is multiplied by: nothing, or behind a chain's first function by
+        1 + beta, which makes of the recursion a two-step method that is consistent with the
+        pretrained network's (docs/method.md).
     hand_on: the tokens that the chain gives: the last x_L, or the mean of x_L and x_{L-1}, as some
         networks trained with two residuals end (docs/method.md).
 
@@ -77,6 +81,7 @@ class Setting:
     state_bits: StateBits = 32
     remainders: Place = "device"
     hand_on: HandOn = "last"
+    gain: Gain = "none"
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -96,6 +101,7 @@ class Setting:
             ("state_bits", StateBits),
             ("remainders", Place),
             ("hand_on", HandOn),
+            ("gain", Gain),
         )
         for name, kind in choices:
             if getattr(self, name) not in get_args(kind):
@@ -156,6 +162,8 @@ class Setting:
             )
         if self.hand_on == "mean":
             raise ValueError("beta is 0, which keeps no second state: hand_on mean has no effect")
+        if self.gain == "consistent":
+            raise ValueError("beta is 0: gain consistent, which is 1 + beta, has no effect")
 
     @property
     def remainder_bits(self) -> int:
@@ -163,6 +171,12 @@ class Setting:
         if self.arithmetic == "float":
             return 0
         return (math.ceil(1 / self.beta) - 1).bit_length()
+
+    @property
+    def factor(self) -> float:
+        """By which outputs of functions behind a chain's first one are multiplied: it has 17 bits,
+        so that fp64 holds its product with an fp32 output."""
+        return 1 + self.beta if self.gain == "consistent" else 1.0
 
     @property
     def by_channel(self) -> bool:
