@@ -41,8 +41,8 @@ def messages_of_looks(looks: int) -> float:
         patch.setattr(heartbeat._Board, "_ask", counted)
         patch.setattr(heartbeat, "PERIOD", 1000.0)  # none but those that are counted
         with Heartbeat() as watch:
+            dist.barrier()  # all have told where they are
             watch._look(1)
-            dist.barrier()
             before = asked[0]
             for count in range(looks):
                 assert watch._look(count + 2) is None
