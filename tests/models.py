@@ -38,7 +38,7 @@ _beit = partial(Beit, **_plain, init_values=0.5)
 _swin = partial(
     SwinTransformer,
     **_size,
-    patch_size=2,
+    patch_size=4,
     window_size=4,
     embed_dim=24,
     num_heads=(2, 4, 8),

@@ -65,7 +65,7 @@ def test_memory_modes_agree_in_every_bit_of_the_weights(
     zero: int, kind: str, two_ranks: Pool
 ) -> None:
     # Slices of a rank's four samples and, in bf16, of tokens; the last one is shorter.
-    in_tokens = {"chunk_size": 1, "chunk_tokens": 192 if kind == "swin" else 9}
+    in_tokens = {"chunk_size": 1, "chunk_tokens": 48 if kind == "swin" else 9}
     for bf16, slices in ((False, {"chunk_size": 3}), (True, in_tokens)):
         assert_modes_agree(two_ranks, kind, zero, bf16=bf16, **slices)
 

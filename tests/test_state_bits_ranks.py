@@ -24,7 +24,7 @@ STAGES = "tests.stage_cases:curve"
     ],
 )
 def test_memory_modes_agree_in_every_bit_in_bf16(kind: str, zero: int, two_ranks: Pool) -> None:
-    slices = {"chunk_size": 1, "chunk_tokens": 192 if kind == "swin" else 9}
+    slices = {"chunk_size": 1, "chunk_tokens": 48 if kind == "swin" else 9}
     assert_modes_agree(two_ranks, kind, zero, bf16=True, state_bits=16, **slices)
 
 
