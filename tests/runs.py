@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -37,6 +38,15 @@ def metrics(run: Path) -> list[dict[str, Any]]:
         {k: v for k, v in line.items() if k.rpartition("/")[2] not in volatile}
         for line in records(run)
     ]
+
+
+def assert_says_what_was_validated(report: dict[str, Any], run: Path) -> None:
+    """Every metric of the run's last validation is in the report, with the same value."""
+    last = [record for record in records(run) if "val_loss" in record][-1]
+    told = {k.removeprefix("val_"): v for k, v in last.items() if k.startswith("val_")}
+    assert len(told) > 3 and told.keys() <= report.keys()
+    for name, value in told.items():
+        assert report[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def assert_same_run(one: Path, other: Path) -> None:

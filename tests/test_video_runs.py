@@ -12,7 +12,7 @@ from dr2dist.inference.predict import predict
 from tests.commands import ROOT, call
 from tests.films import film, make_film_shards
 from tests.pool import Pool
-from tests.runs import records
+from tests.runs import assert_says_what_was_validated
 
 CONFIG = """
 model: {name: MODEL, weights: random, image_size: 16, options: OPTIONS}
@@ -60,14 +60,12 @@ def test_an_exported_file_says_what_the_run_validated(
     path = write(tmp_path, shards, model, parallel)
     results = two_ranks.run("tests.cases:run_config", path=str(path), overrides=[])
     assert all(found["status"] == "finished" for found in results)
-    said = [record for record in records(tmp_path / "run") if "val_loss" in record][-1]
     exported = tmp_path / "model.safetensors"
     status, _, err = call(capfd, "export", str(tmp_path / "run"), "--output", str(exported))
     assert status == 0, err
     found = evaluate(exported, shards / "val", batch=3, progress=False)
-    assert found["samples"] == said["val_samples"] > 0
-    assert found["loss"] == pytest.approx(said["val_loss"], rel=1e-4)
-    assert found["accuracy"] == pytest.approx(said["val_accuracy"])
+    assert found["samples"] > 0
+    assert_says_what_was_validated(found, tmp_path / "run")
     (tmp_path / "new").mkdir()
     for name, backwards in (("up", False), ("down", True)):
         (tmp_path / "new" / f"{name}.mp4").write_bytes(film(30, backwards=backwards))
