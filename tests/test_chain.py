@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dr2dist.reversible import Chain
+from dr2dist.reversible import Chain, reversal
 from dr2dist.reversible.arithmetic.setting import growth
 from tests.bounds import chain_bound, float_bound
 from tests.chain_helpers import Storages, error, plain
@@ -287,6 +287,25 @@ def test_input_and_output_may_be_changed_in_place_while_the_pass_waits() -> None
             assert chain.certificate().failures == 0
             found.append(x.grad)
         assert_same(found[0], found[1])
+
+
+def test_a_gradient_of_a_tap_alone_may_have_any_strides() -> None:
+    chain, found = make_chain(3), []
+    for permuted in (False, True):
+        x = tokens().requires_grad_()
+        _, (tap,) = chain(x, taps=[1])
+        given = tap.transpose(1, 2).contiguous() if permuted else tap
+        with pytest.MonkeyPatch.context() as patch:
+            couple = reversal.couple
+
+            def checked(target: Tensor, dx: Tensor, *rest: Any) -> None:
+                assert target.is_contiguous() and dx.is_contiguous()
+                couple(target, dx, *rest)  # noqa: B023
+
+            patch.setattr(reversal, "couple", checked)
+            given.square().sum().backward()
+        found.append(x.grad)
+    assert_same(*found)
 
 
 def test_taps_may_repeat_and_count_from_the_end() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dr2dist
 from dr2dist.backbones import convert as registry
 from dr2dist.backbones.branch import BranchSpec, branches
-from tests.models import build, images
+from tests.models import VIDEO, build, images, inputs
 from tests.test_torchvision import build as build_torchvision
 
 WIDTH, TOKENS = 12, 5
@@ -148,6 +148,12 @@ def test_a_right_family_of_ones_own_is_right() -> None:
 )
 def test_the_families_of_timm_are_right(kind: str) -> None:
     report = dr2dist.check(build(kind), images(3))
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("kind", VIDEO)
+def test_the_families_of_video_are_right(kind: str) -> None:
+    report = dr2dist.check(build(kind), inputs(kind))
     assert report.ok, str(report)
 
 

@@ -17,6 +17,7 @@ from dr2dist.reversible.arithmetic.setting import Setting
 from tests.bounds import chain_bound
 from tests.chain_helpers import error
 from tests.functions import WIDTH, assert_same, make_chain, run, smooth, tokens
+from tests.models import build
 from tests.pool import Pool
 from tests.test_saved import trained
 
@@ -122,6 +123,24 @@ def test_stages_files_and_plain_programs_know_it(
         assert error(plain_network(net)(images), output) < 1e-5
         dr2dist.save(net, tmp_path / "file.safetensors")
         assert torch.equal(load(tmp_path / "file.safetensors")(images), output)
+
+
+def test_a_networks_state_says_it() -> None:
+    """Also that there is none; a state of timm's says nothing, and changes nothing."""
+    images = torch.randn(2, 3, 32, 32)
+    joined = dr2dist.convert(build("vit", depth=2), gain="consistent", hand_on="mean").eval()
+    plain_one = dr2dist.convert(build("vit", depth=2, seed=1)).eval()
+    states = [copy.deepcopy(net.state_dict()) for net in (joined, plain_one)]
+    with torch.no_grad():
+        outputs = [net(images) for net in (joined, plain_one)]
+        for state, wanted in zip(states, outputs, strict=True):
+            for into in (joined, plain_one):
+                into.load_state_dict(state)
+                assert torch.equal(into(images), wanted)
+        joined.load_state_dict(states[0])
+        joined.load_state_dict(build("vit", depth=2).state_dict(), strict=False)
+        assert torch.equal(joined(images), outputs[0])
+    assert "reversible_gain_hand_on" not in states[1]
 
 
 def test_where_it_is_one_it_is_refused() -> None:

@@ -148,6 +148,10 @@ def test_mvit_is_itself_and_pools_between_its_chains(v2: bool) -> None:
     model.blocks[1].attn.project = nn.Identity()
     net.blocks[1] = model.blocks[1]
     assert torch.equal(net(clips), model(clips))
+    net.blocks[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(UserError, match=r"blocks\.0 has a hook"):
+        net(clips)
+    net = dr2dist.convert(build("mvit", depth=4, v2=v2), **CONVENTIONAL)
     with pytest.raises(UserError, match=r"\[4, 32, 32\] frames.*, the model is built for \[8"):
         net(clips[:, :, :4])
 
@@ -166,6 +170,14 @@ def test_mvit_has_torchvisions_weights_at_any_size(
     save_file(found, path)
     options: Any = {"num_classes": 5, "options": {"frames": 4}, "in_channels": 1}
     smaller = build_model(name, weights=str(path), image_size=(32, 64), **options).eval()
+    if name == "mvit_v1_b":  # as many places as there were, elsewhere
+        wide = build_model(name, weights=str(path), image_size=(112, 448), num_classes=5)
+        wanted = found["pos_encoding.spatial_pos"].view(56, 56, -1)
+        rows = nn.functional.interpolate(
+            wanted.permute(2, 0, 1)[None], size=(28, 112), mode="bilinear"
+        )
+        table = wide.pos_encoding.spatial_pos.detach().view(28, 112, -1)
+        assert torch.equal(table, rows[0].permute(1, 2, 0))
     assert torch.equal(smaller.blocks[3].mlp[0].weight, found["blocks.3.mlp.0.weight"])
     assert smaller(torch.zeros(1, 1, 4, 32, 64)).shape == (1, 5)
     with pytest.raises(UserError, match=r"multiples of \(2, 4, 4\): found \(16, 30, 30\)"):

@@ -20,8 +20,8 @@ from dr2dist.tasks.registry import options_from
 from dr2dist.version import __version__
 
 WARNING = (
-    "alpha {alpha}, beta {beta}: plain timm loads these weights WITHOUT AN ERROR and computes "
-    "OTHER OUTPUTS; use dr2dist.load"
+    "alpha {alpha}, beta {beta}{joined}: plain timm loads these weights WITHOUT AN ERROR and "
+    "computes OTHER OUTPUTS; use dr2dist.load"
 )
 
 
@@ -94,7 +94,9 @@ class ExportMetadata(BaseModel):
     def metadata(self) -> dict[str, str]:
         """For the file."""
         values = {name: json.dumps(value) for name, value in self.model_dump(mode="json").items()}
-        warning = WARNING.format(alpha=self.alpha, beta=self.beta)
+        joined = "" if self.gain == "none" else f", gain {self.gain}"
+        joined += "" if self.hand_on == "last" else f", hand_on {self.hand_on}"
+        warning = WARNING.format(alpha=self.alpha, beta=self.beta, joined=joined)
         return values if self.conventional else {"WARNING": warning, **values}
 
     @classmethod

@@ -25,7 +25,8 @@ class Branch(nn.Module):
     None for all. compute: called as compute(part, x, **sides), where part looks like the block
     with only those modules; gives the branch alone, of x's shape [B, ...]. sides: names of the
     sides it takes, each with the keyword it is given as; None for none. slicing: how it runs on
-    some of a sample's tokens (dr2dist/backbones/slicing.py), None if it cannot.
+    some of a sample's tokens (dr2dist/backbones/slicing.py), None if it cannot. alone: whether the
+    block may be called on tokens and sides, as `dr2dist.check` does to compare.
     """
 
     block: nn.Module
@@ -37,8 +38,10 @@ class Branch(nn.Module):
         compute: Compute,
         sides: Mapping[str, str] | None = None,
         slicing: Slicing | None = None,
+        alone: bool = True,
     ) -> None:
         super().__init__()
+        self.alone = alone
         self.part = part_of(block, names)
         self.names = names
         object.__setattr__(self, "block", block)  # beside the modules: only the part is run
@@ -124,13 +127,18 @@ def renew_part(part: nn.Module, block: nn.Module, names: Sequence[str] | None) -
 
 @dataclass(frozen=True)
 class BranchSpec:
-    """One branch of a block type: the modules it uses, how it computes, which sides it takes,
-    how it runs on some tokens."""
+    """One branch of a block type: the modules it uses, how it computes, which sides it takes, how
+    it runs on some tokens, whether its block takes tokens alone."""
 
     names: tuple[str, ...] | None
     compute: Compute
     sides: tuple[str, ...] = ()
     slicing: Slicing | None = None
+    alone: bool = True
+
+    def cut(self, block: nn.Module, sides: Mapping[str, str] | None = None) -> Branch:
+        """The branch of a block. sides: as Branch takes them."""
+        return Branch(block, self.names, self.compute, sides, self.slicing, self.alone)
 
 
 def branches(
@@ -148,7 +156,7 @@ def branches(
     for depth, block in enumerate(blocks):
         for part in _parts_of(block, parts, f"{where}.{depth}"):
             sides = {rename(side, depth): side for side in part.sides}
-            functions.append(Branch(block, part.names, part.compute, sides, part.slicing))
+            functions.append(part.cut(block, sides))
     return functions
 
 

@@ -269,8 +269,8 @@ def _watched(net: ReversibleNetwork) -> Iterator[list[_Seen]]:
 
 
 def _block_of(function: nn.Module) -> nn.Module | None:
-    """The block that a function is cut from, where it is known."""
-    return function.__dict__.get("block")
+    """The block that a function is cut from, where it is known and takes tokens alone."""
+    return function.__dict__.get("block") if getattr(function, "alone", True) else None
 
 
 def _batch_of(example: Any) -> int:

@@ -1,9 +1,11 @@
-"""What a network's chains have in force beside their weights: alpha and beta, and scales."""
+"""What a network's chains have in force beside their weights: alpha and beta, how functions are
+joined beside them, and scales."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from dr2dist.errors import UserError, nearest
 from dr2dist.reversible import Chain
 from dr2dist.reversible.arithmetic.scales import ChannelScales
-from dr2dist.reversible.arithmetic.setting import round_coefficient
+from dr2dist.reversible.arithmetic.setting import Gain, HandOn, round_coefficient
 
 COEFFICIENTS_NAME = "reversible_alpha_beta"
 """The buffer that a converted network has beside its model's: alpha and beta, as int64 multiples of
@@ -19,14 +21,21 @@ COEFFICIENTS_NAME = "reversible_alpha_beta"
 
 _UNIT = 2.0**32
 
+JOINED_NAME = "reversible_gain_hand_on"
+"""How functions are joined beside that, where it is not as it mostly is: int16 places in GAINS and
+HANDS in a network's state."""
+
+GAINS: tuple[Gain, ...] = get_args(Gain)
+HANDS: tuple[HandOn, ...] = get_args(HandOn)
+
 SCALES_NAME = "reversible_scales."
 """What begins the names of 16-bit states' scales in a network's state, where they are found: int16
 exponents [channels] by chain."""
 
 
 class InForce(nn.Module):
-    """The part of a reversible network that has coefficients and scales, and keeps them in its
-    state."""
+    """The part of a reversible network that has coefficients, gains and scales, and keeps them in
+    its state."""
 
     chains: tuple[Chain, ...]
 
@@ -103,8 +112,21 @@ class InForce(nn.Module):
             dim = chain.channel_dim
             chain.set_scales(None if known is None else ChannelScales(tuple(known), dim))
 
+    def _join(self, gain: Gain, hand_on: HandOn) -> None:
+        """Takes what a loaded state says. Raises UserError where its settings do not allow it."""
+        for chain in self.chains:
+            try:
+                chain.setting = replace(chain.setting, gain=gain, hand_on=hand_on)
+            except ValueError as error:
+                raise UserError(f"{JOINED_NAME} in the loaded state: {error}") from None
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        setting = self.chains[0].setting
+        joined = [GAINS.index(setting.gain), HANDS.index(setting.hand_on)]
+        if any(joined):
+            places = torch.tensor(joined, dtype=torch.int16, device="cpu")
+            destination[prefix + JOINED_NAME] = places
         for name, exponents in self.scales.items():
             destination[f"{prefix}{SCALES_NAME}{name}"] = torch.tensor(
                 exponents, dtype=torch.int16, device="cpu"
@@ -114,7 +136,11 @@ class InForce(nn.Module):
         own = {prefix + COEFFICIENTS_NAME: torch.tensor(self._units, device="cpu")}
         start = prefix + SCALES_NAME
         scales = {name: value for name, value in state.items() if name.startswith(start)}
-        rest_of_state = {name: value for name, value in state.items() if name not in scales}
+        known = {*scales, prefix + JOINED_NAME}
+        rest_of_state = {name: value for name, value in state.items() if name not in known}
+        if prefix + COEFFICIENTS_NAME in state:  # a converted network's
+            gain, hand_on = state.get(prefix + JOINED_NAME, torch.zeros(2)).int().tolist()
+            self._join(GAINS[gain], HANDS[hand_on])
         super()._load_from_state_dict({**own, **rest_of_state}, prefix, *rest)
         if scales and self.chains[0].setting.by_channel:
             self.set_scales({name[len(start) :]: v.tolist() for name, v in scales.items()})
@@ -122,7 +148,8 @@ class InForce(nn.Module):
 
 def adjusted_names(state: Mapping[str, Any]) -> list[str]:
     """Which names in a network's state are not its model's."""
-    return [name for name in state if name == COEFFICIENTS_NAME or name.startswith(SCALES_NAME)]
+    own = (COEFFICIENTS_NAME, JOINED_NAME)
+    return [name for name in state if name in own or name.startswith(SCALES_NAME)]
 
 
 def _version(buffer: Tensor) -> object:

@@ -8,7 +8,7 @@ the class token first; N counts places of a grid that is fixed when a model is b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional
 from torchvision.models.video.mvit import MSBlockConfig, MultiscaleBlock, MViT
 
 from dr2dist.backbones.backbone import Backbone, ChainOf, Stem, Transition
-from dr2dist.backbones.branch import Branch, BranchSpec, branches
+from dr2dist.backbones.branch import BranchSpec, branches
 from dr2dist.backbones.slicing import Tokenwise
 from dr2dist.errors import UserError
 
@@ -110,15 +110,23 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: Mvit) -> dict[str, Ten
 
 def _resized(table: Tensor, count: int, square: bool, model: Mvit) -> Tensor:
     """A table [n, C] for `count` places; square: n are those of a picture as high as wide."""
-    if table.ndim != 2 or len(table) == count:
+    if table.ndim != 2:
         return table
     if not square:
         found = functional.interpolate(table.T[None], size=count, mode="linear")
         return found[0].T.contiguous()
     side = round(len(table) ** 0.5)
-    maps = table.T.reshape(1, -1, side, side)
     size = model.pos_encoding.spatial_size
+    if size == (side, side):
+        return table
+    maps = table.T.reshape(1, -1, side, side)
     return functional.interpolate(maps, size=size, mode="bilinear").flatten(2)[0].T.contiguous()
+
+
+@cache
+def _at(compute: Any, places: Places) -> Any:
+    """The same object for all blocks whose tokens are there: what it costs is measured once."""
+    return partial(compute, places=places)
 
 
 def _attention(block: Any, x: Tensor, places: Places) -> Tensor:
@@ -134,7 +142,7 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 def _pooled(block: Any, x: Tensor, places: Places) -> Tensor:
     """The whole half: a skip that pools or widens, and attention."""
     normed = block.norm1(x)
-    if block.project is not None and block.proj_after_attn:
+    if block.proj_after_attn and block.project is not None:
         x = block.project(normed)
     if block.pool_skip is not None:
         x = block.pool_skip(x, places)[0]
@@ -154,14 +162,15 @@ def _halves(block: Any, places: Places) -> list[tuple[BranchSpec, bool]]:
     names: tuple[str, ...] = ("norm1", "attn", "stochastic_depth")
     widens = block.project is not None
     if block.pool_skip is not None or (widens and block.proj_after_attn):
-        names = (*names, "project", "pool_skip")
-        first = BranchSpec(names, partial(_pooled, places=places)), False
+        project = ("project",) if widens and block.proj_after_attn else ()
+        names = (*names, *project, "pool_skip")
+        first = BranchSpec(names, _at(_pooled, places), alone=False), False
     else:
-        first = BranchSpec(names, partial(_attention, places=places)), True
+        first = BranchSpec(names, _at(_attention, places), alone=False), True
     names = ("norm2", "mlp", "stochastic_depth")
     if widens and not block.proj_after_attn:
-        return [first, (BranchSpec((*names, "project"), _widened), False)]
-    return [first, (BranchSpec(names, _mlp, slicing=Tokenwise()), True)]
+        return [first, (BranchSpec((*names, "project"), _widened, alone=False), False)]
+    return [first, (BranchSpec(names, _mlp, slicing=Tokenwise(), alone=False), True)]
 
 
 def _behind(block: Any, places: Places) -> Places:
@@ -207,7 +216,7 @@ class MvitBackbone(Backbone):
         places = (model.pos_encoding.temporal_size, *model.pos_encoding.spatial_size)
         for number, block in enumerate(model.blocks):
             for spec, is_function in _halves(block, places):
-                half = Branch(block, spec.names, spec.compute, slicing=spec.slicing)
+                half = spec.cut(block)
                 if is_function:
                     functions.append(half)
                     continue

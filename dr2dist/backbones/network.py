@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, cast
 
@@ -204,12 +204,16 @@ class ReversibleNetwork(InForce):
             if changed:
                 self.cut_layers()
             refuse_hooks(self._bypassed)
-        for item in self.items:
-            for part in item.functions if hasattr(item, "functions") else (item.module,):
-                if isinstance(part, Branch):
-                    part.renew()
+        for branch in self._branches():
+            branch.renew()
         if not torch.compiler.is_compiling():  # what torch.export traces has no values
             self._take_coefficients()
+
+    def _branches(self) -> Iterator[Branch]:
+        """What is cut from blocks: functions, and transitions that are a part of one."""
+        for item in self.items:
+            parts = item.functions if hasattr(item, "functions") else (item.module,)
+            yield from (part for part in parts if isinstance(part, Branch))
 
     def _refuse_in_engine(self, changed: bool = True) -> None:
         if changed and self.chains[0].runner.nested:
@@ -247,9 +251,7 @@ class ReversibleNetwork(InForce):
         tail = () if self._tail is None else (self._tail,)
         self.pieces = (*(item for item in items if isinstance(item, Piece)), *tail)
         self._taps = self._find_taps()
-        functions = [function for chain in self.chains for function in chain.functions]
-        blocks = [function.block for function in functions if isinstance(function, Branch)]
-        self._bypassed = bypassed(self, blocks)
+        self._bypassed = bypassed(self, [branch.block for branch in self._branches()])
         self._structure = structure_of(self)
 
     def take_items(self, items: Sequence[Any]) -> None:

@@ -206,8 +206,8 @@ def _cut(x: Tensor, rows: int, frames: int, columns: int) -> Tensor:
 
 PARTS = {
     SwinTransformerBlock: (
-        BranchSpec(("norm1", "attn", "stochastic_depth"), _attention, slicing=_Windows()),
-        BranchSpec(("norm2", "mlp", "stochastic_depth"), _mlp, slicing=Tokenwise()),
+        BranchSpec(("norm1", "attn", "stochastic_depth"), _attention, (), _Windows(), alone=False),
+        BranchSpec(("norm2", "mlp", "stochastic_depth"), _mlp, (), Tokenwise(), alone=False),
     )
 }
 

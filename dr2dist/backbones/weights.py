@@ -76,10 +76,13 @@ def _of_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
     if trained.get("beta", "0.0") != "0.0":
         log.warning(
-            "%s was trained with alpha %s, beta %s: with others it starts as another network",
+            "%s was trained with %s: with others it starts as another network",
             path,
-            trained["alpha"],
-            trained["beta"],
+            ", ".join(
+                f"{name} {trained[name].strip(chr(34))}"
+                for name in ("alpha", "beta", "gain", "hand_on")
+                if name in trained
+            ),
         )
     return state
 

@@ -77,7 +77,8 @@ class ChainPass:
             return None
         if grad is None:
             tap = next(iter(taps.values()))
-            grad = torch.zeros_like(tap, dtype=self.tape.dtype)
+            layout = torch.contiguous_format
+            grad = torch.zeros_like(tap, dtype=self.tape.dtype, memory_format=layout)
         else:  # the reversal writes into it
             layout = torch.contiguous_format
             grad = grad.to(self.tape.dtype, copy=True, memory_format=layout)

@@ -181,7 +181,8 @@ class Segment:
                 grad.add_(taps.pop(count - 1))
             grad.mul_(0.5)
             before = max(count - 2, START)
-            taps[before] = taps[before] + grad if before in taps else grad.clone()
+            # Its own half may be the other one's buffer: until a tap is added nothing writes to it.
+            taps[before] = taps[before] + grad if before in taps else grad
         return Gradient(grad, None), taps
 
     def _note_maxima(self, state: State) -> None:

@@ -187,6 +187,6 @@ class FusedArithmetic(ExactArithmetic):
         return {"channels": len(self.scales.exponents), "inner": inner}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _one(value: float, device: torch.device) -> Tensor:
     return torch.full((1,), value, dtype=torch.float32, device=device)

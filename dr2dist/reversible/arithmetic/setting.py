@@ -61,8 +61,8 @@ class Setting:
     remainders: where they wait for the reversal: "host" is pinned memory, to which they are copied
         while functions run.
     gain: what a function's output is multiplied by: nothing, or behind a chain's first function by
-        1 + beta, which makes of the recursion a two-step method that is consistent with the
-        pretrained network's (docs/method.md).
+        1 + beta, which where alpha = 1 - beta makes of the recursion a two-step method that is
+        consistent with the pretrained network's (docs/method.md).
     hand_on: the tokens that the chain gives: the last x_L, or the mean of x_L and x_{L-1}, as some
         networks trained with two residuals end (docs/method.md).
 
