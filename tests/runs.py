@@ -32,10 +32,14 @@ def masters(folder: Path) -> dict[str, Tensor]:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """What a run logged, without what depends on the clock and the machine."""
     volatile = {"samples_per_second", "peak_memory_bytes", "data_wait", "model_flops_per_second"}
-    volatile |= {"checkpoint_pause", "data_wait_most", "data_wait_rank"}
-    volatile |= {"micro_batch_seconds", "idle"}  # of each stage
+    volatile |= {"checkpoint_pause"}
+    apart = ("data_wait_", "micro_batch_seconds", "idle")  # of ranks and stages
     return [
-        {k: v for k, v in line.items() if k.rpartition("/")[2] not in volatile}
+        {
+            k: v
+            for k, v in line.items()
+            if (name := k.rpartition("/")[2]) not in volatile and not name.startswith(apart)
+        }
         for line in records(run)
     ]
 

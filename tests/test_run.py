@@ -122,6 +122,9 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, Any]], sh
     assert logged[0]["beta"] < 0.11 and logged[-1]["beta"] > 0.4
     for line in logged:
         assert line["gradient_norm"] > 0 and 0 <= line["data_wait"] <= 1
+        least, most = (line[f"micro_batch_seconds_{end}"] for end in ("least", "most"))
+        assert 0 < least <= line["micro_batch_seconds_median"] <= most
+        assert line["micro_batch_seconds_rank"] in range(2)
         # 1.1 G multiply-adds an image at 224 pixels, 5 of 197 tokens here; thrice for training.
         flops = line["model_flops_per_second"] / (line["samples_per_second"] / 2)
         assert flops == pytest.approx(3 * 2 * 5 * 5.4e6, rel=0.1)

@@ -21,7 +21,9 @@ def make_run(folder: Path, *, lock: bool, summary: dict[str, Any] | None) -> Pat
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n" + json.dumps(start) + "\n")
     lines = [
         {"step": n, "loss": 1 / n, "lr": 1e-3, "alpha": 0.9, "beta": 0.1, "data_wait": 0.25}
-        | {"certificate_failures": 0, "samples_per_second": 8.0, "peak_memory_bytes": 2**30}
+        | {"micro_batch_seconds_median": 0.5, "micro_batch_seconds_most": 0.75}
+        | {"micro_batch_seconds_rank": 2, "certificate_failures": 0}
+        | {"samples_per_second": 8.0, "peak_memory_bytes": 2**30}
         for n in range(1, 11)
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -55,6 +57,7 @@ def test_a_run_that_goes_on(tmp_path: Path, capfd: Any) -> None:
     rows = dict(line.split(None, 1) for line in out.splitlines())
     assert rows["state"].startswith("running on a (process 7), last heard of 0:00:0")
     assert rows["step"] == "10 of 40" and rows["left"] == "0:01:00"
+    assert rows["slowest"] == "rank 2, 0.75 s for a micro-batch by itself, 1.50 x median"
     assert rows["waiting"] == "25% of the time for data" and rows["speed"] == "8 samples a second"
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from typing import Any
 
 import deepspeed
@@ -108,16 +109,29 @@ def total(value: float) -> float:
 
 def averages(values: dict[str, float]) -> dict[str, float]:
     """Each value's mean over the ranks that have it; every rank must call it."""
+    return {name: statistics.mean(own.values()) for name, own in _by_name(values).items()}
+
+
+def spread(values: dict[str, float]) -> dict[str, float]:
+    """Of each value NAME_least, NAME_median and NAME_most over the ranks that have it, and
+    NAME_rank, the first one with the most; every rank must call it."""
+    found: dict[str, float] = {}
+    for name, own in _by_name(values).items():
+        ordered = sorted(own.values())
+        found[f"{name}_least"], found[f"{name}_most"] = ordered[0], ordered[-1]
+        found[f"{name}_median"] = statistics.median(ordered)
+        found[f"{name}_rank"] = next(rank for rank, each in own.items() if each == ordered[-1])
+    return found
+
+
+def _by_name(values: dict[str, float]) -> dict[str, dict[int, float]]:
+    """Of all ranks: by name and rank."""
     everywhere = from_all(values)
     names = dict.fromkeys(name for each in everywhere for name in each)
-    own = {name: [each[name] for each in everywhere if name in each] for name in names}
-    return {name: sum(found) / len(found) for name, found in own.items()}
-
-
-def most(value: float) -> tuple[float, int]:
-    """The largest of all ranks' values, and the first rank that has it; every rank must call it."""
-    found = from_all(value)
-    return max(found), found.index(max(found))
+    return {
+        name: {rank: each[name] for rank, each in enumerate(everywhere) if name in each}
+        for name in names
+    }
 
 
 def slowest(times: list[int]) -> list[int]:

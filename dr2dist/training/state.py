@@ -19,7 +19,8 @@ PERIOD = 5.0
 """Seconds between two looks of --watch."""
 _SHOWN = (
     *("loss", "lr", "alpha", "beta", "samples_per_second", "data_wait", "data_wait_most"),
-    *("data_wait_rank", "checkpoint_pause", "peak_memory_bytes"),
+    *("data_wait_rank", "micro_batch_seconds_median", "micro_batch_seconds_most"),
+    *("micro_batch_seconds_rank", "checkpoint_pause", "peak_memory_bytes"),
 )
 
 
@@ -48,8 +49,9 @@ def state_of(folder: Path) -> dict[str, Any]:
     """Plain values: state (running, finished, interrupted, stopped, or cut for a run that has ended
     without a word), step, steps, seconds_left, starts, checkpoint, and of the last step loss, lr,
     alpha, beta, samples_per_second, data_wait (a share of rank 0's time, with data_wait_most and
-    data_wait_rank of who waits longest), checkpoint_pause (seconds), peak_memory_bytes, and
-    certificate_failures of all. None where it is not known.
+    data_wait_rank of who waits longest), micro_batch_seconds_median, _most and _rank (of who takes
+    longest by itself), checkpoint_pause (seconds), peak_memory_bytes, and certificate_failures of
+    all. None where it is not known.
 
     Reads and never writes. Raises UserError for a folder that is none of a run's.
     """
@@ -90,6 +92,7 @@ def describe(found: dict[str, Any]) -> str:
         "alpha, beta": _pair(found["alpha"], found["beta"]),
         "speed": _number(found["samples_per_second"], " samples a second"),
         "waiting": _waiting(found),
+        "slowest": _slowest(found),
         "memory": _mebibytes(found["peak_memory_bytes"]),
         "starts": f"{found['starts']}, {found['ranks']} rank(s) now" if found["starts"] else None,
         "checkpoint": found["checkpoint"] or "none yet",
@@ -142,6 +145,17 @@ def _number(value: float | None, unit: str = "") -> str | None:
 
 def _pair(alpha: float | None, beta: float | None) -> str | None:
     return None if alpha is None else f"{_number(alpha)}, {_number(beta)}"
+
+
+def _slowest(found: dict[str, Any]) -> str | None:
+    """Of several ranks, who computes longest."""
+    most, median = found["micro_batch_seconds_most"], found["micro_batch_seconds_median"]
+    if not median or found["ranks"] in (None, 1):
+        return None
+    rank = found["micro_batch_seconds_rank"]
+    return (
+        f"rank {rank:.0f}, {most:.3g} s for a micro-batch by itself, {most / median:.2f} x median"
+    )
 
 
 def _waiting(found: dict[str, Any]) -> str | None:

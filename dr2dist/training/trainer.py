@@ -17,7 +17,7 @@ from dr2dist.data.batch import Batch
 from dr2dist.data.randomness import seed_device, seeded
 from dr2dist.parallel.agreement import from_all
 from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepError
-from dr2dist.parallel.processes import averages, most, total
+from dr2dist.parallel.processes import averages, spread, total
 from dr2dist.parallel.verdict import Kind, Verdict, Wish
 from dr2dist.reversible.certificate import worst_drift
 from dr2dist.tasks.task import Task
@@ -344,11 +344,11 @@ class Trainer:
         """Every rank must call it."""
         self._count_skipped()
         alpha, beta = self.engine.coefficients
-        speed, memory = self.speed.read(), peak_memory()
-        longest, waiter = most(speed["data_wait"])
+        speed, memory, seconds = self.speed.read(), peak_memory(), self.engine.seconds()
+        ranks = spread({"data_wait": speed["data_wait"], **seconds})
         paused, self._paused = self._paused, 0.0
         held = {"remainder_bytes": self.engine.remainder_bytes, **memory}
-        stages = self.engine.by_stage(held)
+        stages = self.engine.by_stage({**held, **seconds})
         by_channel = self.engine.chains[0].setting.by_channel
         near = {"channels_near_limit": sum(verdict.near.values())} if by_channel else {}
         parts = averages({f"loss_{name}": float(part) for name, part in self._parts.items()})
@@ -366,8 +366,7 @@ class Trainer:
                 drift=verdict.drift,
                 skipped=self.progress.skipped,
                 checkpoint_pause=paused,
-                data_wait_most=longest,
-                data_wait_rank=waiter,
+                **ranks,
                 **near,
                 **parts,
                 **speed,

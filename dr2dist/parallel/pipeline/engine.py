@@ -23,7 +23,6 @@ from dr2dist.parallel import adapter
 from dr2dist.parallel.agreement import from_all
 from dr2dist.parallel.deepspeed_json import Precision
 from dr2dist.parallel.engine import ReversibleEngine, StepBatches
-from dr2dist.parallel.pipeline.clock import Clock
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import Layer
 from dr2dist.parallel.pipeline.link import BackwardMessage, ForwardMessage, Link
@@ -66,7 +65,6 @@ class StagedEngine(ReversibleEngine):
             adapter.exchange_one_norm(self._engine, adapter.same_replica(groups))
         self.number = grid.place(dist.get_rank())[0]
         self.stage = Stage(net, layers, own, returned)
-        self._clock = Clock(self.device)
         self._link = Link(
             self.stage,
             None if self.first else layers[own.start - 1],
@@ -82,7 +80,7 @@ class StagedEngine(ReversibleEngine):
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         work.begin()
         runner = _ScheduleRunner(self, work, count, total)
-        with self._clock.step(count):
+        with self.clock.step(count):
             for commands in schedule.TrainSchedule(count, self.grid.stages, self.number):
                 for command in commands:
                     runner.do(command)
@@ -90,10 +88,15 @@ class StagedEngine(ReversibleEngine):
             # Only the last stage has losses; the verdict averages over all ranks.
             return self._decide(total * self.grid.stages, work)
 
+    def seconds(self) -> dict[str, float]:
+        """See ReversibleEngine: of forward and backward passes, with idle, the share of steps
+        without any."""
+        return self.clock.take()
+
     def by_stage(self, values: Mapping[str, float]) -> dict[str, float]:
         """See ReversibleEngine."""
         result: dict[str, float] = {}
-        for rank, own in enumerate(from_all({**values, **self._clock.take()})):
+        for rank, own in enumerate(from_all(values)):
             stage, _ = self.grid.place(rank)
             for name, value in own.items():
                 key = f"stage_{stage}/{name}"
@@ -188,7 +191,7 @@ class _ScheduleRunner:
             self.given = ForwardMessage(engine.here(self.work.inputs(self.begun)), {})
         assert self.given is not None
         given, self.given = self.given, None
-        with engine._clock.computing():
+        with engine.clock.computing():
             with engine.autocast():
                 run = engine.stage.forward(*given)
             if engine.last:
@@ -206,7 +209,7 @@ class _ScheduleRunner:
         given, self.returned = self.returned, None
 
         def back(gradient: Tensor) -> None:
-            with engine._clock.computing():
+            with engine.clock.computing():
                 found.append(run.backward(*(given or (gradient,))))
 
         self.ended += 1

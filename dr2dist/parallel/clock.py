@@ -1,4 +1,4 @@
-"""How long a stage computes, and how long it waits."""
+"""How long a rank computes by itself, and how long it waits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Clock:
-    """Adds up a stage's computing between two readings; on a GPU by events, without waiting."""
+    """Adds up a rank's computing between two readings; on a GPU by events, without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
