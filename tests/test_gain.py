@@ -103,8 +103,15 @@ def test_where_functions_are_the_same_it_is_the_pretrained_network(beta: float, 
     assert count == 1 or found[1] > 100 * found[0]
 
 
-@pytest.mark.parametrize("arithmetic", ["exact", "float"])
-@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize(
+    ("kind", "arithmetic"),
+    [
+        ("swin", "exact"),
+        ("vit", "float"),
+        pytest.param("vit", "exact", marks=pytest.mark.slow),
+        pytest.param("swin", "float", marks=pytest.mark.slow),
+    ],
+)
 def test_stages_files_and_plain_programs_know_it(
     kind: str, arithmetic: str, one_rank: Pool, two_ranks: Pool, tmp_path: Any
 ) -> None:

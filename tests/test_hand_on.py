@@ -96,8 +96,14 @@ def test_a_kept_graph_is_reversed_twice_alike() -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("cut", [8, 9])
-@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+@pytest.mark.parametrize(
+    ("arithmetic", "cut"),
+    [
+        ("exact", 8),
+        pytest.param("exact", 9, marks=pytest.mark.slow),
+        *(pytest.param("float", cut, marks=pytest.mark.slow) for cut in (8, 9)),
+    ],
+)
 def test_a_cut_before_the_last_function_changes_nothing(
     arithmetic: str, cut: int, one_rank: Pool, two_ranks: Pool
 ) -> None:
