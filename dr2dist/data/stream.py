@@ -192,6 +192,8 @@ def loader(
     is left alone. Where there is a GPU, batches are in pinned memory.
     """
     gpu = torch.cuda.is_available()
+    index = dataset.index
+    threads = gpu or any(map(index.is_remote, index.shards))
     found: Iterable[Batch] = DataLoader(
         dataset,
         batch_sampler=_Filled(batches),
@@ -200,7 +202,7 @@ def loader(
         collate_fn=partial(_collated, collate),
         generator=torch.Generator(),
         pin_memory=gpu,
-        multiprocessing_context=_clean_server() if gpu and num_workers else None,
+        multiprocessing_context=_clean_server() if threads and num_workers else None,
         worker_init_fn=_outlive_signals,
     )
     return _InOneLine(found)
@@ -236,10 +238,10 @@ def _end_next_time(number: int, frame: FrameType | None) -> None:
 
 
 def _clean_server() -> Any:
-    """Starts workers from a process that has never touched a GPU.
+    """Starts workers from a process that has touched no GPU and fetched nothing.
 
-    This one has by now: a fork of it holds copies of CUDA's and NCCL's locks, but none of the
-    threads that would release them.
+    This one has by now: a fork of it holds copies of CUDA's and NCCL's locks, or of those of a
+    thread that fetches shards, but none of the threads that would release them.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
