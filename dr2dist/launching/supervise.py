@@ -131,7 +131,11 @@ def _wait(launcher: Launcher, signals: Signals, grace: float) -> list[int | None
             sent = True
         if failed is None and any(statuses):
             failed = now
-        if signals.at_once or _over(signals.asked, failed, now, grace):
+        # One that a signal has ended, before it could answer, can do no step with the others.
+        killed = any(status is not None and status < 0 for status in statuses)
+        patience = PATIENCE if killed or signals.asked is None else grace + MARGIN
+        late = signals.asked is not None and now - signals.asked > grace + MARGIN
+        if signals.at_once or late or (failed is not None and now - failed > patience):
             launcher.kill()
         time.sleep(PERIOD)
     return statuses
@@ -150,10 +154,3 @@ def combined(statuses: list[int | None], asked: bool) -> int:
     if Status.LOST in statuses or any(status is not None and status < 0 for status in statuses):
         return Status.LOST
     return next(status for status in statuses if status)
-
-
-def _over(asked: float | None, failed: float | None, now: float, grace: float) -> bool:
-    """Whether the ranks that still run are to be ended."""
-    patience = PATIENCE if asked is None else max(PATIENCE, grace + MARGIN)
-    late = asked is not None and now - asked > grace + MARGIN
-    return late or (failed is not None and now - failed > patience)
