@@ -16,6 +16,7 @@ from dr2dist.backbones.channels import input_channels
 from dr2dist.config.schema import Lora, Option
 from dr2dist.config.task import DEFAULT_TASK
 from dr2dist.errors import UserError, one_line
+from dr2dist.reversible.arithmetic.setting import COMPUTED
 from dr2dist.tasks.registry import options_from
 from dr2dist.version import __version__
 
@@ -151,12 +152,8 @@ def metadata_of(
             options=dict(options),
             alpha=alpha,
             beta=beta,
-            arithmetic=setting.arithmetic,
-            fraction_bits=setting.fraction_bits,
-            state_bits=setting.state_bits,
+            **{name: getattr(setting, name) for name in COMPUTED},
             scales=net.scales,
-            hand_on=setting.hand_on,
-            gain=setting.gain,
             task=dict(task or {"name": DEFAULT_TASK, "num_classes": len(classes)}),
             classes=classes,
             preprocessing={**family.preprocessing(net), **PRESENT, **preprocessing},

@@ -65,12 +65,7 @@ class Mvit(MViT):
             block_setting=blocks or list(_blocks(bool(v2))),
             **{**V1, **v2, "num_classes": 400, **options},
         )
-        self.pretrained_cfg = {
-            "mean": (MEAN,) * in_chans,
-            "std": (STD,) * in_chans,
-            "first_conv": "conv_proj",
-            "classifier": "head",
-        }
+        self.pretrained_cfg = {"first_conv": "conv_proj"}
         proj: Any = self._modules["conv_proj"]
         if in_chans != proj.in_channels:
             self.conv_proj = nn.Conv3d(
@@ -213,7 +208,7 @@ class MvitBackbone(Backbone):
         branches(model.blocks, {MultiscaleBlock: ()}, "blocks")  # refuses others
         found: list[ChainOf | Transition] = []
         functions: list[nn.Module] = []
-        places = (model.pos_encoding.temporal_size, *model.pos_encoding.spatial_size)
+        places = _grid(model)
         for number, block in enumerate(model.blocks):
             for spec, is_function in _halves(block, places):
                 half = spec.cut(block)
@@ -271,6 +266,12 @@ def _chain(functions: list[nn.Module], before: list[Any]) -> list[ChainOf]:
 
 def _clip_size(model: Any) -> Places:
     """Frames, height and width that a model is built for."""
-    grid = (model.pos_encoding.temporal_size, *model.pos_encoding.spatial_size)
-    frames, height, width = (n * step for n, step in zip(grid, model.conv_proj.stride, strict=True))
+    strides = model.conv_proj.stride
+    frames, height, width = (n * step for n, step in zip(_grid(model), strides, strict=True))
     return frames, height, width
+
+
+def _grid(model: Any) -> Places:
+    """Where the tokens of its first chain are."""
+    height, width = model.pos_encoding.spatial_size
+    return model.pos_encoding.temporal_size, height, width

@@ -25,6 +25,7 @@ from dr2dist.checkpoints.checkpoint import (
 )
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write, check_new
+from dr2dist.reversible.arithmetic.setting import COMPUTED
 from dr2dist.reversible.trees import tree_map
 from dr2dist.tasks.task import Task
 
@@ -114,12 +115,8 @@ def load_with_task(path: str | Path) -> Loaded:
         model,
         facts.alpha,
         facts.beta,
-        facts.arithmetic,
-        "store" if facts.conventional else "reverse",
-        fraction_bits=facts.fraction_bits,
-        state_bits=facts.state_bits,
-        hand_on=facts.hand_on,
-        gain=facts.gain,
+        memory="store" if facts.conventional else "reverse",
+        **{name: getattr(facts, name) for name in COMPUTED},
     )
     net.set_scales(facts.scales)
     # What timm says of other sizes than the trained one is not true of these weights.

@@ -21,6 +21,7 @@ from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 from dr2dist.inference.exported import load, random_inputs
+from dr2dist.reversible.arithmetic.setting import COMPUTED
 from dr2dist.reversible.trees import tree_leaves
 
 TOLERANCE = 1e-4
@@ -171,7 +172,7 @@ def _again(net: Any, path: Path) -> Any:
     """The file's network, run in the same types, slices and place as the given one."""
     again: Any = load(path)
     for chain, own in zip(again.chains, net.chains, strict=True):
-        said = ("alpha", "beta", "arithmetic", "fraction_bits", "state_bits", "hand_on", "gain")
+        said = ("alpha", "beta", *COMPUTED)
         chain.setting = replace(own.setting, **{key: getattr(chain.setting, key) for key in said})
     for mine, theirs in (
         (again.named_parameters(), dict(net.named_parameters())),

@@ -132,8 +132,7 @@ def _wait(launcher: Launcher, signals: Signals, grace: float) -> list[int | None
         if failed is None and any(statuses):
             failed = now
         # One that a signal has ended, before it could answer, can do no step with the others.
-        killed = any(status is not None and status < 0 for status in statuses)
-        patience = PATIENCE if killed or signals.asked is None else grace + MARGIN
+        patience = PATIENCE if _killed(statuses) or signals.asked is None else grace + MARGIN
         late = signals.asked is not None and now - signals.asked > grace + MARGIN
         if signals.at_once or late or (failed is not None and now - failed > patience):
             launcher.kill()
@@ -151,6 +150,11 @@ def combined(statuses: list[int | None], asked: bool) -> int:
     # A signal may reach a rank before it can answer.
     if asked or any(status in [-number for number in STOP_SIGNALS] for status in statuses):
         return Status.STOPPED
-    if Status.LOST in statuses or any(status is not None and status < 0 for status in statuses):
+    if Status.LOST in statuses or _killed(statuses):
         return Status.LOST
     return next(status for status in statuses if status)
+
+
+def _killed(statuses: list[int | None]) -> bool:
+    """Whether a signal has ended one."""
+    return any(status is not None and status < 0 for status in statuses)

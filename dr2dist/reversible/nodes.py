@@ -75,12 +75,11 @@ class ChainPass:
         taps = _sum_taps(self.taps, tap_grads)
         if grad is None and not taps:
             return None
+        layout = torch.contiguous_format
         if grad is None:
             tap = next(iter(taps.values()))
-            layout = torch.contiguous_format
             grad = torch.zeros_like(tap, dtype=self.tape.dtype, memory_format=layout)
         else:  # the reversal writes into it
-            layout = torch.contiguous_format
             grad = grad.to(self.tape.dtype, copy=True, memory_format=layout)
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         self.remainder_bytes = self.tape.remainder_bytes

@@ -185,11 +185,17 @@ def arithmetic_of(
 ) -> Arithmetic:
     """The arithmetic that a setting names, for tokens of a state dtype on a device.
 
-    scales, wide: as ExactArithmetic takes them.
+    scales, wide: as ExactArithmetic takes them. Raises ValueError for tokens that the kernels of a
+    GPU cannot be exact on.
     """
     if setting.arithmetic == "float":
         return FloatArithmetic(setting, dtype)
     if device.type == "cuda":
+        if setting.factor != 1 and dtype == torch.float64:
+            raise ValueError(
+                "gain 'consistent' multiplies outputs in fp64, which on a GPU is the same in all "
+                "kernels for tokens of fp32 or less: found fp64"
+            )
         # Triton comes with torch for GPUs only.
         from dr2dist.reversible.arithmetic.fused import FusedArithmetic
 

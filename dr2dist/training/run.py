@@ -27,6 +27,7 @@ from dr2dist.parallel.pipeline.engine import StagedEngine
 from dr2dist.parallel.pipeline.grid import Grid
 from dr2dist.parallel.pipeline.layers import keep_only
 from dr2dist.parallel.processes import init_distributed, largest, share_cores
+from dr2dist.reversible.arithmetic.setting import COMPUTED
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from dr2dist.training.facts import (
     facts_of_config,
@@ -213,11 +214,7 @@ def _facts(config: Config, plan: Plan) -> dict[str, Any]:
         "preprocessing": plan.task.preprocessing,
         "fields": config.data.fields,
         "plugins": list(config.plugins),
-        "arithmetic": config.reversible.arithmetic,
-        "fraction_bits": config.setting().fraction_bits,
-        "state_bits": config.setting().state_bits,
-        "hand_on": config.reversible.hand_on,
-        "gain": config.reversible.gain,
+        **{name: getattr(config.setting(), name) for name in COMPUTED},
         "global_batch": plan.global_batch,
         "index": plan.train.digest(),
         "dr2dist": __version__,

@@ -17,8 +17,7 @@ from dr2dist.reversible.arithmetic import triton_kernels as kernels
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.packing import packed_bytes
-from dr2dist.reversible.arithmetic.scales import ChannelScales, inner_size
-from dr2dist.reversible.arithmetic.setting import Setting
+from dr2dist.reversible.arithmetic.scales import inner_size
 from dr2dist.reversible.arithmetic.state import State
 
 
@@ -28,20 +27,6 @@ class FusedArithmetic(ExactArithmetic):
     Coefficients travel as fp32, which holds every multiple of 2^-16 up to 2, and its product with
     every step 2^k.
     """
-
-    def __init__(
-        self,
-        setting: Setting,
-        dtype: torch.dtype,
-        scales: ChannelScales | None = None,
-        wide: bool = False,
-    ) -> None:
-        if setting.factor != 1 and dtype == torch.float64:
-            raise ValueError(
-                "gain 'consistent' multiplies outputs in fp64, which on a GPU is the same in all "
-                "kernels for tokens of fp32 or less: found fp64"
-            )
-        super().__init__(setting, dtype, scales, wide)
 
     def start(self, h: Tensor) -> State:
         """See ExactArithmetic."""

@@ -23,6 +23,9 @@ unseen, and what is held to the largest number of 16 bits is outside."""
 MOST_GROWTH = 64.0
 """Of states of 16 bits over a chain: a channel's maximum takes 14 bits, and eight must be left."""
 
+COMPUTED = ("arithmetic", "fraction_bits", "state_bits", "hand_on", "gain")
+"""Fields of Setting that beside alpha and beta say what a network computes: files carry them."""
+
 USUAL_MAGNITUDE = 16.0
 """Size of a backbone's states without growth, assumed when a path is checked in advance."""
 
