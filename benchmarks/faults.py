@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import shutil
@@ -30,11 +29,12 @@ from typing import Any, NamedTuple
 import psutil
 from tqdm import tqdm
 
+from benchmarks import kept
 from benchmarks.nodes import Nodes, lacking, two_nodes
 from benchmarks.signals import CONFIG, LAYOUTS, LIMIT, SAVE, STEPS, VALIDATE, end_of_run, same
 from benchmarks.signals import make_small_shards as make_shards
 
-RECORDS = Path(__file__).parent / "results" / "faults.jsonl"
+RECORDS = kept.RESULTS / "faults.jsonl"
 RANK = "dr2dist.training.main"
 
 
@@ -301,8 +301,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.faults and (reason := lacking()) is not None:
         raise SystemExit(f"two nodes cannot be made: {reason}")
-    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    records = [json.loads(line) for line in lines]
+    records = kept.read(RECORDS)
     done = {(record["fault"], record["layout"]) for record in records}
     missing = [(f, y) for f in given.faults for y in given.layouts if (f, y) not in done]
     if missing:
@@ -311,8 +310,7 @@ def main() -> None:
             for name, layout in tqdm(missing):
                 found = {"fault": name, "layout": layout, **bench.run(name, layout)}
                 records.append(found)
-                with RECORDS.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
+                kept.add(RECORDS, found)
     text = page(records)
     if given.write is not None:
         given.write.write_text(text)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks import kept
 from benchmarks.evidence import (
     DATA,
     EXACT,
@@ -47,7 +47,7 @@ from benchmarks.evidence import (
 )
 from dr2dist.reversible.certificate import worst_drift
 
-RECORDS = ROOT / "benchmarks" / "results" / "frontier.jsonl"
+RECORDS = kept.RESULTS / "frontier.jsonl"
 LEAST_SEEDS, MOST_SEEDS, HALF_WIDTH = 5, 20, 0.02
 CHOOSING_SEED = 100
 """The seed of the runs that choose a rate; none of those that are reported."""
@@ -119,9 +119,7 @@ def main() -> None:
 
 def read_results() -> Results:
     """What is finished, from RECORDS."""
-    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    entries = [json.loads(line) for line in lines]
-    return {Job(**entry["job"]): entry["result"] for entry in entries}
+    return {Job(**entry["job"]): entry["result"] for entry in kept.read(RECORDS)}
 
 
 def missing(results: Results, arguments: argparse.Namespace) -> list[Job]:
@@ -200,7 +198,6 @@ def run_all(jobs: list[Job], workers: int) -> Results:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dr2dist.training.run"])
     results = {}
-    RECORDS.parent.mkdir(exist_ok=True)
     where = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
         futures = {pool.submit(in_passing, job): job for job in jobs}
@@ -208,8 +205,7 @@ def run_all(jobs: list[Job], workers: int) -> Results:
             job, result = futures[future], future.result()
             results[job] = result
             entry = {"job": job._asdict(), "date": datetime.date.today().isoformat(), **where}
-            with RECORDS.open("a") as file:
-                file.write(json.dumps({**entry, "result": result}) + "\n")
+            kept.add(RECORDS, {**entry, "result": result})
     return results
 
 

@@ -34,12 +34,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks import kept
 from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
 from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import image_folder
 from tests.commands import dr2dist
 
-RECORDS = Path(__file__).parent / "results" / "signals.jsonl"
+RECORDS = kept.RESULTS / "signals.jsonl"
 SIGNALS = ("TERM", "INT", "HUP", "USR1", "KILL")
 RECEIVERS = ("command", "group", "rank 0", "rank 1", "everyone")
 """everyone: the command, its ranks and their data workers, as service managers send it."""
@@ -72,6 +73,11 @@ class Case(NamedTuple):
     def name(self) -> str:
         """Of its folder."""
         return "-".join(self).replace(" ", "_")
+
+
+def case_of(record: dict[str, Any]) -> Case:
+    """The case that a line of RECORDS is of."""
+    return Case(*(record[field] for field in Case._fields))
 
 
 ALL = [Case(*each) for each in itertools.product(SIGNALS, RECEIVERS, MOMENTS, LAYOUTS)]
@@ -258,7 +264,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def page(records: Sequence[dict[str, Any]]) -> str:
     """The table: a line for each signal and receiver, a column for each moment and layout."""
-    found = {Case(*(record[field] for field in Case._fields)): record for record in records}
+    found = {case_of(record): record for record in records}
     columns = [(moment, layout) for moment in MOMENTS for layout in LAYOUTS]
     right = sum(is_right(case, record) for case, record in found.items())
     lines = [
@@ -297,9 +303,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="the page, in Markdown")
     given = parser.parse_args()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup runs would rightly ignore it
-    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    records = [json.loads(line) for line in lines]
-    done = {Case(*(record[field] for field in Case._fields)) for record in records}
+    records = kept.read(RECORDS)
+    done = set(map(case_of, records))
     wanted = ALL if given.cases == "all" else pairwise()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
@@ -309,8 +314,7 @@ def main() -> None:
             except AssertionError as error:  # a case without a line is run again the next time
                 tqdm.write(f"{case.name}: {error}")
                 continue
-            with RECORDS.open("a") as file:
-                file.write(json.dumps(records[-1]) + "\n")
+            kept.add(RECORDS, records[-1])
     text = page(records)
     if given.write is not None:
         given.write.write_text(text)

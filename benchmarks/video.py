@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks import kept
 from benchmarks.evidence import interval
 
 ROOT = Path(__file__).parent.parent
-RECORDS = ROOT / "benchmarks" / "results" / "video.jsonl"
+RECORDS = kept.RESULTS / "video.jsonl"
 CONVENTIONAL, EXACT = "conventional", "exact, the configuration's (0.9, 0.1)"
 WAYS: dict[str, tuple[str, ...]] = {
     CONVENTIONAL: (
@@ -106,8 +107,7 @@ def main() -> None:
 
 def read_results() -> dict[Key, dict[str, Any]]:
     """What is finished."""
-    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    entries = [json.loads(line) for line in lines]
+    entries = kept.read(RECORDS)
     return {(entry["study"], entry["seed"], entry["way"]): entry for entry in entries}
 
 
@@ -116,8 +116,7 @@ def keep(study: str, seed: int, way: str, result: dict[str, Any]) -> dict[str, A
     when = {"machine": platform.machine(), "cores": os.cpu_count()}
     entry = {"study": study, "seed": seed, "way": way, **when}
     entry |= {"date": str(datetime.date.today()), **result}
-    with RECORDS.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    kept.add(RECORDS, entry)
     return entry
 
 
