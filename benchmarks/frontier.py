@@ -2,13 +2,15 @@
 
     ./launch/quickstart.sh                                  # fetches the weights and ELPV
     python -m benchmarks.frontier --workers 2               # hours; can be broken off and repeated
+    python -m benchmarks.frontier --workers 2 --steps 1000 --data digits
     python -m benchmarks.frontier --only-write --write build/frontier.md
 
 alpha is 1 - beta and constant. Every way has the same recipe, steps, seeds and samples; its
 learning rate is the one of three with the lowest loss on a part of the training data. Only then are
 all training data used, and the held-out images looked at once. A way has as many seeds as bring the
 95 % half-width of its difference to conventional finetuning to 0.02, at least 5 and at most 20; one
-whose whole interval is below -0.02 needs no more.
+whose whole interval is below -0.02 needs no more. Longer runs take their rates from those of 200
+steps, and have the least seeds.
 Each finished run is a line of benchmarks/results/frontier.jsonl and is not run again.
 """
 
@@ -23,7 +25,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +49,7 @@ from benchmarks.evidence import (
 )
 from dr2dist.reversible.certificate import worst_drift
 
+STEPS, LONGER_STEPS = 200, 1000
 RECORDS = kept.RESULTS / "frontier.jsonl"
 LEAST_SEEDS, MOST_SEEDS, HALF_WIDTH = 5, 20, 0.02
 CHOOSING_SEED = 100
@@ -78,6 +81,8 @@ WAYS: dict[str, Way] = {
     "paper, exact": Way(EXACT, PAPER),
     "paper, float reversal": Way(FLOAT, PAPER),
 }
+LONGER = (CONVENTIONAL, DEFAULT, BITS16, "paper, exact", "paper, float reversal")
+"""The ways of longer runs."""
 
 
 class Job(NamedTuple):
@@ -100,10 +105,11 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="the page, in Markdown")
     parser.add_argument("--only-write", action="store_true", help="run nothing")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: all of such runs")
+    parser.add_argument("--steps", type=int, choices=(STEPS, LONGER_STEPS), default=STEPS)
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, a thread each")
     arguments = parser.parse_args()
+    arguments.ways = arguments.ways or list(WAYS if arguments.steps == STEPS else LONGER)
     os.chdir(ROOT)
     results = read_results()
     if not arguments.only_write:
@@ -130,6 +136,8 @@ def missing(results: Results, arguments: argparse.Namespace) -> list[Job]:
             jobs += wanted(results, data, way, arguments.steps)
         if jobs := [job for job in jobs if job not in results]:
             return jobs
+    if arguments.steps != STEPS:
+        return []
     for way in arguments.ways:  # only when every way has its least seeds
         for data in arguments.data:
             runs, base = (seeds_of(results, data, w, arguments.steps) for w in (way, CONVENTIONAL))
@@ -149,8 +157,7 @@ def missing(results: Results, arguments: argparse.Namespace) -> list[Job]:
 
 def wanted(results: Results, data: str, way: str, steps: int) -> Iterator[Job]:
     """The runs that choose a rate, then those of the least seeds at it."""
-    chooser = WAYS[way].rate_of or way
-    choosing = [Job(data, chooser, "choose", rate, CHOOSING_SEED, steps) for rate in RATES]
+    choosing = choosers(data, way)
     if all(job in results for job in choosing):
         yield from _finals(results, data, way, steps, LEAST_SEEDS)
     else:
@@ -158,19 +165,20 @@ def wanted(results: Results, data: str, way: str, steps: int) -> Iterator[Job]:
 
 
 def _finals(results: Results, data: str, way: str, steps: int, seeds: int) -> list[Job]:
-    rate = rate_of(results, data, way, steps)
+    rate = rate_of(results, data, way)
     return [Job(data, way, "final", rate, seed, steps) for seed in range(seeds)]
 
 
-def rate_of(results: Results, data: str, way: str, steps: int) -> float:
-    """The rate with the lowest loss on the part for choosing."""
+def choosers(data: str, way: str) -> list[Job]:
+    """The runs that choose a way's rate."""
     chooser = WAYS[way].rate_of or way
+    return [Job(data, chooser, "choose", rate, CHOOSING_SEED, STEPS) for rate in RATES]
 
-    def loss(rate: float) -> float:
-        job = Job(data, chooser, "choose", rate, CHOOSING_SEED, steps)
-        return results.get(job, {"loss": math.inf})["loss"]
 
-    return min(RATES, key=loss)
+def rate_of(results: Results, data: str, way: str) -> float:
+    """The rate with the lowest loss on the part for choosing."""
+    jobs = choosers(data, way)
+    return min(jobs, key=lambda job: results.get(job, {"loss": math.inf})["loss"]).rate
 
 
 def seeds_of(results: Results, data: str, way: str, steps: int) -> list[dict[str, Any]]:
@@ -224,7 +232,7 @@ def write_page(results: Results, arguments: argparse.Namespace) -> str:
         f"{platform.machine()}, {os.cpu_count()} cores, {datetime.date.today().isoformat()}; every "
         "run is a line of `benchmarks/results/frontier.jsonl`.",
         "",
-        f"A pretrained ViT-S/14 (22 M parameters) at 56 pixels, {arguments.steps} steps of 16 "
+        f"A pretrained ViT-S/14 (22 M parameters) at 56 pixels, {STEPS} steps of 16 "
         "images, AdamW, fp32, one rank; alpha is 1 - beta and constant where only beta is said. "
         "The learning rate is the one of "
         f"{', '.join(f'{rate:g}' for rate in RATES)} with the lowest loss on a part of the "
@@ -235,7 +243,10 @@ def write_page(results: Results, arguments: argparse.Namespace) -> str:
         "",
     ]
     for data in arguments.data:
-        text += _table(results, data, arguments)
+        text += _table(results, data, arguments.ways, STEPS)
+    for data in arguments.data:
+        if seeds_of(results, data, CONVENTIONAL, LONGER_STEPS):
+            text += _table(results, data, LONGER, LONGER_STEPS)
     return "\n".join([*text, *_choice(results, arguments)])
 
 
@@ -261,7 +272,7 @@ def _judge(
     for beta, way in sorted(ways.items(), reverse=True):  # the fewest bits first
         lower: list[float] = []
         for data in arguments.data:
-            runs, base = (seeds_of(results, data, w, arguments.steps) for w in (way, CONVENTIONAL))
+            runs, base = (seeds_of(results, data, w, STEPS) for w in (way, CONVENTIONAL))
             values = differences(runs, base, "accuracy")
             if len(values) >= LEAST_SEEDS:
                 lower.append(statistics.mean(values) - half_width(values))
@@ -277,10 +288,11 @@ def _judge(
     return (chosen or "none of those run", *lines)
 
 
-def _table(results: Results, data: str, arguments: argparse.Namespace) -> list[str]:
-    base = seeds_of(results, data, CONVENTIONAL, arguments.steps)
+def _table(results: Results, data: str, ways: Sequence[str], steps: int) -> list[str]:
+    base = seeds_of(results, data, CONVENTIONAL, steps)
+    more = "" if steps == STEPS else f", {steps} steps"
     lines = [
-        f"## {DATA[data].title}",
+        f"## {DATA[data].title}{more}",
         "",
         f"{int(base[0]['samples'])} held-out images.",
         "",
@@ -288,11 +300,11 @@ def _table(results: Results, data: str, arguments: argparse.Namespace) -> list[s
         " worst drift | failures |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for way in arguments.ways:
-        runs = seeds_of(results, data, way, arguments.steps)
+    for way in ways:
+        runs = seeds_of(results, data, way, steps)
         if not runs:  # not run yet
             continue
-        rate = rate_of(results, data, way, arguments.steps)
+        rate = rate_of(results, data, way)
         drifts = [run["worst_drift"] for run in runs]
         cells = [
             f"{way}{_stopped(runs)}",
@@ -304,7 +316,7 @@ def _table(results: Results, data: str, arguments: argparse.Namespace) -> list[s
             str(sum(run["certificate_failures"] for run in runs)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", *_of_16_bits(results, data, arguments.steps)]
+    return [*lines, "", *_of_16_bits(results, data, steps)]
 
 
 def _of_16_bits(results: Results, data: str, steps: int) -> list[str]:
