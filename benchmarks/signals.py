@@ -35,7 +35,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks import kept
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import image_folder
 from tests.commands import dr2dist

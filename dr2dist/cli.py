@@ -19,7 +19,7 @@ from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
 from dr2dist.files import atomic_write, check_file_output
 from dr2dist.shipped import add_configs_arguments
-from dr2dist.status import Status, end_after, say
+from dr2dist.status import Status, end_after, open_streams, say
 from dr2dist.training.command import add_train_arguments
 from dr2dist.training.report import add_report_arguments
 from dr2dist.training.state import add_status_arguments
@@ -297,8 +297,7 @@ def _predict(given: argparse.Namespace) -> int:
 
 def command() -> None:
     """What `dr2dist` is."""
-    for stream in (sys.stdout, sys.stderr):  # whose encoding may lack letters that names have
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    open_streams()
     end_after(main)
 
 

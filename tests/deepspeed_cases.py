@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dr2dist
 from dr2dist.backbones.parameters import freeze as freeze_parameters
-from dr2dist.checkpoints.checkpoint import checkpoint_folder
+from dr2dist.checkpoints.folders import checkpoint_folder
 from dr2dist.inference.exported import export
 from dr2dist.parallel.deepspeed_json import Precision, deepspeed_config
 from dr2dist.parallel.engine import DTYPES, ReversibleEngine

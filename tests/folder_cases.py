@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from dr2dist.checkpoints import writing
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.config import load_config
 from dr2dist.errors import UserError
 from dr2dist.parallel.agreement import AgreedError

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dr2dist.checkpoints.checkpoint import checkpoint_folder
+from dr2dist.checkpoints.folders import checkpoint_folder
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from tests import cases, stage_cases
 from tests.deepspeed_cases import FACTS

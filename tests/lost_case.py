@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dr2dist.errors import UserError
 from dr2dist.parallel import heartbeat
 from dr2dist.parallel.heartbeat import Heartbeat
 
 
 def exchange(fault: str, who: int) -> None:
-    """fault: what befalls rank `who` after a second: the name of a signal, or `error`."""
+    """fault: what befalls rank `who` after a second: the name of a signal, `error` or `mistake`."""
     dist.init_process_group("gloo")
     with Heartbeat(silence=4.0):
         end = time.monotonic() + 1
@@ -25,6 +26,8 @@ def exchange(fault: str, who: int) -> None:
             if time.monotonic() > end and dist.get_rank() == who:
                 if fault == "error":
                     raise ValueError("the disk is full")
+                if fault == "mistake":
+                    raise UserError("no such class")
                 os.kill(os.getpid(), signal.Signals[fault])
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.data.index import read_index
 from tests.images import make_small_shards, place_of, samples_of
 from tests.pool import Pool

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.errors import UserError
 from tests.commands import ROOT, dr2dist
 from tests.forked import start

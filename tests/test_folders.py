@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import dr2dist
-from dr2dist.checkpoints.checkpoint import checkpoints
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.inference.exported import export
 from dr2dist.launching.launcher import free_port

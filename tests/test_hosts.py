@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from dr2dist.checkpoints.checkpoint import checkpoints
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.errors import UserError
 from dr2dist.launching.hosts import Host, is_here, read_hostfile
 from dr2dist.launching.remote import forwarded

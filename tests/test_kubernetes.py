@@ -35,6 +35,9 @@ def check_pods(template: dict[str, Any]) -> None:
     assert read is not None and read.to_dict() == template
     assert template["spec"]["terminationGracePeriodSeconds"] > GRACE
     (container,) = template["spec"]["containers"]
+    (variable,) = container["env"]  # before it kills ranks
+    assert variable["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    assert GRACE < float(variable["value"]) < template["spec"]["terminationGracePeriodSeconds"]
     line = container["command"]
     assert line[0] == "torchrun" and line[-4:-2] == ["--module", main.__module__]
     assert line[-2:] == ["--config", "/work/run.yaml"]
@@ -59,10 +62,13 @@ def test_the_pytorch_job() -> None:
     client = ApiClient()
     read = client.deserialize(SimpleNamespace(data=json.dumps(found)), "KubeflowOrgV1PyTorchJob")
     assert client.sanitize_for_serialization(read) == found
-    (kind, workers), *more = found["spec"]["pytorchReplicaSpecs"].items()
-    assert kind == "Worker" and not more and workers["restartPolicy"] == "OnFailure"
-    check_pods(workers["template"])
-    assert workers["template"]["spec"]["containers"][0]["name"] == "pytorch"  # the operator's word
+    replicas = found["spec"]["pytorchReplicaSpecs"]
+    # The operator tells torchrun how many nodes there are and where, if one is the master.
+    assert {kind: each["replicas"] for kind, each in replicas.items()} == {"Master": 1, "Worker": 1}
+    for each in replicas.values():
+        assert each["restartPolicy"] == "OnFailure"
+        check_pods(each["template"])
+        assert each["template"]["spec"]["containers"][0]["name"] == "pytorch"  # its word
 
 
 @pytest.mark.parametrize("where", ["spec", "metadata"])

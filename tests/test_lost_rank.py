@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from dr2dist.launching.launcher import free_port
+from dr2dist.status import Status
 from tests.images import make_small_shards
 from tests.lost_case import exchange
 from tests.pool import Pool, start_rank, wait_for
@@ -32,17 +33,18 @@ output: OUTPUT
 
 
 @pytest.mark.parametrize(
-    ("fault", "who", "message"),
+    ("fault", "who", "message", "status"),
     [
-        ("SIGKILL", 0, "rank 0 was lost"),
-        ("SIGKILL", 1, "rank 1 was lost"),
-        ("SIGSTOP", 0, "rank 0 was lost"),
-        ("SIGSTOP", 1, "rank 1 was lost (no sign of life for 4 s)"),
-        ("error", 1, "rank 1 ended: the disk is full"),
+        ("SIGKILL", 0, "rank 0 was lost", Status.LOST),
+        ("SIGKILL", 1, "rank 1 was lost", Status.LOST),
+        ("SIGSTOP", 0, "rank 0 was lost", Status.LOST),
+        ("SIGSTOP", 1, "rank 1 was lost (no sign of life for 4 s)", Status.LOST),
+        ("error", 1, "rank 1 ended: the disk is full", Status.LOST),
+        ("mistake", 1, "rank 1 ended: no such class", Status.USER_ERROR),
     ],
 )
 def test_ranks_end_and_name_the_one_that_is_lost(
-    fault: str, who: int, message: str, tmp_path: Path
+    fault: str, who: int, message: str, status: Status, tmp_path: Path
 ) -> None:
     port = free_port()
     outputs = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
@@ -57,7 +59,7 @@ def test_ranks_end_and_name_the_one_that_is_lost(
         for rank in ranks:
             rank.kill()
             rank.join()
-    assert ranks[other].exitcode == 4
+    assert ranks[other].exitcode == status
     assert f"dr2dist: rank {other}: {message}" in outputs[other].read_text()
 
 

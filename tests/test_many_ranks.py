@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 from tests.images import make_small_shards
 from tests.pool import Pool
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.config import load_config
 from dr2dist.data.mixing import Deal, MixedOrder
 from dr2dist.data.order import Item, Order

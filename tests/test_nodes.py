@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks.nodes import NAMES, Nodes, lacking, two_nodes
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 from tests.images import make_small_shards
 from tests.pool import Pool, wait_for
 

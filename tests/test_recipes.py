@@ -14,7 +14,8 @@ from torch import nn
 
 import dr2dist
 from dr2dist.backbones.parameters import freeze
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.config.optim import Group, Optim
 from dr2dist.data.order import Order
 from dr2dist.data.positions import batches as training_batches

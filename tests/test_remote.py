@@ -16,7 +16,8 @@ import pytest
 import torch
 import webdataset
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.data.cache import Cache, Wanted
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import read_index

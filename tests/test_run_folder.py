@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import image_folder
 from dr2dist.errors import UserError
@@ -199,6 +200,42 @@ def test_a_run_that_left_no_checkpoint_says_that_it_starts_anew(
     assert status == 0 and "the run before was cut before its first checkpoint" in told[0], told
 
 
+def test_a_run_whose_checkpoints_were_taken_away_is_not_begun_anew(
+    cut: Path, tmp_path: Path, two_ranks: Pool, capfd: Any
+) -> None:
+    run, path = tmp_path / "run", str(cut / "config.yaml")
+    shutil.copytree(cut / "run", run)
+    two_ranks.run("tests.cases:run_config", path=path, overrides=[f"output={run}"])
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    records = {name: (run / name).read_text() for name in ("summary.json", "metrics.jsonl")}
+    line = ("train", path, "--ranks", "2", f"output={run}")
+    assert call(capfd, *line, "--dry-run")[0] == 0  # it is finished
+    status, _, told = call(capfd, *line, "train.steps=9")
+    assert status == 2 and "has done 4 steps, but no checkpoint of it" in told, told
+    assert all((run / name).read_text() == text for name, text in records.items())
+
+
+def test_only_what_a_run_has_named_is_its_checkpoint(
+    cut: Path, tmp_path: Path, two_ranks: Pool
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cut / "run", run)
+    newest = checkpoints(run)[-1]
+    own = shutil.copytree(newest, newest.with_name("step-before-change"))
+    (link := newest.with_name("step-99999999")).symlink_to(newest)
+    left = [
+        shutil.copytree(newest, newest.with_name(f"step-0000000{name}"))
+        for name in ("1.tmp", "3.before.tmp", "1.old.tmp")
+    ]
+    overrides = [f"output={run}", "checkpoint.keep=1"]
+    results = two_ranks.run(
+        "tests.cases:run_config", path=str(cut / "config.yaml"), overrides=overrides
+    )
+    assert results[0]["steps"] == 4
+    assert own.exists() and link.is_symlink() and not any(path.exists() for path in left)
+    assert [path.name for path in checkpoints(run)][-1] == "step-00000004"
+
+
 HOLD = """
 import sys, time, pathlib
 from dr2dist.training.lock import RunLock
@@ -240,7 +277,7 @@ def test_a_file_system_without_locks_is_said(
     def refuse(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
     with RunLock(tmp_path / "run"):
         assert "this file system has no locks (Operation not supported)" in caplog.text
 
@@ -257,7 +294,8 @@ output: OUTPUT
 """
 
 
-def test_storage_that_hangs_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
+def test_storage_that_hangs_is_named_and_ends_all_ranks(tmp_path: Path, capfd: Any) -> None:
+    """Until then nobody else can have the run's folder, and afterwards everybody."""
     shards, config, run = (tmp_path / name for name in ("shards", "config.yaml", "run"))
     records, classes = image_folder(make_folder(tmp_path / "images", 60))
     # Of two samples each: most are not open yet after a step.
@@ -270,6 +308,9 @@ def test_storage_that_hangs_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
         for path in (shards / "train").glob("*.tar"):
             path.unlink()
             os.mkfifo(path)  # nobody writes to it: opening it never returns
+        status, _, told = call(capfd, "train", str(config), "--ranks", "2")
+        assert status == 2 and f"output: {run} is in use by process " in told, told
+        assert '"state": "running"' in call(capfd, "status", str(run), "--json")[1]
         process.join(120)
     finally:
         process.kill()
@@ -278,3 +319,6 @@ def test_storage_that_hangs_is_named_and_ends_all_ranks(tmp_path: Path) -> None:
     assert "did not end within 10 s: it waits for 'file = self.index.path(shard).open(" in told
     assert "data/opened.py" in told and "the same command goes on from the last" in told
     assert "stack of the main thread" in (run / "logs" / "rank-0.log").read_text()
+    assert (run / LOCK).exists() and '"state": "cut"' in call(capfd, "status", str(run), "--json")[
+        1
+    ]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dr2dist.checkpoints.checkpoint import checkpoints
+from dr2dist.checkpoints.folders import checkpoints
 from tests import slurm
 from tests.images import make_small_shards
 from tests.pool import wait_for

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,23 @@ import pytest
 from tests.commands import call
 
 
-def make_run(folder: Path, *, lock: bool, summary: dict[str, Any] | None) -> Path:
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[None]:
+    """Another process has the lock of the run in `tmp_path`."""
+    code = "import sys; from dr2dist.locks import take; f = open(sys.argv[1], 'a');"
+    path = tmp_path / "run" / "run.lock"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"host": "a", "process": 7, "start": "now"}))
+    line = [sys.executable, "-c", f"{code} print(take(f), flush=True); input()", str(path)]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "True\n"
+        yield
+        holder.kill()
+
+
+def make_run(folder: Path, *, summary: dict[str, Any] | None) -> Path:
     """A run of 40 steps, two seconds each, after ten of them."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text("output: x\n")
     start = {"step": 0, "steps": 40, "ranks": 4, "batch": 16, "host": "a", "time": 0.0}
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n" + json.dumps(start) + "\n")
@@ -34,15 +51,14 @@ def make_run(folder: Path, *, lock: bool, summary: dict[str, Any] | None) -> Pat
         (folder / "checkpoints" / name).mkdir(parents=True)
         if done:
             (folder / "checkpoints" / name / "checkpoint.json").write_text("{}")
-    if lock:
-        (folder / "run.lock").write_text(json.dumps({"host": "a", "process": 7, "start": "now"}))
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
+@pytest.mark.usefixtures("locked")
 def test_a_run_that_goes_on(tmp_path: Path, capfd: Any) -> None:
-    folder = make_run(tmp_path / "run", lock=True, summary=None)
+    folder = make_run(tmp_path / "run", summary=None)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     status, out, _ = call(capfd, "status", str(folder), "--json")
     found = json.loads(out)
@@ -69,7 +85,9 @@ def test_a_run_that_goes_on(tmp_path: Path, capfd: Any) -> None:
 def test_a_run_that_has_ended(
     summary: dict[str, Any] | None, state: str, tmp_path: Path, capfd: Any
 ) -> None:
-    folder = make_run(tmp_path / "run", lock=False, summary=summary)
+    folder = make_run(tmp_path / "run", summary=summary)
+    # Nobody has its lock: who had it was killed.
+    (folder / "run.lock").write_text(json.dumps({"host": "a", "process": 7, "start": "now"}))
     _, out, _ = call(capfd, "status", str(folder), "--json", "--watch")
     found = json.loads(out)
     assert found["state"] == state and found["seconds_left"] is None and found["owner"] is None
@@ -85,7 +103,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path, capfd: Any) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path, capfd: Any) -> None:
     status, _, err = call(capfd, "status", str(tmp_path / "none"))
     assert status == 2 and "is no run's folder" in err and len(err.splitlines()) == 1
-    make_run(tmp_path / "run", lock=True, summary=None)
+    make_run(tmp_path / "run", summary=None)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:
         lines.write("\n")
     status, _, err = call(capfd, "status", str(tmp_path / "run"))

@@ -81,6 +81,52 @@ def test_a_run_is_started_again_until_it_has_ended_or_cannot_begin(
     assert capfd.readouterr().err.count("in 0.01 s") == 3
 
 
+def test_a_signal_while_hosts_are_asked_again_is_heard(
+    monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(supervise, "FIRST_WAIT", 0.01)
+    starts = []
+    with Signals() as signals:
+
+        def start() -> int:
+            starts.append(1)
+            signals.started = True
+            if len(starts) == 1:
+                return Status.LOST
+            signal.raise_signal(signal.SIGTERM)
+            raise UserError("host b: no answer")
+
+        assert with_restarts(start, 9, signals) == Status.STOPPED
+    assert capfd.readouterr().err.endswith(
+        "dr2dist: stopped before it was started again; the same command goes on\n"
+    )
+
+
+def test_a_rank_that_a_signal_has_ended_is_named(capfd: Any) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with Signals() as signals:
+        line = [sys.executable, "-c", code]
+        assert supervise.supervise(LocalLauncher(), line, [{}], signals, 1.0) == Status.LOST
+    said = capfd.readouterr().err
+    assert said == "dr2dist: rank 0 was ended by a signal: Killed, as where memory is full\n"
+
+
+CLOSED = """
+import sys
+from dr2dist.status import open_streams
+open_streams()
+with open(sys.argv[1], "w") as file:
+    print("said"), print("said", file=sys.stderr), file.write("kept"), sys.stdin.read()
+"""
+
+
+def test_closed_streams_are_nobodys(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    line = ["sh", "-c", 'exec "$0" -c "$1" "$2" <&- >&- 2>&-', sys.executable, CLOSED, str(path)]
+    assert subprocess.run(line, cwd=ROOT).returncode == 0
+    assert path.read_text() == "kept"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", pairwise(), ids=lambda case: case.name)
 def test_any_two_of_signal_receiver_moment_and_layout(case: Case, bench: Bench) -> None:

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from dr2dist.assembly import ExportMetadata
-from dr2dist.checkpoints.checkpoint import Checkpoint, checkpoints
+from dr2dist.checkpoints.checkpoint import Checkpoint
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.data.index import read_index
 from dr2dist.data.shards import verify_shards
 from dr2dist.inference.evaluate import evaluate

@@ -8,7 +8,6 @@ renamed, so a folder that has its name is whole.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections import defaultdict
@@ -20,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dr2dist.checkpoints.writing import FORMAT, MANIFEST, sum_of
+from dr2dist.checkpoints.folders import MANIFEST
+from dr2dist.checkpoints.writing import FORMAT, sum_of
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import sha256
 
@@ -139,26 +139,3 @@ class Checkpoint:
     def tensor(self, kind: str, name: str) -> Tensor:
         """A whole tensor in its shape."""
         return self.read(kind, name).view(self.shapes[name])
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint after `step` applied steps lies in a run's folder."""
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def written(run: Path) -> list[Path]:
-    """The checkpoints that a run has written, oldest first, whatever has become of them since."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted(path for path in found if path.suffix == "")
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Those that are complete, at first sight, oldest first."""
-    return [path for path in written(run) if (path / MANIFEST).exists()]
-
-
-def set_aside(folder: Path) -> Path:
-    """Renames a damaged checkpoint, so that none takes it for one; where it is now."""
-    endings = itertools.chain([""], (f"-{count}" for count in itertools.count(2)))
-    places = (folder.with_name(f"{folder.name}.damaged{ending}") for ending in endings)
-    return folder.rename(next(place for place in places if not place.exists()))

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dr2dist.checkpoints.folders import ASIDE, BEFORE, MANIFEST
 from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.errors import UserError
 from dr2dist.parallel.agreement import agree, from_all
 
 FORMAT = 2
 """1 had no checksum of the manifest itself."""
-MANIFEST = "checkpoint.json"
 
 
 class Writing:
@@ -47,7 +47,7 @@ class Writing:
         self._folder, self._tensors = folder, tensors
         # As it is now: parts of it belong to the run, which goes on.
         self._said = json.loads(json.dumps({"format": FORMAT, **state, "shapes": shapes}))
-        self._aside = folder.with_name(f"{folder.name}.tmp")
+        self._aside = folder.with_name(f"{folder.name}{ASIDE}")
         self._path = self._aside / f"rank-{dist.get_rank():05d}.safetensors"
         with agree(), _writing(self._aside):
             if dist.get_rank() == 0:
@@ -87,7 +87,7 @@ def sum_of(values: Mapping[str, Any]) -> str:
 
 def _put(aside: Path, folder: Path) -> None:
     """In place of one of the same step, which a run that was stopped in between has written."""
-    before = folder.with_name(f"{folder.name}.before.tmp")
+    before = folder.with_name(f"{folder.name}{BEFORE}")
     shutil.rmtree(before, ignore_errors=True)
     if folder.exists():
         folder.rename(before)

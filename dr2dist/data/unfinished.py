@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import TextIO
 
 from dr2dist.errors import UserError
 from dr2dist.files import check_can_be_made
+from dr2dist.locks import is_still, take
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +83,11 @@ def _locked(folder: Path) -> Iterator[TextIO]:
             raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
         with plan:
             try:
-                fcntl.flock(plan, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another process is at work there") from None
+                if not take(plan):
+                    raise UserError(f"{folder}: another process is at work there")
             except OSError as error:
                 raise UserError(f"{path}: cannot be locked: {error.strerror}") from None
-            # Who had it before may have ended the work, and taken the file away.
-            if path.exists() and path.stat().st_ino == os.fstat(plan.fileno()).st_ino:
+            if is_still(plan, path):
                 yield plan
                 return
 

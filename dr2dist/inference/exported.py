@@ -15,14 +15,8 @@ from torch import Tensor, nn
 from dr2dist.assembly import ExportMetadata, assemble
 from dr2dist.backbones.convert import convert
 from dr2dist.backbones.lora import merged
-from dr2dist.checkpoints.checkpoint import (
-    EMA,
-    Checkpoint,
-    checkpoint_folder,
-    checkpoints,
-    is_finite,
-    read_state,
-)
+from dr2dist.checkpoints.checkpoint import EMA, Checkpoint, is_finite, read_state
+from dr2dist.checkpoints.folders import checkpoint_folder, checkpoints
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write, check_new
 from dr2dist.reversible.arithmetic.setting import COMPUTED

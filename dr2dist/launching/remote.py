@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +94,16 @@ class Link:
         status = self._process.wait()
         return self._errors[-1] if self._errors else f"ssh ended with status {status}"
 
-    def close(self) -> None:
-        """Lets the node end what it has, and ends the link."""
+    def hang_up(self) -> None:
+        """Lets the node end what it has."""
         with contextlib.suppress(OSError, ValueError), self._lock:
             assert self._process.stdin is not None
             self._process.stdin.close()
+
+    def close(self, end: float) -> None:
+        """Ends the link when the node has, or at `end`, by time.monotonic."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(ALIVE)
+            self._process.wait(max(0.0, end - time.monotonic()))
         self._process.kill()
         self._process.wait()
 
@@ -118,8 +121,7 @@ class Link:
                 case {"statuses": found}:
                     self.statuses = found
                 case {"out": text}:
-                    sys.stdout.write(text)
-                    sys.stdout.flush()
+                    say(text.removesuffix("\n"), sys.stdout)
 
     def _read_errors(self) -> None:
         assert self._process.stderr is not None
@@ -129,8 +131,7 @@ class Link:
                 if text:
                     self._errors.append(text)  # banners, and at last the reason of a refusal
             else:
-                with contextlib.suppress(OSError):
-                    print(text, file=sys.stderr, flush=True)
+                say(text)
 
 
 class RemoteLauncher:
@@ -152,11 +153,13 @@ class RemoteLauncher:
         environment: Mapping[str, str],
         paths: Sequence[str] = (),
         least: int | None = None,
+        stopping: Callable[[], object] = lambda: False,
     ) -> list[dict[str, Any]]:
         """What each host says of itself, see `survey`; missing are those of paths that it lacks.
 
         Raises UserError, in one line, for hosts that do not answer within `limit` seconds or lack
-        the present folder; where the others have `least` ranks they are left out instead.
+        the present folder; where the others have `least` ranks they are left out instead. So it
+        does once it is stopping.
         """
         root = str(Path(__file__).resolve().parents[2])
         for link in self._links:
@@ -167,6 +170,8 @@ class RemoteLauncher:
         while time.monotonic() < end and any(
             link.hello is None and not link.ended for link in self._links
         ):
+            if stopping():
+                raise UserError("stopped while hosts were asked")
             time.sleep(0.05)
         faults = {link: fault for link in self._links if (fault := self._fault(link, limit))}
         there = [link for link in self._links if link not in faults]
@@ -175,8 +180,7 @@ class RemoteLauncher:
             if least is None or sum(link.host.slots for link in there) < least:
                 raise UserError(told)
             say(f"dr2dist: left out: {told}")
-            for link in faults:
-                link.close()
+            _close(list(faults))
             self._links = there
         return [link.hello for link in there if link.hello is not None]
 
@@ -229,8 +233,7 @@ class RemoteLauncher:
     def close(self) -> None:
         """Ends the links, and with them what is left on the hosts."""
         self._over.set()
-        for link in self._links:
-            link.close()
+        _close(self._links)
 
     def _tell(self, message: Any) -> None:
         for link in self._links:
@@ -247,3 +250,12 @@ class RemoteLauncher:
         if "error" in link.hello:
             return f"host {link.host.name}: {link.hello['error']}"
         return None
+
+
+def _close(links: Sequence[Link]) -> None:
+    """All at the same time."""
+    for link in links:
+        link.hang_up()
+    end = time.monotonic() + ALIVE
+    for link in links:
+        link.close(end)

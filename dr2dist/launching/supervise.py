@@ -97,7 +97,7 @@ def with_restarts(start: Callable[[], int], most: int, signals: Signals) -> int:
     again, wait = 0, 0.0
     while True:
         begin = time.monotonic()
-        status = _once_more(start) if again else start()
+        status = _once_more(start, signals) if again else start()
         lost = (Status.LOST, Status.USER_ERROR) if again else (Status.LOST,)
         if status not in lost or signals.caught or again == most:
             return status
@@ -109,13 +109,17 @@ def with_restarts(start: Callable[[], int], most: int, signals: Signals) -> int:
         while time.monotonic() < end and not signals.caught:
             time.sleep(PERIOD)
         if signals.caught:
+            say("dr2dist: stopped before it was started again; the same command goes on")
             return Status.STOPPED
 
 
-def _once_more(start: Callable[[], int]) -> int:
+def _once_more(start: Callable[[], int], signals: Signals) -> int:
     try:
         return start()
     except UserError as error:
+        if signals.caught:
+            say("dr2dist: stopped before it was started again; the same command goes on")
+            return Status.STOPPED
         say(f"dr2dist: {error}")
         return Status.LOST
 
@@ -124,20 +128,22 @@ def _wait(launcher: Launcher, signals: Signals, grace: float) -> list[int | None
     """The statuses of all, once they have ended."""
     failed: float | None = None
     sent = False
-    while None in (statuses := launcher.statuses()):
-        now = time.monotonic()
+    while True:
+        now, statuses = time.monotonic(), launcher.statuses()
+        if failed is None and any(statuses):
+            failed = now
+            _name_killed(statuses, signals)
+        if None not in statuses:
+            return statuses
         if signals.caught and not sent:
             launcher.send(signals.caught[0][1])
             sent = True
-        if failed is None and any(statuses):
-            failed = now
         # One that a signal has ended, before it could answer, can do no step with the others.
         patience = PATIENCE if _killed(statuses) or signals.asked is None else grace + MARGIN
         late = signals.asked is not None and now - signals.asked > grace + MARGIN
         if signals.at_once or late or (failed is not None and now - failed > patience):
             launcher.kill()
         time.sleep(PERIOD)
-    return statuses
 
 
 def combined(statuses: list[int | None], asked: bool) -> int:
@@ -153,6 +159,15 @@ def combined(statuses: list[int | None], asked: bool) -> int:
     if Status.LOST in statuses or _killed(statuses):
         return Status.LOST
     return next(status for status in statuses if status)
+
+
+def _name_killed(statuses: Sequence[int | None], signals: Signals) -> None:
+    """Ranks that a signal has ended, not one that asks to stop, cannot say so themselves."""
+    for rank, status in enumerate(statuses):
+        number = 0 if status is None else -status
+        if number > 0 and number not in STOP_SIGNALS and not signals.caught:
+            more = ", as where memory is full" if number == signal.SIGKILL else ""
+            say(f"dr2dist: rank {rank} was ended by a signal: {signal.strsignal(number)}{more}")
 
 
 def _killed(statuses: list[int | None]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dr2dist.errors import UserError
 from dr2dist.parallel.processes import ranks_of_node
 from dr2dist.status import Status, say
 
@@ -35,7 +36,7 @@ class Heartbeat:
     name: how messages call a rank. agreed: exceptions that all ranks raise together. silence:
     see SILENCE. Leaving it by another exception of this rank ends the other ranks too; one that
     comes of a broken connection waits until it is known who was lost, and the process then ends
-    with one line and status 4.
+    with one line and status 4; with 2 where another rank has found a mistake (UserError).
     """
 
     def __init__(
@@ -76,34 +77,39 @@ class Heartbeat:
         elif error is not None and not isinstance(error, self._agreed):
             last = str(error).strip().rpartition("\n")[2] or type(error).__name__
             last = last.removeprefix(f"rank {self.rank}: ")
-            self.tell(f"{self._name(self.rank)} ended: {last}")
+            # A mistake stays one however often the run is started.
+            status = Status.USER_ERROR if isinstance(error, UserError) else Status.LOST
+            self.tell(f"{self._name(self.rank)} ended: {last}", status)
         self._over.set()
         self._thread.join()
         self._leave()
 
     def _listen(self) -> None:
         """The thread: ends with the watch, or ends the process."""
-        count, found = 0, None
-        while found is None:
+        count, word = 0, None
+        while word is None:
             if self._over.wait(PERIOD):
                 return
             count += 1
-            found = self._look(count)
+            word = self._look(count)
+        status, found = word
         if self._over.wait(GRACE):
             return
-        self.tell(found)
+        self.tell(found, status)
         say(f"dr2dist: rank {self.rank}: {found}")
         self._leave()
-        os._exit(Status.LOST)
+        os._exit(status)
 
-    def _look(self, count: int) -> str | None:
-        """Tells that this rank lives; what is known of one that does not."""
+    def _look(self, count: int) -> tuple[Status, str] | None:
+        """Tells that this rank lives; what is known of one that does not, and with which status the
+        others end."""
         try:
             self._board.set(f"alive/{self.rank}", str(count))
             others = range(1, self.ranks) if self.rank == 0 else (0,)
             told, *counts = self._board.get_all([_LOST, *map("alive/{}".format, others)])
             if told:
-                return told
+                status, _, found = told.partition(" ")
+                return Status(int(status)), found
             for rank, process in self._neighbours().items():
                 if not _lives(process):
                     return self._lost(rank, "its process has ended")
@@ -141,18 +147,16 @@ class Heartbeat:
                     self._here[rank] = int(process)
         return self._here
 
-    def _lost(self, rank: int, how: str) -> str:
-        return (
-            f"{self._name(rank)} was lost ({how}); the same command goes on from the last "
-            "checkpoint"
-        )
+    def _lost(self, rank: int, how: str) -> tuple[Status, str]:
+        said = f"{self._name(rank)} was lost ({how})"
+        return Status.LOST, f"{said}; the same command goes on from the last checkpoint"
 
-    def tell(self, found: str) -> None:
-        """Leaves word for all others, if none has; they end."""
+    def tell(self, found: str, status: Status = Status.LOST) -> None:
+        """Leaves word for all others, if none has; they end with that status."""
         if self.ranks == 1:
             return
         with contextlib.suppress(GoneError):
-            self._board.set_first(_LOST, found)
+            self._board.set_first(_LOST, f"{int(status)} {found}")
 
     def _leave(self) -> None:
         """Rank 0, with whom the store goes, leaves last if it can; the others may have to read."""

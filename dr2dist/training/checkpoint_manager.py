@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -14,26 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dr2dist.checkpoints.checkpoint import (
-    EMA,
-    Checkpoint,
-    DamagedError,
+from dr2dist.checkpoints.checkpoint import EMA, Checkpoint, DamagedError, is_finite
+from dr2dist.checkpoints.folders import (
+    MANIFEST,
+    OLD,
     checkpoint_folder,
     checkpoints,
-    is_finite,
+    delete_old,
     set_aside,
 )
 from dr2dist.checkpoints.tensors import Source
-from dr2dist.checkpoints.writing import MANIFEST, Writing
+from dr2dist.checkpoints.writing import Writing
 from dr2dist.coefficients import Memory
 from dr2dist.errors import UserError
 from dr2dist.parallel.agreement import AgreedError, agree, from_all, from_first
 from dr2dist.parallel.engine import ReversibleEngine
 
 log = logging.getLogger(__name__)
-
-_OLD = ".old.tmp"
-"""Ends the names of checkpoints that are being deleted."""
 
 
 @dataclass
@@ -150,8 +146,8 @@ class CheckpointManager:
         """Deletes older ones, which takes seconds, behind the steps."""
         for folder in checkpoints(self.run)[: -self.keep]:
             if self._best is None or folder != checkpoint_folder(self.run, self._best):
-                folder.rename(folder.with_name(f"{folder.name}{_OLD}"))
-        self._deletion = self._behind.submit(_delete_old, self.run)
+                folder.rename(folder.with_name(f"{folder.name}{OLD}"))
+        self._deletion = self._behind.submit(delete_old, self.run)
 
     def restore_newest(self, folders: Sequence[Path], engine: ReversibleEngine) -> Progress:
         """Brings an engine to the first of these checkpoints that is sound; every rank must call
@@ -198,11 +194,6 @@ class CheckpointManager:
         batches = saved.state["step"] + values.get("bad_batches", 0)
         before = {"consumed": batches * saved.state.get("global_batch", 0)}
         return Progress(**{**before, **values, "guard": Memory(**values.get("guard", {}))})
-
-
-def _delete_old(run: Path) -> None:
-    for folder in (run / "checkpoints").glob(f"step-*{_OLD}"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _damage(folder: Path) -> str | None:

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from dr2dist.checkpoints.checkpoint import Checkpoint, DamagedError, written
+from dr2dist.checkpoints.checkpoint import Checkpoint, DamagedError
+from dr2dist.checkpoints.folders import written
 from dr2dist.config import Config, dump_config, moved_settings
 from dr2dist.config.names import BEFORE
 from dr2dist.config.text import flat, shown_value
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import check_can_be_made
 from dr2dist.training.lock import LOCK, check_free
-from dr2dist.training.run_files import CONFIG, LOGS, METRICS, SUMMARY, read_lines
+from dr2dist.training.run_files import CONFIG, LOGS, METRICS, STARTS, SUMMARY, read_lines
 
 _FREE = (
     "output",
@@ -92,11 +93,23 @@ def find_start(config: Config, global_batch: int, steps: int, index: str) -> Sta
     damaged = _count_damaged(found, folder)
     if found:
         _same_order(found[damaged], global_batch, index)
-    if ended is None:
-        return Start(found, damaged, cut=not found)
-    if all(old.get(key) == new.get(key) for key in _LENGTH):
+    if ended is not None and all(old.get(key) == new.get(key) for key in _LENGTH):
         return Start(found, damaged, finished=ended)
-    return Start(found, damaged, cut=not found, longer=ended["steps"])
+    if not found:
+        _check_cut(folder)
+    return Start(found, damaged, cut=not found, longer=None if ended is None else ended["steps"])
+
+
+def _check_cut(folder: Path) -> None:
+    """Raises UserError where a run without checkpoints has had some."""
+    summary = _read_summary(folder).get("steps")
+    starts = [line["step"] for line in read_lines(folder / STARTS)]
+    done = max([summary if isinstance(summary, int) else 0, *starts])
+    if done or (folder / "checkpoints").is_symlink():
+        raise UserError(
+            f"output: {folder} holds a run that has done {done} steps, but no checkpoint of it: "
+            "put them back, or name another output"
+        )
 
 
 def _read_config(folder: Path) -> Any:
@@ -135,11 +148,17 @@ def _count_damaged(newest_first: Sequence[Path], folder: Path) -> int:
 
 def _summary(folder: Path) -> dict[str, Any] | None:
     """Of a run that has finished."""
+    summary = _read_summary(folder)
+    return summary if summary.get("status") == "finished" else None
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    """Empty for a run that has not ended, or by a signal."""
     try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text("utf-8"))
+        summary = json.loads((folder / SUMMARY).read_text("utf-8"))
     except (OSError, ValueError):
-        return None
-    return summary if summary["status"] == "finished" else None
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _occupied(folder: Path) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from dr2dist.launching.place import PORT, Place
 from dr2dist.launching.remote import RemoteLauncher, forwarded
 from dr2dist.launching.supervise import Signals, supervise, with_restarts
 from dr2dist.launching.survey import describe_hosts
+from dr2dist.status import say
 from dr2dist.training.main import MODULE
 from dr2dist.training.plan import Plan
 
@@ -34,7 +36,7 @@ def on_hosts(
     run, again where they are lost; the exit status of the whole. Raises UserError for hosts that
     cannot take part."""
     variables = forwarded(os.environ, config.launch.env)
-    print(f"forwarded     {', '.join(sorted(variables)) or 'no variables'}")
+    say(f"forwarded     {', '.join(sorted(variables)) or 'no variables'}", sys.stdout)
     folder = str(Path(given.config).resolve().parent)  # where plugins may lie
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
 
@@ -59,12 +61,14 @@ def _start(
     with _token(Path(config.output)) as token:
         begin = time.time()
         paths = [*token, *_needed(config, plan)]
-        found = launcher.greet(config.launch.join_limit, variables, paths, given.min_ranks)
-    print(describe_hosts(launcher.hosts, found, (begin + time.time()) / 2), flush=True)
+        limit, least = config.launch.join_limit, given.min_ranks
+        found = launcher.greet(limit, variables, paths, least, lambda: signals.caught)
+    say(describe_hosts(launcher.hosts, found, (begin + time.time()) / 2), sys.stdout)
     _refuse(launcher.hosts, found, token)
     places = launcher.places(given.master_addr, given.master_port)
     launcher.config = dump_config(fitted(config, plan.global_batch, len(places)))
-    print(f"launch        {len(places)} ranks meet at {places[0].address}:{places[0].port}")
+    where = f"{places[0].address}:{places[0].port}"
+    say(f"launch        {len(places)} ranks meet at {where}", sys.stdout)
     if given.dry_run:
         return 0
     environments = [place.variables() for place in places]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import errno
-import fcntl
 import json
 import logging
 import os
 import socket
+import weakref
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dr2dist.errors import UserError
+from dr2dist.locks import is_still, is_taken, take
 
 LOCK = "run.lock"
 """A file in the run's folder that names host, process and start of who holds it."""
@@ -21,16 +21,19 @@ log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """A POSIX lock (fcntl) on a file of the run's folder, held by rank 0 until it ends.
+    """The lock of a file of the run's folder, held by rank 0 until it ends.
 
-    What is relied on: that the file system has such locks. Local ones have them; NFS (4, or 3 with
-    lockd), Lustre and GPFS have them between nodes, and give the lock of a process or a node that
-    died to the next who asks. Where there are none a warning says so.
+    What is relied on: that the file system has locks (see locks.py). Local ones have them; NFS (4,
+    or 3 with lockd), Lustre and GPFS have them between nodes, and give the lock of a process or a
+    node that died to the next who asks. Where there are none a warning says so.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
         self._file: IO[str] | None = None
+        itself = weakref.ref(self)
+        # A data worker that outlives a killed rank would keep the lock.
+        os.register_at_fork(after_in_child=lambda: _leave(itself()))
 
     def __enter__(self) -> RunLock:
         """Raises UserError if another run has it, or the folder cannot be made."""
@@ -44,9 +47,9 @@ class RunLock:
                 owner = _owner(file)
                 file.close()
                 raise UserError(f"output: {self.path.parent} is in use by {owner}")
-            if _is_still(file, self.path):
+            if is_still(file, self.path):
                 self._file = file
-            else:  # its owner has removed it meanwhile
+            else:
                 file.close()
         self._file.seek(0)
         self._file.truncate()
@@ -59,15 +62,19 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         assert self._file is not None
         self.path.unlink(missing_ok=True)  # while it is locked
-        self._file.close()
-        self._file = None
+        self.leave()
+
+    def leave(self) -> None:
+        """Closes the file if it is open: gives the lock back, or in a child leaves it with the
+        parent."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _locked(self, file: IO[str]) -> bool:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return take(file)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
             log.warning(
                 "%s: this file system has no locks (%s): take care that no other run has the "
                 "same output",
@@ -78,25 +85,50 @@ class RunLock:
 
 
 def check_free(folder: Path) -> None:
-    """Raises UserError if a run has the folder. Leaves nothing behind."""
-    if (folder / LOCK).exists():
-        with RunLock(folder):
-            pass
+    """Raises UserError if a run has the folder. Neither takes the lock nor leaves anything."""
+    try:
+        with (folder / LOCK).open() as file:
+            if _is_held(file):
+                raise UserError(f"output: {folder} is in use by {_owner(file)}")
+    except OSError:  # RunLock says what is wrong
+        return
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """host, process and start of the run that has a folder; None where none has. Where the file
+    system has no locks it is the one that had it last and did not end by itself."""
+    try:
+        with (folder / LOCK).open() as file:
+            return _told(file) if _is_held(file) is not False else None
+    except OSError:
+        return None
+
+
+def _leave(lock: RunLock | None) -> None:
+    if lock is not None:
+        lock.leave()
+
+
+def _is_held(file: IO[str]) -> bool | None:
+    """None where the file system has no locks."""
+    try:
+        return is_taken(file)
+    except OSError:
+        return None
+
+
+def _told(file: IO[str]) -> dict[str, Any] | None:
+    """None while it is being written."""
+    try:
+        file.seek(0)
+        found = json.loads(file.read())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _owner(file: IO[str]) -> str:
-    try:
-        file.seek(0)
-        told = json.loads(file.read())
-        return f"process {told['process']} of {told['host']}, a run since {told['start']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    told = _told(file)
+    if told is None or not {"host", "process", "start"} <= told.keys():
         return "another run"
-
-
-def _is_still(file: IO[str], path: Path) -> bool:
-    try:
-        there = path.stat()
-    except FileNotFoundError:
-        return False
-    mine = os.fstat(file.fileno())
-    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+    return f"process {told['process']} of {told['host']}, a run since {told['start']}"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dr2dist.assembly import assemble
 from dr2dist.backbones.convert import convert
+from dr2dist.checkpoints.folders import clear_unfinished
 from dr2dist.config import Config, dump_config
 from dr2dist.config.coefficients import Guarded
 from dr2dist.errors import UserError
@@ -92,6 +93,7 @@ def _run(
         found = find_start(config, plan.global_batch, plan.steps, plan.train.digest())
         if found.finished is None:
             stack.enter_context(RunLock(folder))
+            clear_unfinished(folder)
             plan.compare_shards(config)
         return found, facts_of_output(folder)
 

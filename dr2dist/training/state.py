@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dr2dist.arguments import path
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.errors import UserError
-from dr2dist.training.lock import LOCK
+from dr2dist.training.lock import holder
 from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_lines
 
 PERIOD = 5.0
@@ -59,7 +60,7 @@ def state_of(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: is no run's folder: it has no {CONFIG}")
     lines = [line for line in read_lines(folder / METRICS) if "loss" in line]
     starts, summary = read_lines(folder / STARTS), _object(folder / SUMMARY)
-    lock = _object(folder / LOCK)
+    lock = holder(folder)
     last: dict[str, Any] = lines[-1] if lines else {}
     ended = "cut" if summary is None else summary["status"]
     step = last.get("step", 0) if summary is None else summary["steps"]
@@ -108,13 +109,13 @@ def _left(step: int, began: dict[str, Any], last: dict[str, Any]) -> float | Non
 
 
 def _age(where: Path) -> float | None:
-    """Seconds since a file was written."""
-    return time.time() - where.stat().st_mtime if where.exists() else None
+    """Seconds since a file was written, by two clocks that may differ: at least 0."""
+    return max(0.0, time.time() - where.stat().st_mtime) if where.exists() else None
 
 
 def _newest(folder: Path) -> str | None:
-    found = sorted((folder / "checkpoints").glob("step-*/checkpoint.json"))
-    return None if not found else str(found[-1].parent)
+    found = checkpoints(folder)
+    return str(found[-1]) if found else None
 
 
 def _object(where: Path) -> dict[str, Any] | None:
