@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -12,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dr2dist.arguments import Commands, path, positive
+from dr2dist.arguments import Commands, not_negative, path, positive
 from dr2dist.bench.command import add_bench_arguments
 from dr2dist.data.command import add_shards_arguments
 from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
-from dr2dist.files import atomic_write, check_file_output
+from dr2dist.files import check_file_output
 from dr2dist.shipped import add_configs_arguments
 from dr2dist.status import Status, end_after, open_streams, say
 from dr2dist.training.command import add_train_arguments
@@ -188,7 +187,7 @@ def _add_evaluate(commands: Commands) -> None:
     )
     evaluate.add_argument("--output", type=path, help="report as JSON; a PNG is put beside it")
     evaluate.add_argument("--batch", type=positive, default=32)
-    evaluate.add_argument("--workers", type=int, default=0, help="loader processes")
+    evaluate.add_argument("--workers", type=not_negative, default=0, help="loader processes")
     evaluate.add_argument(
         "--skip-unreadable", action="store_true", help="leave such samples out, and count them"
     )
@@ -220,13 +219,12 @@ def _evaluate(given: argparse.Namespace) -> int:
         )
 
     def tell(report: dict[str, Any]) -> None:
-        from dr2dist.inference.evaluate import draw
+        from dr2dist.inference.evaluate import draw, write_report
 
         for line in _report_lines(report):
             print(line)
         if given.output is not None:
-            with atomic_write(given.output) as aside:
-                aside.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+            write_report(report, given.output)
             draw(report, given.output.with_suffix(".png"))
 
     return on_ranks(given.arguments, given.ranks, find, tell)
@@ -289,8 +287,8 @@ def _predict(given: argparse.Namespace) -> int:
 
     def tell(rows: list[dict[str, Any]]) -> None:
         write_rows(rows, given.output)
-        unreadable = sum("error" in row for row in rows)
-        print(f"{given.output}: {len(rows)} samples, {unreadable} of them unreadable")
+        wrong = sum("error" in row for row in rows)
+        print(f"{given.output}: {len(rows)} samples, {wrong} of them with an error")
 
     return on_ranks(given.arguments, given.ranks, find, tell)
 

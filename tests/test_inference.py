@@ -24,6 +24,7 @@ from dr2dist.data.index import read_index
 from dr2dist.data.stream import ShardDataset
 from dr2dist.inference.exported import export
 from dr2dist.inference.portable import plain
+from dr2dist.inference.predict import predict
 from dr2dist.tasks.transforms import eval_transform
 from tests import commands
 from tests.commands import call
@@ -114,10 +115,11 @@ def test_several_ranks_measure_and_predict_as_one(
         line = ("predict", str(exported), str(photos), str(broken), f"--ranks={ranks}")
         skipping = ("--output", str(table), "--batch=4", "--skip-unreadable")
         done = commands.dr2dist(*line, *skipping)
-        assert done.returncode == 0 and "1 of them unreadable" in done.stdout, done.stderr
+        assert done.returncode == 0 and "1 of them with an error" in done.stdout, done.stderr
         tables.append(table.read_text())
     assert tables[0] == tables[1]
-    assert reports[0].pop("loss") == pytest.approx(reports[1].pop("loss"), rel=1e-6)
+    for name in ("loss", "calibration_error"):
+        assert reports[0].pop(name) == pytest.approx(reports[1].pop(name), abs=1e-6)
     assert reports[0] == reports[1] and reports[0]["samples"] == 18
     done = commands.dr2dist(*line[:-1], "--ranks=3", "--output", str(tmp_path / "none.csv"))
     told = [text for text in done.stderr.splitlines() if "dr2dist:" in text]
@@ -166,6 +168,35 @@ def test_evaluation_leaves_out_what_cannot_be_read_if_told_so(
     assert call(capfd, *line, "--skip-unreadable")[0] == 0
     found = json.loads(report.read_text())
     assert (found["samples"], found["skipped"]) == (17, 1)
+
+
+def test_shards_that_are_not_those_of_their_index_are_not_measured(
+    exported: Path, shards: Path, tmp_path: Path, capfd: Any
+) -> None:
+    copied = tmp_path / "val"
+    shutil.copytree(shards / "val", copied)
+    index = read_index(copied)
+    shutil.copy(read_index(shards / "train").path(index.shards[0]), index.path(index.shards[0]))
+    status, _, err = call(capfd, "evaluate", str(exported), str(copied))
+    assert status == 2 and "bytes, index.json says" in err.splitlines()[-1]
+
+
+def test_outputs_that_are_not_finite_are_no_results(
+    exported: Path, shards: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """Whatever the batch: one such sample makes the mean loss NaN, and its row names it."""
+    path, report = tmp_path / "broken.safetensors", tmp_path / "report.json"
+    tensors = load_file(exported)
+    tensors["head.bias"][0] = float("nan")
+    with safe_open(exported, "pt") as file:
+        save_file(tensors, path, file.metadata())
+    for batch in ("1", "8"):
+        line = ["evaluate", str(path), str(shards / "val"), "--output", str(report)]
+        assert call(capfd, *line, "--batch", batch)[0] == 0
+        assert json.loads(report.read_text())["loss"] is None
+    Image.new("RGB", (40, 40)).save(tmp_path / "image.png")
+    rows = predict(path, [tmp_path / "image.png"])
+    assert [row["error"] for row in rows] == ["the outputs are not finite"]
 
 
 def test_the_report_is_that_of_plain_counting(
@@ -260,7 +291,7 @@ def test_predictions_of_files_and_folders(
     output = tmp_path / "predictions.csv"
     arguments = ("predict", str(exported), str(images), str(gray), "--output")
     status, out, _ = call(capfd, *arguments, str(output), "--batch", "7")
-    assert status == 0 and "61 samples, 0 of them unreadable" in out
+    assert status == 0 and "61 samples, 0 of them with an error" in out
     rows = list(csv.DictReader(output.open()))
     assert [row["path"] for row in rows] == [*map(str, sorted(images.rglob("*.*g"))), str(gray)]
     net = dr2dist.load(exported)
@@ -289,7 +320,7 @@ def test_an_unreadable_image_is_named_or_gets_a_row(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         status, out, _ = call(capfd, *arguments, "--skip-unreadable")
-    assert status == 0 and "2 samples, 1 of them unreadable" in out
+    assert status == 0 and "2 samples, 1 of them with an error" in out
     broken, whole = json.loads(output.read_text())
     assert "error" in broken and "class" not in broken and whole["class"] in ("bright", "dark")
     status, _, err = call(capfd, "predict", str(exported), "nowhere", "--output", str(output))

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torchmetrics import MeanMetric
 from tqdm import tqdm
 
 from dr2dist.config.task import DEFAULT_TASK
 from dr2dist.data.cache import Cache
+from dr2dist.data.compared import compare_with_index
 from dr2dist.data.fields import Fields
 from dr2dist.data.positions import validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.errors import UserError
+from dr2dist.files import atomic_write
 from dr2dist.inference.exported import ready
 from dr2dist.inference.ranks import gathered, own_part, together
 from dr2dist.pictures import save_picture
-from dr2dist.tasks.metrics import add_loss
+from dr2dist.tasks.metrics import MeanLoss
 from dr2dist.tasks.registry import task_of
 from dr2dist.tasks.task import Task
 
@@ -53,8 +56,8 @@ def evaluate(
     stderr.
 
     Returns the task's name, samples and skipped (numbers of them), loss (their mean), and what the
-    task reports, all values of JSON. Raises UserError if the shards are not what the task learns,
-    or a sample cannot be read.
+    task reports, all values of JSON; the loss is NaN if an output is not finite. Raises UserError
+    if the shards are not what the task learns or what their index says, or a sample cannot be read.
     """
     unreadable: Literal["fail", "drop"] = "drop" if skip_unreadable else "fail"
     with together():
@@ -62,6 +65,8 @@ def evaluate(
         wanted = Fields(task.fields, facts.fields if fields is None else fields)
         kept = None if cache is None else Cache(Path(cache), cache_limit)
         dataset = ShardDataset(shards, wanted, task.transform(), unreadable=unreadable, cache=kept)
+        for source in dataset.index.sources:
+            compare_with_index(source, skip_unreadable)
         task.check_index(dataset.index, str(shards))
     return {"task": task.name, **_measure(net, task, dataset, device, batch, workers, progress)}
 
@@ -75,7 +80,7 @@ def _measure(
     workers: int,
     progress: bool,
 ) -> dict[str, Any]:
-    metrics, loss = task.report(device), MeanMetric().to(device)
+    metrics, loss = task.report(device), MeanLoss(device)
     samples = skipped = 0
     rank, ranks = own_part()
     batches = validation_batches(len(dataset), batch=batch, rank=rank, ranks=ranks)
@@ -90,13 +95,27 @@ def _measure(
             here = found.to(device)
             output = net(here.inputs)
             metrics.update(task.predictions(output, here), here)
-            add_loss(loss, task, output, here)
+            loss.update(task, output, here)
     samples, skipped = map(sum, zip(*gathered((samples, skipped)), strict=True))
     with together():
         if not samples:
             raise UserError(f"{dataset.index.base}: no sample can be read")
     mean = float(loss.compute())
     return {"samples": samples, "skipped": skipped, "loss": mean, **metrics.compute()}
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Writes a report as JSON, which has no numbers that are not finite: null instead."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with atomic_write(path) as aside:
+        aside.write_text(json.dumps(plain(report), indent=1) + "\n", "utf-8")
 
 
 def draw(report: dict[str, Any], path: str | Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def predict(
     A row has path, of the sample's first file, and what the task says of it, plain values by
     column. Raises UserError for a path that does not exist, a folder without samples, a sample that
     lacks an input, and one that cannot be read; with skip_unreadable the last one's row holds the
-    error.
+    error. So does that of a sample whose outputs are not finite.
     """
     with together():
         (net, task, facts), device = ready(path)
@@ -126,7 +127,15 @@ def _said(net: Any, task: Task, samples: list[dict[str, Any]], device: torch.dev
     inputs, targets = task.collate(samples)
     keys = [str(number) for number in range(len(samples))]
     batch = Batch(inputs, targets, keys, len(samples)).to(device)
-    return task.rows(task.predictions(net(batch.inputs), batch))
+    rows = task.rows(task.predictions(net(batch.inputs), batch))
+    return [row if _is_finite(row) else {"error": "the outputs are not finite"} for row in rows]
+
+
+def _is_finite(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list | tuple):
+        return all(map(_is_finite, parts))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _read(

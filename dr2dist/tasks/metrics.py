@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dr2dist.data.batch import Batch
-
-if TYPE_CHECKING:
-    from torchmetrics import MeanMetric
 
 
 class TorchMetrics:
@@ -124,11 +121,28 @@ class GatheredMetrics(KeyedMetrics):
         return values if self._plain is None else self._plain(values)
 
 
-def add_loss(mean: MeanMetric, task: Any, outputs: Any, batch: Batch) -> None:
-    """Takes a held-out batch's loss into the mean, by its own counts, which it weighs by.
+class MeanLoss:
+    """The mean of held-out batches' losses over all ranks, each weighed by the task's counts of it;
+    NaN where one is.
 
-    task: the Task.
+    torchmetrics' own mean leaves a batch whose loss is NaN out, or, told not to, loses the weights.
     """
-    counts = task.counts(batch)
-    if counts:
-        mean.update(task.loss(outputs, batch, counts, training=False).total, weight=counts)
+
+    def __init__(self, device: torch.device) -> None:
+        from torchmetrics import SumMetric
+
+        self._total = SumMetric(nan_strategy="disable").to(device)
+        self._counts = SumMetric().to(device)
+
+    def update(self, task: Any, outputs: Any, batch: Batch) -> None:
+        """Takes a batch in. task: the Task."""
+        counts = task.counts(batch)
+        if counts:
+            loss = task.loss(outputs, batch, counts, training=False).total
+            self._total.update(loss * counts)
+            self._counts.update(counts)
+
+    def compute(self) -> Tensor:
+        """A scalar; every rank must call it."""
+        mean: Tensor = self._total.compute() / self._counts.compute()
+        return mean

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import SumMetric
 
 from dr2dist.data.batch import Batch
 from dr2dist.errors import UserError
 from dr2dist.parallel.engine import ReversibleEngine
-from dr2dist.tasks.metrics import add_loss
+from dr2dist.tasks.metrics import MeanLoss
 from dr2dist.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def validate(
     """
     device = engine.device
     metrics = task.metrics(device)
-    loss, count, skipped = MeanMetric().to(device), SumMetric().to(device), SumMetric().to(device)
+    loss, count, skipped = MeanLoss(device), SumMetric().to(device), SumMetric().to(device)
     look: Figure | None = None
     engine.net.eval()
     with torch.no_grad(), engine.averaged():
@@ -45,7 +45,7 @@ def validate(
             if batch.count:
                 predicted = task.predictions(output, batch)
                 metrics.update(predicted, batch)
-                add_loss(loss, task, output, batch)
+                loss.update(task, output, batch)
                 count.update(batch.count)
                 if look is None and engine.replica == 0:
                     look = task.draw(batch, predicted)
