@@ -49,6 +49,35 @@ def film(
     return file.getvalue()
 
 
+def joined(
+    *films: bytes, kind: str = "mp4", start: float = 0.0, last: float | None = None
+) -> bytes:
+    """Packets of films, one film after the other, without decoding, as programs cut them.
+
+    start: seconds that are left out: their packets are kept, with times before 0, from a key frame
+    on. last: seconds for which the last packet is shown.
+    """
+    file, packets, after = io.BytesIO(), [], 0.0
+    with av.open(file, "w", format=kind) as container:
+        for data in films:
+            with av.open(io.BytesIO(data)) as source:
+                stream = source.streams.video[0]
+                own = container.streams.video[0] if packets else None
+                own = own or container.add_stream_from_template(stream)
+                source.seek(int(start / stream.time_base), stream=stream)
+                shift = round((after - start) / stream.time_base)
+                for packet in source.demux(stream):
+                    if packet.dts is not None:
+                        packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                        packet.stream = own
+                        packets.append(packet)
+                after += source.duration / av.time_base
+        if last is not None:
+            packets[-1].duration = round(last / packets[-1].time_base)
+        container.mux(packets)
+    return file.getvalue()
+
+
 def sound() -> bytes:
     """A file without pictures."""
     file = io.BytesIO()

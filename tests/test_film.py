@@ -22,9 +22,13 @@ from dr2dist.data.sources import video_folder
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
 from tests.commands import call
-from tests.films import DARKEST, STEP, film, numbers, sound
+from tests.films import DARKEST, STEP, film, joined, numbers, sound
 
-KINDS = [("libx264", "mp4"), ("mpeg4", "avi"), ("libvpx-vp9", "webm"), ("libx264", "matroska")]
+KINDS = [
+    *(("libx264", kind) for kind in ("mp4", "matroska", "avi")),  # with B-frames
+    ("mpeg4", "avi"),
+    ("libvpx-vp9", "webm"),
+]
 
 
 @pytest.mark.parametrize(("codec", "kind"), KINDS)
@@ -51,6 +55,23 @@ def test_one_frame_is_a_film() -> None:
     assert len(found.times) == 1 and numbers(found.read([0.0, 3.0])) == [0, 0]
 
 
+def test_a_film_cut_without_decoding_begins_at_the_cut() -> None:
+    """Frames from the key frame before are there, for what follows, and are not shown."""
+    found = Film(joined(film(40), start=1.2))
+    assert found.seconds == pytest.approx(2.8) and len(found.times) == 28
+    assert numbers(found.read(found.times.tolist())) == list(range(12, 40))
+
+
+def test_a_last_frame_is_shown_as_long_as_the_file_says() -> None:
+    assert Film(joined(film(10, codec="mpeg4"), last=5.0)).seconds == pytest.approx(5.9)
+
+
+def test_frames_of_other_sizes_are_as_large_as_the_first() -> None:
+    parts = [film(5, codec="libvpx-vp9", kind="webm", size=size) for size in ((48, 64), (96, 80))]
+    found = Film(joined(*parts, kind="webm")).read([0.2, 0.7])
+    assert found.shape == (2, 48, 64, 3) and numbers(found) == [2, 2]
+
+
 def rotated(data: bytes) -> bytes:
     """The file, whose track is now turned by a quarter, clockwise when it is shown."""
     place = data.index(b"tkhd") + 4 + 40
@@ -74,9 +95,35 @@ def _archive(files: dict[str, bytes]) -> bytes:
 
 
 def _picture(side: int) -> bytes:
+    return _saved(Image.new("RGB", (side, side)))
+
+
+def _saved(image: Image.Image, **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (side, side)).save(file, "png")
+    image.save(file, **{"format": "png", **options})
     return file.getvalue()
+
+
+def test_frames_are_seen_as_single_images_are() -> None:
+    ramp = np.tile(np.linspace(0, 1, 64), (16, 1))
+    deep = Image.fromarray((65535 * ramp).astype(np.uint16))
+    floats = Image.fromarray(ramp.astype(np.float32))
+    for name, data in (("a.png", _saved(deep)), ("a.tif", _saved(floats, format="tiff"))):
+        (found,) = decode("zip", _archive({name: data})).read([0.0])
+        assert np.abs(found - 255 * ramp[..., None]).max() <= 1
+    exif = Image.Exif()
+    exif[274] = 6  # held by its side
+    turned = _saved(Image.new("RGB", (64, 48)), exif=exif)
+    assert decode("zip", _archive({"a.png": turned})).size == (64, 48)
+
+
+def test_frames_go_by_their_numbers() -> None:
+    for name in ("{}.png", "shot 1/frame{}.png", "frame-{:03d}.png"):
+        grey = {
+            name.format(k): _saved(Image.new("L", (8, 8), DARKEST + STEP * k)) for k in range(12)
+        }
+        frames = decode("zip", _archive(grey))
+        assert numbers(frames.read(frames.times.tolist())) == list(range(12))
 
 
 def broken(data: bytes) -> bytes:
@@ -143,7 +190,7 @@ def _folder_of_frames(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     for number in range(count):
         pixels = np.full((16, 24, 3), DARKEST + STEP * number, np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+        Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
 def test_folders_of_frames_are_films(tmp_path: Path, capfd: Any, caplog: Any) -> None:
@@ -207,6 +254,18 @@ def test_spans_of_a_table_are_samples(tmp_path: Path, capfd: Any, caplog: Any) -
     found = _values(ShardDataset(read_index(tmp_path / "out"), fields, lambda values: values))
     said = sorted((len(v["video"].times), v.get("span"), v["label"]) for v in found)
     assert said == [(10, None, 0), (30, [0.0, 1.0], 0), (30, [1.5, 2.5], 1)]
+
+
+def test_a_span_after_its_films_end_is_unreadable(tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "a.mp4").write_bytes(film(30))
+    table = tmp_path / "spans.csv"
+    table.write_text("path,label,start,stop\na.mp4,pan,0,9\na.mp4,turn,1,2\na.mp4,turn,3.5,4")
+    make = ("shards", "make", "--from", "csv", "--source", str(table))
+    status, _, err = call(capfd, *make, "--output", str(tmp_path / "no"))
+    assert status == 2 and "a.mp4: cannot be read: span is [3.5, 4.0], the film ends at 3.0" in err
+    output = ("--output", str(tmp_path / "out"), "--skip-unreadable")
+    status, out, err = call(capfd, *make, *output)
+    assert status == 0 and "2 samples of 2 classes, 1 left out" in out, err
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from dr2dist.data.decoders import decode
-from dr2dist.data.images import IMAGE_TYPES
-from dr2dist.tasks.transforms import to_channels, upright
+from dr2dist.data.images import IMAGE_TYPES, upright
+from dr2dist.tasks.transforms import to_channels
 
 
 def test_every_type_that_is_taken_can_be_read(tmp_path: Path) -> None:

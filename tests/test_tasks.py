@@ -23,6 +23,7 @@ from dr2dist.data.decoders import decode
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import read_index
 from dr2dist.data.labels import class_index
+from dr2dist.data.randomness import seeded
 from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import SOURCES
 from dr2dist.errors import UserError
@@ -31,7 +32,13 @@ from dr2dist.inference.exported import export
 from dr2dist.tasks.multilabel import Multilabel, MultilabelOptions
 from dr2dist.tasks.registry import make_task
 from dr2dist.tasks.regression import Regression, RegressionOptions
-from dr2dist.tasks.transforms import ImageData, eval_transform, to_channels, train_transform
+from dr2dist.tasks.transforms import (
+    ImageData,
+    RandAugment,
+    eval_transform,
+    to_channels,
+    train_transform,
+)
 from tests.forked import CONTEXT
 from tests.images import classification, labelled, on_image
 from tests.pool import Pool
@@ -76,6 +83,21 @@ def test_a_class_without_samples_is_left_out_of_the_mean_and_named(wrong: int) -
     validated = classification(4).metrics(CPU)
     validated.update(said(found, 4), labelled(labels))
     assert validated.compute()["balanced_accuracy"] == report["balanced_accuracy"]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 600])
+def test_calibration_is_of_probabilities_whatever_the_batch(batch: int) -> None:
+    """Small logits lie between 0 and 1 in many a small batch."""
+    torch.manual_seed(0)
+    labels, logits = torch.randint(0, 2, (600,)), 0.3 * torch.randn(600, 2)
+    metrics = classification(2).report(CPU)
+    for one, two in zip(logits.split(batch), labels.split(batch), strict=True):
+        metrics.update(one, labelled(two))
+    confidence, best = logits.softmax(1).max(1)
+    bins = functional.one_hot((confidence * 15).long(), 15).double()
+    gaps = (((best == labels).double() - confidence)[:, None] * bins).sum(0).abs()
+    found = metrics.compute()["calibration_error"]
+    assert found == pytest.approx(gaps.sum().item() / 600, abs=1e-5)
 
 
 def test_a_picture_of_a_thousand_classes_is_small(tmp_path: Path) -> None:
@@ -313,3 +335,19 @@ def test_images_of_any_number_of_channels(channels: int) -> None:
         assert on_image(train, picture).shape == (channels, 16, 24)
     with pytest.raises(ValueError, match=rf"allowed is \[H, W, {channels}\]"):
         to_channels(np.zeros((4, 4, channels + 1), np.uint8), channels)
+
+
+def test_arrays_of_8_bits_are_augmented_as_pictures_are() -> None:
+    data = ImageData(train="", rand_augment=RandAugment(), erase=0.5)
+    train = train_transform((16, 24), [0.5] * 3, [0.25] * 3, data)
+    array = np.random.default_rng(0).integers(0, 255, (40, 30, 3)).astype(np.uint8)
+    found = []
+    for image in (array, Image.fromarray(array)):
+        with seeded(0):
+            found.append(on_image(train, image))
+    assert torch.equal(*found)
+    for kind in (np.uint16, np.float32):
+        with pytest.raises(
+            ValueError, match=f"8-bit images only, this is an array of {kind.__name__}"
+        ):
+            on_image(train, array.astype(kind))

@@ -186,6 +186,19 @@ def test_mvit_has_torchvisions_weights_at_any_size(
         build_model(name, weights=None, image_size=(30, 30), num_classes=5)
 
 
+def test_mvit_keeps_positions_of_its_own_rectangle(tmp_path: Path) -> None:
+    """Of 32 x 72 places, as many as of a square of 48, and of 16 x 24, which are no square's."""
+    path, options = tmp_path / "own.safetensors", {"frames": 4}
+    for size in ((128, 288), (64, 96)):
+        shape: Any = {"image_size": size, "num_classes": 5, "options": options}
+        model = build_model("mvit_v1_b", weights=None, **shape)
+        save_file(model.state_dict(), path)
+        again = build_model("mvit_v1_b", weights=str(path), **shape)
+        assert torch.equal(again.pos_encoding.spatial_pos, model.pos_encoding.spatial_pos)
+    with pytest.raises(UserError, match="positions are 384, allowed are the model's 8 x 8, and"):
+        build_model("mvit_v1_b", weights=str(path), image_size=(32, 32), num_classes=5)
+
+
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 3, "num_heads": 3, "frames": 4}
 NAME = "videomae_small_patch16"
 
@@ -269,29 +282,43 @@ def _saved(state: dict[str, Tensor], path: Path) -> Path:
     return path
 
 
-def test_an_image_model_gives_a_video_start(tmp_path: Path) -> None:
-    """On a still clip the inflated model gives what the image model gives."""
+def image_model(size: tuple[int, int], **options: Any) -> Any:
     torch.manual_seed(0)
-    image_model = timm.create_model(
-        "vit_tiny_patch16_224",
-        embed_dim=48,
-        depth=3,
-        num_heads=3,
-        class_token=False,
-        global_pool="avg",
-        num_classes=5,
-    ).eval()
+    shape = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5, "global_pool": "avg"}
+    options = {"class_token": False, **shape, **options}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=size, **options).eval()
     with torch.no_grad():
-        for parameter in image_model.parameters():
+        for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    path = _saved(image_model.state_dict(), tmp_path / "image.safetensors")
-    model = videomae(path, positions="learned")
-    image = torch.randn(2, 3, 224, 224)
-    assert_close(model(image[:, :, None].expand(-1, -1, 4, -1, -1)), image_model(image))
+    return model
+
+
+@pytest.mark.parametrize("size", [(224, 224), (64, 144), (112, 224)], ids=str)
+def test_an_image_model_gives_a_video_start(size: tuple[int, int], tmp_path: Path) -> None:
+    """On a still clip the inflated model gives what the image model gives: of 4 x 9 places too,
+    as many as of a square."""
+    source, image = image_model(size), torch.randn(2, 3, *size)
+    path = _saved(source.state_dict(), tmp_path / "image.safetensors")
+    model = videomae(path, size, positions="learned")
+    wanted = source(image)
+    assert_close(model(image[:, :, None].expand(-1, -1, 4, -1, -1)), wanted)
+
+
+def test_an_image_models_positions_are_resized(tmp_path: Path) -> None:
+    path = _saved(image_model((224, 224)).state_dict(), tmp_path / "image.safetensors")
     with pytest.raises(UserError, match=r"has learned positions: .*positions: learned"):
         videomae(path)
     wider = videomae(path, size=(112, 112), positions="learned", frames=6)
     assert wider.pos_embed.shape == (1, 3 * 49, 48)
+    tokens: Any = {"class_token": True, "reg_tokens": 4}
+    for more in (tokens, {**tokens, "no_embed_class": True}):
+        state = image_model((64, 144), **more).state_dict()
+        path = _saved(state, tmp_path / "tokens.safetensors")
+        found = videomae(path, (64, 144), positions="learned").pos_embed
+        assert torch.equal(found, state["pos_embed"][:, -36:].repeat(1, 2, 1))
+    path = _saved(image_model((112, 224)).state_dict(), tmp_path / "wide.safetensors")
+    with pytest.raises(UserError, match="it has 98 positions, 0 of them of no place; allowed are"):
+        videomae(path, (64, 144), positions="learned")
 
 
 def test_beit_and_class_tokens_give_a_start_too(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ V1 = dict.fromkeys(
 V2 = {"residual_pool": True, "rel_pos_embed": True, "proj_after_attn": True}
 NAMES: dict[str, dict[str, Any]] = {"mvit_v1_b": {}, "mvit_v2_s": V2}
 FRAMES, SIZE = 16, (224, 224)
+PLACES = 56 * 56
+"""Of the spatial positions of torchvision's weights."""
 MEAN, STD = 0.45, 0.225
 """Of torchvision's weights, of each channel."""
 
@@ -93,7 +95,10 @@ def _blocks(v2: bool) -> Iterator[MSBlockConfig]:
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: Mvit) -> dict[str, Tensor]:
     """Weights of torchvision's names with positions for the model's clips: linear in each
-    direction, as torchvision itself does where queries and keys are of other sizes."""
+    direction, as torchvision itself does where queries and keys are of other sizes.
+
+    Raises ValueError for spatial positions of another rectangle: no file says its sides.
+    """
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     return {
         name: _resized(value, wanted[name][0], name.endswith("spatial_pos"), model)
@@ -104,7 +109,8 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: Mvit) -> dict[str, Ten
 
 
 def _resized(table: Tensor, count: int, square: bool, model: Mvit) -> Tensor:
-    """A table [n, C] for `count` places; square: n are those of a picture as high as wide."""
+    """A table [n, C] for `count` places; square: n are those of the model's picture, or of one as
+    high as wide. Raises ValueError where n can be neither."""
     if table.ndim != 2:
         return table
     if not square:
@@ -112,8 +118,14 @@ def _resized(table: Tensor, count: int, square: bool, model: Mvit) -> Tensor:
         return found[0].T.contiguous()
     side = round(len(table) ** 0.5)
     size = model.pos_encoding.spatial_size
-    if size == (side, side):
+    # As many as published files have are a square's, whatever the model's rectangle.
+    if size == (side, side) or len(table) == size[0] * size[1] != PLACES:
         return table
+    if side * side != len(table):
+        raise ValueError(
+            f"its spatial positions are {len(table)}, allowed are the model's "
+            f"{size[0]} x {size[1]}, and those of a square"
+        )
     maps = table.T.reshape(1, -1, side, side)
     return functional.interpolate(maps, size=size, mode="bilinear").flatten(2)[0].T.contiguous()
 

@@ -7,6 +7,7 @@ transformers', and of timm's ViT and BEiT, which are inflated over time.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from functools import partial
 from typing import Any
@@ -244,6 +245,7 @@ _OF_OTHERS = (
     (r"\.ls([12])\.gamma$", r".gamma_\1"),  # timm's ViT
 )
 _LEFT = r"^(decoder|encoder_to_decoder|mask_token|position_embeddings|cls_token|reg_token|norm\.)"
+_PREFIX = ("cls_token", "reg_token")
 _RELATIVE = r"rel_pos_bias|relative_position"
 
 
@@ -251,7 +253,8 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: VideoMae) -> dict[str,
     """Weights of any of the layouts by this model's names, at its size and length.
 
     Decoders, tokens of no place and the norm before a mean are left out, as finetuning leaves them.
-    Raises ValueError for learned positions where the model has fixed ones.
+    Raises ValueError for learned positions where the model has fixed ones, and for those of an
+    image that is neither of the model's size nor as high as wide.
     """
     of_transformers = any(".layernorm_before." in name for name in state)
     rules = _OF_TRANSFORMERS if of_transformers else _OF_OTHERS
@@ -264,7 +267,7 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: VideoMae) -> dict[str,
     _join_queries(found)
     if "fc_norm.weight" not in found and "norm.weight" in named and "cls_token" in named:
         found |= {f"fc_norm.{kind}": named[f"norm.{kind}"] for kind in ("weight", "bias")}
-    return _inflated(found, model)
+    return _inflated(found, model, sum(named[n].shape[1] for n in _PREFIX if n in named))
 
 
 def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
@@ -289,8 +292,11 @@ def _join_queries(state: dict[str, Tensor]) -> None:
         del state[name]
 
 
-def _inflated(state: dict[str, Tensor], model: VideoMae) -> dict[str, Tensor]:
-    """An image model's patches and positions over time: a still clip's tokens are the image's."""
+def _inflated(state: dict[str, Tensor], model: VideoMae, prefix: int) -> dict[str, Tensor]:
+    """An image model's patches and positions over time: a still clip's tokens are the image's.
+
+    prefix: the file's tokens of no place.
+    """
     weight, tubelet = state.get("patch_embed.proj.weight"), model.patch_embed.tubelet
     flat = weight is not None and weight.ndim == 4
     if weight is not None and flat:
@@ -302,10 +308,27 @@ def _inflated(state: dict[str, Tensor], model: VideoMae) -> dict[str, Tensor]:
         raise ValueError("it has learned positions: model.options={positions: learned} takes them")
     grid = model.patch_embed.grid_size
     if flat:
-        side = int(table.shape[1] ** 0.5)  # positions of tokens of no place come first
-        table = table[:, table.shape[1] - side * side :]
-        state["pos_embed"] = resized(table.repeat(1, grid[0], 1), (grid[0], side, side), grid)
+        rows, columns = _image_grid(table.shape[1], prefix, model.patch_embed)
+        places = table[:, table.shape[1] - rows * columns :].repeat(1, grid[0], 1)
+        state["pos_embed"] = resized(places, (grid[0], rows, columns), grid)
     return state
+
+
+def _image_grid(count: int, prefix: int, embed: TubeletEmbed) -> tuple[int, int]:
+    """Rows and columns of an image model's positions, of which tokens of no place have the first,
+    or none: a square of published size, the model's own grid, or another square."""
+    _, rows, columns = embed.grid_size
+    published = PRETRAINED_SIZE // embed.patch_size[0]
+    for places in (count - prefix, count):
+        side = math.isqrt(max(places, 0))
+        if places == rows * columns and side != published:
+            return rows, columns
+        if side * side == places:
+            return side, side
+    raise ValueError(
+        f"it has {count} positions, {prefix} of them of no place; allowed are those of "
+        f"{rows} x {columns} places, and of a square"
+    )
 
 
 class VideoMaeBackbone(Backbone):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -62,7 +64,8 @@ class Footage(ABC):
     @property
     @abstractmethod
     def seconds(self) -> float:
-        """From the first frame to the end of the last, which is shown as long as others are."""
+        """From the first frame to the end of the last, which is shown as long as others are where
+        its own end is not said."""
 
     @abstractmethod
     def read(self, times: Sequence[float], cover: Size = None) -> NDArray[np.uint8]:
@@ -84,18 +87,27 @@ class Film(Footage):
     @cached_property
     def times(self) -> NDArray[np.float64]:
         """See Footage. Read from the packets; nothing is decoded."""
-        with _opened(self.data) as container:
-            stream = container.streams.video[0]
-            found = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-            base = float(stream.time_base)
-        shown = np.unique(np.array(found, np.float64)) * base
+        shown = np.array(list(self._shown), np.float64)
         return shown - shown[0] if len(shown) else np.zeros(1)
 
     @property
     def seconds(self) -> float:
         """See Footage."""
-        times = self.times
-        return float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0.0))
+        times, last = self.times, next(reversed(self._shown.values()), 0.0)
+        usual = np.median(np.diff(times)) if len(times) > 1 else 0.0
+        return float(times[-1] + (last or usual))
+
+    @cached_property
+    def _shown(self) -> dict[float, float]:
+        """When each frame is shown, rising, and for how long, 0 where that is not said; seconds."""
+        with _opened(self.data) as container:
+            stream = container.streams.video[0]
+            when = attrgetter("dts" if _guesses_times(container) else "pts")
+            # What a file's edits leave out is decoded for what follows, and not shown.
+            found = {when(p): p.duration or 0 for p in container.demux(stream) if not p.is_discard}
+            base = float(stream.time_base)
+        found.pop(None, None)  # the end's
+        return {time * base: found[time] * base for time in sorted(found)}
 
     def read(self, times: Sequence[float], cover: Size = None) -> NDArray[np.uint8]:
         """See Footage."""
@@ -132,6 +144,12 @@ def _reason(error: Exception) -> str:
     return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
+def _guesses_times(container: Any) -> bool:
+    """Whether libavformat guesses when packets are shown: AVI only says when they are decoded. For
+    H.264 with B-frames the guesses are wrong."""
+    return str(container.format.name) == "avi"
+
+
 class _Reader:
     """Frames of a container by time, for times that rise."""
 
@@ -140,11 +158,13 @@ class _Reader:
         self.base = float(self.stream.time_base)
         # Loader processes share the cores: threads would cost more than they bring.
         self.stream.codec_context.thread_count = 1
+        self.guessed, self.most = _guesses_times(container), 0
         self.frames = self._decoded()
         self.next = self._next()
         if self.next is None:
             raise BrokenError("has no frame that can be decoded")
         self.shown, self.start = self.next, self.next[0]
+        self.first = self.shown[1]
 
     def at(self, time: float, cover: Size = None) -> NDArray[np.uint8]:
         """The frame that is shown at a time, in seconds from the first frame."""
@@ -153,14 +173,16 @@ class _Reader:
             self._seek(wanted)
         while self.next is not None and self.next[0] <= wanted:
             self.shown, self.next = self.next, self._next()
-        frame = self.shown[1]
-        quarters = round(frame.rotation / 90)  # counterclockwise, as the file says
+        return self._pixels(self.shown[1], cover)
+
+    def _pixels(self, frame: Any, cover: Size) -> NDArray[np.uint8]:
+        """As large and turned as the first frame: films of calls change their size as they go."""
+        quarters = round(self.first.rotation / 90)  # counterclockwise, as the file says
         if cover is not None and quarters % 2:
             cover = cover[1], cover[0]
-        size = frame.height, frame.width
-        height, width = covering(size, cover)
-        shrunk = {"height": height, "width": width, "interpolation": "BICUBIC"}
-        how = {} if (height, width) == size else shrunk
+        height, width = covering((self.first.height, self.first.width), cover)
+        scaled = {"height": height, "width": width, "interpolation": "BICUBIC"}
+        how = {} if (height, width) == (frame.height, frame.width) else scaled
         pixels = frame.reformat(format="rgb24", threads=1, **how).to_ndarray()
         return np.ascontiguousarray(np.rot90(pixels, quarters))
 
@@ -176,8 +198,22 @@ class _Reader:
             found = self._next()
         self.shown, self.next = (before if found is None else found), found
 
-    def _decoded(self) -> Iterator[Any]:
-        return iter(self.container.decode(self.stream))
+    def _decoded(self) -> Iterator[tuple[int | None, Any]]:
+        """(when, frame) from where the container is."""
+        waiting: deque[int] = deque()
+        for packet in self.container.demux(self.stream):
+            if packet.dts is not None:
+                waiting.append(packet.dts)
+            for frame in packet.decode():
+                yield (self._turn(waiting) if self.guessed else frame.pts), frame
+
+    def _turn(self, waiting: deque[int]) -> int | None:
+        """The time of the next frame, by the times of packets that the decoder has not answered:
+        frames come in the order in which they are shown."""
+        self.most = self.most or len(waiting)
+        while len(waiting) > self.most:  # packets without a frame
+            waiting.popleft()
+        return waiting.popleft() if waiting else None
 
     def _next(self) -> tuple[float, Any] | None:
         """(when, frame); None at the end, or where the file is broken after a frame."""
@@ -185,12 +221,12 @@ class _Reader:
 
         while True:
             try:
-                frame = next(self.frames)
+                when, frame = next(self.frames)
             except StopIteration:
                 return None
             except av.InvalidDataError:
                 if hasattr(self, "shown"):
                     return None
                 raise
-            if frame.pts is not None:
-                return frame.pts * self.base, frame
+            if when is not None:
+                return when * self.base, frame

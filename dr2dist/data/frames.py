@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from PIL.Image import Resampling
 
 from dr2dist.data.broken import BrokenError
 from dr2dist.data.film import SLACK, Footage, Size, covering
-from dr2dist.data.images import is_image, open_image
+from dr2dist.data.images import is_image, of_8_bits, open_image, upright
 from dr2dist.errors import one_line
 
 BICUBIC = Resampling.BICUBIC
@@ -28,8 +29,21 @@ LARGEST_FRAME = 2**28
 """Bytes of a frame that are read at most: archives can promise any number."""
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of frames in the order of their numbers, padded or not: frame2 before frame10."""
+    return sorted(names, key=lambda name: ([_number(each) for each in _PARTS.split(name)], name))
+
+
+_PARTS = re.compile(r"(\d+)")  # every other part is a number
+
+
+def _number(part: str) -> int | str:
+    return int(part) if part.isdecimal() else part
+
+
 class Frames(Footage):
-    """A film of images, in the order of their names, as even over time as its archive says.
+    """A film of images, in the order of their names' numbers, as even over time as its archive
+    says.
 
     data: a zip archive, whose comment may be JSON with `rate`, frames a second. Raises BrokenError
     for one without images, or whose first image cannot be decoded.
@@ -38,7 +52,7 @@ class Frames(Footage):
     def __init__(self, data: bytes) -> None:
         with _opened(data) as archive:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
-            self.names = sorted(name for name in names if is_image(name))
+            self.names = in_order(name for name in names if is_image(name))
             self.rate = _rate_of(archive.comment)
         if not self.names:
             raise BrokenError("has no images")
@@ -71,7 +85,7 @@ class Frames(Footage):
         if len(data) > LARGEST_FRAME:
             raise BrokenError(f"{name} has more than {LARGEST_FRAME} bytes")
         try:
-            image = open_image(io.BytesIO(data)).convert("RGB")
+            image = of_8_bits(upright(open_image(io.BytesIO(data))))
         except ValueError as error:
             raise BrokenError(f"{name}: {error}") from None
         height, width = covering((image.height, image.width), cover)
@@ -115,8 +129,9 @@ class FrameFolder:
         """The archive; the same images give the same bytes. Raises OSError."""
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for image in sorted(self.files):
-                archive.writestr(zipfile.ZipInfo(image.name), image.read_bytes())
+            images = {image.name: image for image in self.files}
+            for name in in_order(images):
+                archive.writestr(zipfile.ZipInfo(name), images[name].read_bytes())
             archive.comment = json.dumps({"rate": self.rate}).encode()
         return file.getvalue()
 

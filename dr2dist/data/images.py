@@ -1,4 +1,5 @@
-"""Images of files as Pillow decodes them, in their own size and over their whole range."""
+"""Images of files as Pillow decodes them, in their own size and over their whole range; and as they
+are seen: of 8 bits, turned as their files say."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dr2dist.errors import one_line
 
@@ -92,3 +93,30 @@ def _like(image: Image.Image, changed: Image.Image) -> Image.Image:
     said = ("exif", "xmp", "XML:com.adobe.xmp")
     changed.info.update({name: image.info[name] for name in said if name in image.info})
     return changed
+
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def of_8_bits(image: Image.Image, channels: int = 3) -> Image.Image:
+    """Any image, as `open_image` gives it, as 8-bit with 1, 3 or 4 channels; deeper ones are scaled
+    from their range. Raises ValueError for another number of channels."""
+    if channels not in _MODES:
+        raise ValueError(
+            f"the model takes {channels} channels: images are to be .npy arrays [H, W, {channels}]"
+        )
+    if image.mode.startswith("I") or image.mode == "F":
+        # 16 bits, or floats up to 1, to 8 bits.
+        values = np.asarray(image, dtype=np.float64) * (255 if image.mode == "F" else 1 / 257)
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    return image.convert(_MODES[channels])
+
+
+def upright(image: Any) -> Any:
+    """An image turned and mirrored as its file says (EXIF orientation); arrays stay as they are."""
+    if not isinstance(image, Image.Image):
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of whatever damaged metadata make Pillow raise: they say nothing then
+        return image

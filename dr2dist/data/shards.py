@@ -28,6 +28,7 @@ from dr2dist.data.scan import Scanned, scan
 from dr2dist.data.split import describe_parts, split
 from dr2dist.data.unfinished import check_output, unfinished
 from dr2dist.data.usable import usable
+from dr2dist.data.video_records import check_span, span_of
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
 
@@ -187,7 +188,8 @@ def _write_shard(path: Path, records: list[Record], left: list[str] | None) -> N
     with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
         for record in records:
             try:
-                files = {name: _readable(name, file) for name, file in record.files.items()}
+                span = span_of(record)
+                files = {name: _readable(name, file, span) for name, file in record.files.items()}
             except UserError as error:
                 if left is None:
                     raise
@@ -196,10 +198,13 @@ def _write_shard(path: Path, records: list[Record], left: list[str] | None) -> N
             writer.write({"__key__": record.key, **files, **record.members})
 
 
-def _readable(extension: str, path: Readable) -> bytes:
+def _readable(extension: str, path: Readable, span: Sequence[float] | None) -> bytes:
+    """span: of a film, which is to begin in it."""
     try:
         data = path.read_bytes()
-        decode(extension, data)
+        value = decode(extension, data)
+        if span is not None:
+            check_span(span, value)
         return data
     except (OSError, ValueError) as error:
         raise UserError(f"{shown(path)}: cannot be read: {one_line(error)}") from None

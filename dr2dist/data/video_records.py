@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dr2dist.data.film import FILM_TYPES
+from dr2dist.data.broken import BrokenError
+from dr2dist.data.film import FILM_TYPES, Footage
 from dr2dist.data.frames import FrameFolder
 from dr2dist.data.images import is_image
 from dr2dist.data.records import Record, new_key
@@ -95,6 +96,18 @@ def with_spans(
             len(films),
         )
     return found
+
+
+def span_of(record: Record) -> list[float] | None:
+    """[start, stop] in seconds, where a table's row says it."""
+    said: dict[str, list[float]] = json.loads(record.members.get("json", b"{}"))
+    return said.get("span")
+
+
+def check_span(span: Sequence[float], film: Footage) -> None:
+    """Raises BrokenError for one that begins after its film's end."""
+    if span[0] >= film.seconds:
+        raise BrokenError(f"span is {list(span)}, the film ends at {film.seconds:.3f} seconds")
 
 
 def _with_span(path: Path, row: Row, record: Record) -> Record:

@@ -65,9 +65,9 @@ def evaluate(
         wanted = Fields(task.fields, facts.fields if fields is None else fields)
         kept = None if cache is None else Cache(Path(cache), cache_limit)
         dataset = ShardDataset(shards, wanted, task.transform(), unreadable=unreadable, cache=kept)
+        task.check_index(dataset.index, str(shards))
         for source in dataset.index.sources:
             compare_with_index(source, skip_unreadable)
-        task.check_index(dataset.index, str(shards))
     return {"task": task.name, **_measure(net, task, dataset, device, batch, workers, progress)}
 
 

@@ -14,6 +14,7 @@ from dr2dist.config.section import Positive
 from dr2dist.data.batch import Batch
 from dr2dist.data.film import FILM_TYPES
 from dr2dist.data.stream import Values
+from dr2dist.data.video_records import check_span
 from dr2dist.errors import UserError
 from dr2dist.pictures import plain
 from dr2dist.tasks.film_transforms import Cover, FilmData, as_video, random_steps, to_floats
@@ -148,7 +149,8 @@ class _Views:
 
 
 def _taken(values: Values) -> tuple[Any, tuple[float, float] | None, Values]:
-    """(film, span, the other fields). Raises ValueError for a span that is none."""
+    """(film, span, the other fields). Raises ValueError for a span that is none, BrokenError for
+    one after the film's end."""
     rest = dict(values)
     film, span = rest.pop("video"), rest.pop("span", None)
     if span is None:
@@ -159,6 +161,5 @@ def _taken(values: Values) -> tuple[Any, tuple[float, float] | None, Values]:
         raise ValueError(f"span is {span!r}, allowed is [start, stop] in seconds") from None
     if not 0 <= start < stop:
         raise ValueError(f"span is {span!r}, allowed is 0 <= start < stop, in seconds")
-    if start >= film.seconds:
-        raise ValueError(f"span is {span!r}, the film ends at {film.seconds:.3f} seconds")
+    check_span(span, film)
     return film, (start, min(stop, film.seconds)), rest

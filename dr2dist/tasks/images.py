@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from dr2dist.data.batch import Batch
-from dr2dist.data.images import IMAGE_TYPES
+from dr2dist.data.images import IMAGE_TYPES, upright
 from dr2dist.data.stream import Values
 from dr2dist.errors import UserError
 from dr2dist.pictures import plain
@@ -20,7 +20,6 @@ from dr2dist.tasks.transforms import (
     OnImage,
     eval_transform,
     train_transform,
-    upright,
 )
 
 if TYPE_CHECKING:

@@ -214,4 +214,8 @@ def balanced_weights(counts: Sequence[int]) -> list[float]:
 
 
 def _values(predictions: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    return predictions.float(), to_device(batch.targets["label"], predictions.device)
+    labels = to_device(batch.targets["label"], predictions.device)
+    # Not logits: torchmetrics takes a batch of them that lie between 0 and 1 for probabilities.
+    # Logarithms it never does, for one of each sample's is below 0; unlike probabilities they keep
+    # small classes apart.
+    return predictions.float().log_softmax(-1), labels

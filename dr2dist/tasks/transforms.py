@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import Field, model_validator
 from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from dr2dist.config.section import Positive, Section, Unit
 from dr2dist.config.task import Data
+from dr2dist.data.images import of_8_bits
 from dr2dist.data.stream import Transform, Values
 
 Resize = Literal["timm", "floor"]
@@ -29,7 +30,6 @@ EVALUATION: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop
 """What timm is told of evaluation, beside size, mean and std."""
 
 _BICUBIC = v2.InterpolationMode.BICUBIC
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class RandAugment(Section):
@@ -91,15 +91,18 @@ def to_channels(image: Any, channels: int = 3) -> Any:
     """
     if isinstance(image, np.ndarray):
         return _tensor_image(image, channels)
-    if channels not in _MODES:
+    return of_8_bits(image, channels)
+
+
+def _to_pillow(image: Any, channels: int) -> Image.Image:
+    """Any image of 8 bits as Pillow's, of which timm's operations are. Raises ValueError for an
+    array of others."""
+    if isinstance(image, np.ndarray) and image.dtype != np.uint8:
         raise ValueError(
-            f"the model takes {channels} channels: images are to be .npy arrays [H, W, {channels}]"
+            f"data.rand_augment: allowed with 8-bit images only, this is an array of {image.dtype}"
         )
-    if image.mode.startswith("I") or image.mode == "F":
-        # 16 bits, or floats up to 1, to 8 bits.
-        values = np.asarray(image, dtype=np.float64) * (255 if image.mode == "F" else 1 / 257)
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    return image.convert(_MODES[channels])
+    found = to_channels(image, channels)
+    return v2.functional.to_pil_image(found) if isinstance(found, Tensor) else found
 
 
 def _tensor_image(array: Any, channels: int) -> Tensor:
@@ -111,16 +114,6 @@ def _tensor_image(array: Any, channels: int) -> Tensor:
     if values.dtype == np.uint16:  # what torch cannot resize
         values = values.astype(np.float32) / 65535
     return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1))))
-
-
-def upright(image: Any) -> Any:
-    """An image turned and mirrored as its file says (EXIF orientation); arrays stay as they are."""
-    if not isinstance(image, Image.Image):
-        return image
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # of whatever damaged metadata make Pillow raise: they say nothing then
-        return image
 
 
 class OnImage(nn.Module):
@@ -138,7 +131,8 @@ class OnImage(nn.Module):
 def train_transform(
     size: tuple[int, int], mean: Sequence[float], std: Sequence[float], data: ImageData
 ) -> Transform:
-    """Random crop, flips, RandAugment, then fp32 [C, *size], in which rectangles are erased.
+    """Random crop, flips, RandAugment (of 8-bit images), then fp32 [C, *size], in which rectangles
+    are erased.
 
     size: height, width. mean, std: one for each of C channels. Draws from the global streams of
     torch, numpy and random.
@@ -146,8 +140,9 @@ def train_transform(
     height, width = size
     shape = width / height
     ratio = (3 / 4 * shape, 4 / 3 * shape)
+    read = to_channels if data.rand_augment is None else _to_pillow
     steps: list[Any] = [
-        OnImage(partial(to_channels, channels=len(mean))),
+        OnImage(partial(read, channels=len(mean))),
         v2.RandomResizedCrop(size, scale=data.scale, ratio=ratio, interpolation=_BICUBIC),
     ]
     if data.hflip:
