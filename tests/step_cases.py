@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dr2dist.parallel.engine import ReversibleEngine, UnprovenStepError
+from dr2dist.parallel.engine import ReversibleEngine, StepBatches, UnprovenStepError
 from dr2dist.parallel.sharded_ema import ShardedEMA
 from tests import cases, stage_cases
 from tests.models import build
@@ -137,3 +137,23 @@ def statistics(zero: int, stages: int, again: bool) -> bool:
             step(0)
     assert_same(wanted if again else before, state(engine))
     return not torch.equal(before[STATISTICS], wanted[STATISTICS])
+
+
+def norms_of_equal_micro_batches(zero: int, counts: list[int]) -> list[float]:
+    """The norms of bf16 gradients of steps of so many micro-batches, all of one sample."""
+    norms = []
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for count in counts:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cases, "GLOBAL_BATCH", count * dist.get_world_size())
+            engine = cases.make_engine("vit", zero, True, count, sgd=True, memory="store")
+
+        def loss(number: int, output: Any) -> Tensor:
+            return nn.functional.cross_entropy(output.float(), torch.tensor([1]))
+
+        given = {engine.net.family.input: images}
+        work = StepBatches(lambda: None, partial(lambda given, number: given, given), loss)
+        engine.step(work, count, [1e-3])
+        assert engine.gradient_norm is not None
+        norms.append(engine.gradient_norm)
+    return norms

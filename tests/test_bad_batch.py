@@ -80,6 +80,18 @@ def test_a_skipped_batch_is_named_and_the_run_goes_on_alike(
             assert torch.equal(value, found[name][key]), (name, key)
 
 
+@pytest.mark.parametrize("place", [50, 80], ids=["middle", "last step"])
+def test_stages_without_samples_skip_with_the_others(
+    place: int, shards: Path, tmp_path: Path, three_ranks: Pool
+) -> None:
+    index = read_index(shards / "train")
+    key = samples_of(index)[place_of(index, place)].key
+    stages = ["parallel.zero=0", "parallel.stages=3", "train.step_limit=60", "train.steps=14"]
+    path = _write(tmp_path, shards)
+    assert int(_go(three_ranks, path, key, [SKIP, *stages])) >= 1
+    assert Checkpoint(checkpoints(tmp_path / "run")[-1]).state["step"] == 14
+
+
 def test_too_many_in_a_row_stop_the_run(shards: Path, tmp_path: Path, two_ranks: Pool) -> None:
     path, index = _write(tmp_path, shards), read_index(shards / "train")
     everything = [sample.key for sample in samples_of(index)]

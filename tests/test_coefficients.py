@@ -13,6 +13,14 @@ from dr2dist.config.coefficients import Conserve, Constant, Paper, Piecewise
 from dr2dist.reversible import Setting
 
 
+@pytest.mark.parametrize("share", [0.07, 0.14, 0.28, 0.29, 0.55, 0.56, 0.57, 0.58])
+def test_a_path_ends_with_the_step_of_its_share(share: float) -> None:
+    """Though 0.07 x 100 is a little more than 7."""
+    schedule = Conserve(beta=(0.1, 0.5), until=share, every=1).schedule(100)
+    assert schedule.end == round(100 * share)
+    assert schedule.at(schedule.end).beta == 0.5 and schedule.at(schedule.end - 1).beta < 0.5
+
+
 def test_conserve_moves_in_small_steps_and_keeps_the_sum() -> None:
     schedule = Conserve(beta=(0.1, 0.5), until=0.5, every=10).schedule(200)
     points = [schedule.at(step) for step in range(201)]

@@ -186,3 +186,11 @@ def test_distributed_data_parallel_gives_the_gradients_of_one_process(
             # back, times what a mean over 8 samples may cancel.
             off = (result[name] - parameter.grad).norm() / parameter.grad.norm()
             assert off < 2 * 8 * chain_bound(net.chains[0].setting, 6), (name, float(off))
+
+
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_sums_over_many_micro_batches_in_bf16_lose_nothing(zero: int, two_ranks: Pool) -> None:
+    """Of equal ones the mean is each one; a sum in bf16 would stay behind from the 256th on."""
+    case = "tests.step_cases:norms_of_equal_micro_batches"
+    for once, often in two_ranks.run(case, zero=zero, counts=[1, 320]):
+        assert often == pytest.approx(once, rel=2.0**-7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import dr2dist
 from dr2dist.backbones.parameters import freeze
 from dr2dist.checkpoints.checkpoint import Checkpoint
 from dr2dist.checkpoints.folders import checkpoints
+from dr2dist.config import load_config
 from dr2dist.config.optim import Group, Optim
 from dr2dist.data.order import Order
 from dr2dist.data.positions import batches as training_batches
@@ -24,6 +26,7 @@ from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
 from dr2dist.tasks.transforms import eval_transform
 from dr2dist.training.groups import parameter_groups
+from dr2dist.training.plan import make_plan
 from dr2dist.training.schedule import learning_rate
 from tests.images import FIELDS, batches, classification, labelled, make_small_shards
 from tests.models import build
@@ -282,3 +285,57 @@ def test_balanced_classes_and_an_early_end(
     assert again["steps"] == 8
     with pytest.raises(AssertionError, match="fp16 needs a GPU"):
         run(one_rank, write_config(tmp_path, shards, "half"), "train.precision=fp16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "block"),
+    [
+        ("videomae", r"blocks\.\d+\."),
+        ("swin3d", r"features\.\d*[02468]\.\d+\."),
+        ("mvit", r"blocks\.\d+\.(?:attn\.(?:qkv|project)|mlp)"),
+    ],
+)
+def test_layers_of_models_that_do_not_say_theirs_are_blocks(kind: str, block: str) -> None:
+    model = build(kind)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    scales, decays = {}, {}
+    for group in parameter_groups(model, 0.05, 0.5):
+        for parameter in group.parameters:
+            scales[names[parameter]] = group.lr_scale
+            decays[names[parameter]] = group.weight_decay
+    by_block: dict[str, set[float]] = {}
+    for name, scale in scales.items():
+        if found := re.match(block, name):
+            by_block.setdefault(found[0], set()).add(scale)
+    levels = [max(each) for each in by_block.values()]
+    assert len(levels) > 1 and all(len(each) == 1 for each in by_block.values())
+    assert levels == sorted(levels) and max(levels) == 0.5
+    assert {scale for name, scale in scales.items() if name.startswith("head")} <= {1.0}
+    stem = next(name for name in names.values() if "embed" in name or "conv_proj" in name)
+    assert scales[stem] == min(scales.values()) < min(levels)
+    tables = [name for name in decays if re.search("position_bias_table|rel_pos|pos_embed", name)]
+    assert all(decays[name] == 0 for name in tables) and 0.05 in decays.values()
+
+
+@pytest.mark.parametrize(
+    ("groups", "why"),
+    [
+        (["blocks.0.*"], "none of them is trained"),
+        (["blocks.1.*", "blocks.1.mlp.*"], "groups before it have taken all of them"),
+    ],
+)
+def test_a_group_without_effect_is_refused(groups: list[str], why: str) -> None:
+    model = build("vit")
+    freeze(model, ["blocks.0.*"])
+    said = [Group(match=match, lr_scale=2.0) for match in groups]
+    place = f"optim.groups.{len(groups) - 1}.match: {groups[-1]} has no effect"
+    with pytest.raises(UserError, match=re.escape(f"{place}: {why}")):
+        parameter_groups(model, 0.05, None, said)
+
+
+def test_a_part_of_an_epoch_is_not_a_step_too_many(tmp_path: Path) -> None:
+    """Though 1.1 x 50 / 5 is a little more than 11."""
+    path = write_config(tmp_path, make_small_shards(tmp_path, 71), "run")
+    epochs = ["train.steps=null", "train.epochs=1.1", "train.micro_batch=5"]
+    plan = make_plan(load_config(path, epochs), 1)
+    assert plan.train.num_samples == 50 and plan.steps == 11

@@ -54,7 +54,8 @@ class Schedule:
     @property
     def end(self) -> int:
         """The first applied step from which it stays where it is."""
-        moves = math.ceil(self.knots[-1].share * self.steps / self.every)
+        # 0.07 x 100 is a little more than 7.
+        moves = math.ceil(round(self.knots[-1].share * self.steps / self.every, 9))
         return moves * self.every + self.alpha_lag
 
     def pairs(self) -> list[Coefficients]:

@@ -310,6 +310,10 @@ def _complete(
         "bf16": {"enabled": precision == "bf16" and zero > 0},
         "fp16": {"enabled": precision == "fp16", "loss_scale": FP16_LOSS_SCALE},
     }
+    if precision == "bf16" and zero > 1:
+        # Sums over hundreds of micro-batches in bf16 lose what is small beside them. Of ZeRO-1
+        # DeepSpeed would make another optimiser, which keeps its masters elsewhere.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     if offload_optimizer:
         # torch's own optimisers: DeepSpeed's for the CPU would have to be compiled first.
         section["offload_optimizer"] = {"device": "cpu"}

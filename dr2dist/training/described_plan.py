@@ -37,10 +37,19 @@ def describe(plan: Plan) -> str:
             *_best(plan),
             *_states(plan),
             *([] if plan.footprint is None else [f"memory        {plan.footprint.describe()}"]),
-            f"ZeRO          {plan.deepspeed['zero_optimization']['stage']}",
+            f"ZeRO          {plan.deepspeed['zero_optimization']['stage']}{_sums(plan)}",
             *_stages(plan),
         ]
     )
+
+
+def _sums(plan: Plan) -> str:
+    """Where sums over many micro-batches are less precise than their parts."""
+    deepspeed = plan.deepspeed
+    count, zero = deepspeed["gradient_accumulation_steps"], deepspeed["zero_optimization"]["stage"]
+    if count == 1 or zero != 1 or not deepspeed["bf16"]["enabled"]:
+        return ""
+    return f", gradients of {count} micro-batches are summed in bf16 (ZeRO 0, 2 and 3: fp32)"
 
 
 def describe_longer(plan: Plan, config: Config, done: int) -> str:

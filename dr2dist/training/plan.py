@@ -120,6 +120,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
     per_epoch = samples // batch if order is None else -(-samples // batch)
     passes = config.train.epochs or 0
     of_epochs = passes * per_epoch if order is None else passes * samples / batch
+    of_epochs = round(of_epochs, 6)  # 1.1 x 100 / 10 is a little more than 11
     steps = config.train.steps or max(
         1, round(of_epochs) if order is None else math.ceil(of_epochs)
     )

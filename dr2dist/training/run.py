@@ -107,7 +107,7 @@ def _run(
     stack.enter_context(logged_to(folder / LOGS / f"rank-{rank}.log", heartbeat.name))
     if start.cut:
         log.warning("%s: the run before left no checkpoint: it starts anew", folder)
-    engine, lr_scales = _engine(config, plan)
+    engine, rates = _engine(config, plan)
     manager = CheckpointManager(folder, config.checkpoint.keep, _facts(config, plan))
     progress = Progress()
     if start.checkpoints:
@@ -121,7 +121,7 @@ def _run(
             stack.callback(records.close)
             done, batch = engine.applied, plan.global_batch
             records.note_start(step=done, steps=plan.steps, ranks=ranks, batch=batch)
-    trainer = _trainer(config, plan, engine, lr_scales, records, manager, progress, asked, watchdog)
+    trainer = _trainer(config, plan, engine, rates, records, manager, progress, asked, watchdog)
     return _train(config, plan, trainer)
 
 
@@ -173,13 +173,22 @@ def _end(trainer: Trainer, failure: UnprovenStepError | None) -> End:
     return End("interrupted", next((reason for reason in reasons if reason), None))
 
 
-def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, ...]]:
-    """The engine, and the learning-rate scale of each of its groups."""
+class Rates(NamedTuple):
+    """scales: of the learning rate, of each of this rank's groups. range: the least and the largest
+    of all stages' groups."""
+
+    scales: tuple[float, ...]
+    range: tuple[float, float]
+
+
+def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, Rates]:
+    """The engine, and the learning rates of its groups."""
     in_parts = config.parallel.zero == 3 or plan.grid.stages > 1
     model, _, weights = assemble(plan.blueprint, "in parts" if in_parts else "whole")
     groups = parameter_groups(
         model, config.optim.weight_decay, config.optim.layer_decay, config.optim.groups
     )
+    scales = [group.lr_scale for group in groups]
     setting, compiled = asdict(config.setting()), config.reversible.compile
     net = convert(model, **setting, on_failure="record", compile=compiled).train()
     precision, ema = config.train.precision, config.train.ema
@@ -194,7 +203,8 @@ def _engine(config: Config, plan: Plan) -> tuple[ReversibleEngine, tuple[float, 
         engine = StagedEngine(
             net, optimizer, plan.deepspeed, plan.grid, plan.layers, own, precision, ema
         )
-    return engine, tuple(group.lr_scale for group in groups)
+    own_scales = tuple(group.lr_scale for group in groups)
+    return engine, Rates(own_scales, (min(scales), max(scales)))
 
 
 def _optimizer(config: Config, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
@@ -227,7 +237,7 @@ def _trainer(
     config: Config,
     plan: Plan,
     engine: ReversibleEngine,
-    lr_scales: tuple[float, ...],
+    rates: Rates,
     records: Records | None,
     manager: CheckpointManager,
     progress: Progress,
@@ -246,7 +256,8 @@ def _trainer(
         patience=config.train.patience,
         schedule=plan.schedule,
         learning_rate=learning_rate(config.optim, plan.steps),
-        lr_scales=lr_scales,
+        lr_scales=rates.scales,
+        lr_range=rates.range,
         limits=config.coefficients.limits() if isinstance(config.coefficients, Guarded) else None,
     )
     train, val = streams(config, plan, engine, progress.consumed)

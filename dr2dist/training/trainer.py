@@ -48,7 +48,8 @@ class Pace:
 
     batch: samples of a step, over all ranks.
     checkpoint_every, checkpoint_minutes: None: never for that. bad_batches: in a row that are
-    skipped at most. lr_scales: of each parameter group. patience: validations without a better one
+    skipped at most. lr_scales: of each parameter group of this rank. lr_range: the least and the
+    largest of all stages. patience: validations without a better one
     after which the run ends; None: never. limits: of coefficients that are guarded.
     """
 
@@ -64,6 +65,7 @@ class Pace:
     schedule: Schedule
     learning_rate: Callable[[int], float]
     lr_scales: tuple[float, ...]
+    lr_range: tuple[float, float]
     limits: Limits | None
 
 
@@ -235,7 +237,9 @@ class Trainer:
         self._bad_in_row += 1
         self.progress.bad_batches += 1
         self.progress.consumed += self.pace.batch
-        self._counted, self._next = verdict.counted_next, self._next or None
+        self._counted = verdict.counted_next
+        if self._ends_with_this_step:
+            self._next = None  # it is tried with other samples, which have not been fetched
         reason, step = "; ".join(verdict.messages), self.engine.applied
         if self.records is not None:
             log.warning("%s: skipped, %d of at most %d in a row", reason, self._bad_in_row, most)
@@ -249,9 +253,13 @@ class Trainer:
         if self._next is None:
             self._next = self._fetch()
             self._counted = total(self._counts(self._next))
-        batches, last = self._next, self.engine.applied + 1 >= self.pace.steps
-        self._next = [] if last else self._fetch()
+        batches = self._next
+        self._next = [] if self._ends_with_this_step else self._fetch()
         return batches
+
+    @property
+    def _ends_with_this_step(self) -> bool:
+        return self.engine.applied + 1 >= self.pace.steps
 
     def _fetch(self) -> list[Batch]:
         with self.speed.waiting():
@@ -357,8 +365,8 @@ class Trainer:
                 self.engine.applied,
                 loss=verdict.loss,
                 lr=rate,
-                lr_lowest=rate * min(self.pace.lr_scales),
-                lr_highest=rate * max(self.pace.lr_scales),
+                lr_lowest=rate * self.pace.lr_range[0],
+                lr_highest=rate * self.pace.lr_range[1],
                 alpha=alpha,
                 beta=beta,
                 gradient_norm=self.engine.gradient_norm,
