@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dr2dist
 from dr2dist.reversible import Chain
 from tests.functions import Mlp, make_chain, tokens
+from tests.models import build, images
 
 
 class Clock(nn.Module):
@@ -78,3 +80,37 @@ def test_nan_and_overflow_are_named(arithmetic: str) -> None:
         assert any(
             "after function 0 left" in line for line in _fault_messages(chain, tokens() * 1e5)
         )
+
+
+@pytest.mark.parametrize("frozen", [1, 4])
+@pytest.mark.parametrize("memory", ["reverse", "store"])
+def test_a_recorded_chain_is_undone_to_its_start_whatever_of_it_is_frozen(
+    frozen: int, memory: Any
+) -> None:
+    chain = make_chain(count=4, memory=memory)
+    for function in chain.functions[:frozen]:
+        function.requires_grad_(False)
+    x = tokens()
+    found = chain.reverse(chain.record(x))
+    assert float((found - x).abs().max()) <= 2.0**-19  # half a step of the grid
+    certificate = chain.certificate()
+    assert certificate is not None and certificate.failures == 0 and certificate.verified
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"state_bits": 16}, {"arithmetic": "float"}, {"chunk_size": 1}]
+)
+def test_a_batch_of_no_samples_is_none_behind_a_network_too(setting: dict[str, Any]) -> None:
+    for kind in ("vit", "convnext"):
+        net = dr2dist.convert(build(kind, depth=2), **setting)
+        with torch.no_grad():
+            assert net(images(2)[:0]).shape == (0, 5)
+        net(images(2)[:0]).sum().backward()
+        for name, parameter in net.named_parameters():
+            assert parameter.grad is not None and not parameter.grad.any(), name
+        assert net.state_dict().keys() == dr2dist.convert(build(kind, depth=2)).state_dict().keys()
+    chain = make_chain(**setting)
+    output, (tap,) = chain(tokens()[:0], taps=[1])
+    assert output.shape == tap.shape == tokens()[:0].shape
+    with pytest.raises(ValueError, match="have no element to record"):
+        chain.record(tokens()[:0])

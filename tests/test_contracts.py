@@ -143,7 +143,8 @@ def test_a_loss_does_not_depend_on_how_samples_are_cut(
         for line, step in zip(lines, steps, strict=True):
             assert line["loss_points"] + line["loss_size"] == pytest.approx(line["loss"])
             for key in ("loss", "gradient_norm"):
-                assert line[key] == pytest.approx(step[key], rel=1e-6), name
+                # Products of other shapes may round to the next step of the grid, 2^-18.
+                assert line[key] == pytest.approx(step[key], rel=1e-5), name
         away = sum((values[key] - value).square().sum() for key, value in wanted.items())
         whole = sum(value.square().sum() for value in wanted.values())
         assert float(away / whole) ** 0.5 < 1e-7, name  # fp32 holds a weight to 6e-8 of itself

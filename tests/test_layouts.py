@@ -149,7 +149,7 @@ def test_slices_are_chosen_by_a_budget() -> None:
         (values,) = net.planner.state().values()
         chosen.append((values["chunk_size"], values["chunk_tokens"]))
     whole, few, *_, least = chosen
-    assert whole == (None, None)
+    assert whole == (8, None)
     assert few[0] in (1, 2, 4) and few[1] is None
     assert least[0] == 1 and len(set(chosen)) > 2
     net = dr2dist.convert(build("vit"), chunk_size="auto", chunk_budget=10)
@@ -169,3 +169,44 @@ def test_what_is_measured_is_settled_once() -> None:
     other.planner.load(state)
     other(images(8))
     assert other.planner.state() == state
+
+
+BUDGETS: list[dict[str, Any]] = [
+    {"chunk_size": "auto", "chunk_budget": 400_000},
+    {"memory": "budget", "memory_budget": 2_000_000},
+]
+
+
+@pytest.mark.parametrize("setting", BUDGETS)
+def test_a_pass_that_does_not_train_settles_nothing(setting: dict[str, Any]) -> None:
+    layouts, outputs = [], []
+    for first in (False, True):
+        net = dr2dist.convert(build("vit", depth=3), **setting)
+        if first:
+            with torch.no_grad():
+                outputs.append(net(images(2)))
+            assert net.planner.state() == {}
+        net(images(16)).square().sum().backward()
+        layouts.append(net.planner.state())
+    with torch.no_grad():
+        outputs.append(dr2dist.convert(build("vit", depth=3))(images(2)))
+    torch.testing.assert_close(*outputs)
+    assert _sizes(layouts[0]) == _sizes(layouts[1])
+
+
+@pytest.mark.parametrize("setting", BUDGETS)
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_a_larger_batch_is_measured_anew(setting: dict[str, Any], kind: str) -> None:
+    layouts = []
+    for batches in ((2, 2, 16, 16), (16, 16)):
+        net = dr2dist.convert(build(kind, depth=3), **setting)
+        for batch in batches:
+            net(images(batch)).square().sum().backward()
+            assert net.certificate().failures == 0
+        layouts.append(net.planner.state())
+    assert _sizes(layouts[0]) == _sizes(layouts[1])
+
+
+def _sizes(state: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Slices, and how many functions are kept: which of equal ones is a matter of time."""
+    return [(v["chunk_size"], v["chunk_tokens"], len(v["kept"] or ())) for v in state.values()]

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.layers import DropPath
 
+import dr2dist
 from dr2dist.data.randomness import seed_device, seeded
 from dr2dist.reversible.calls.replay import stable_seed
 from dr2dist.tasks.transforms import ImageData, RandAugment, train_transform
 from tests.images import classification, labelled, on_image
+from tests.models import build, images
 
 ROOT = Path(__file__).parent.parent
 NORMAL = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -114,3 +118,49 @@ def test_a_step_seeds_the_device_that_it_runs_on(gpus: list[torch.Generator]) ->
     assert torch.equal(torch.get_rng_state(), wanted)
     seed_device(torch.device("cuda"), 5)
     assert gpus[0].initial_seed() == stable_seed(5) != gpus[1].initial_seed()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize(
+    "setting", [{}, {"memory": "store"}, {"chunk_size": 2}, {"state_bits": 16}]
+)
+def test_a_pass_without_gradients_draws_as_one_with_them(
+    setting: dict[str, Any], frozen: int
+) -> None:
+    net = dr2dist.convert(build("vit", depth=3, proj_drop_rate=0.2, drop_path_rate=0.3), **setting)
+    net.head_drop.p = 0.2  # in a piece
+    for block in net.blocks[:frozen]:
+        block.requires_grad_(False)
+    net.train()
+    start, found = torch.get_rng_state(), []
+    for gradients in (True, True, False):  # the first finds scales, and may widen them
+        torch.set_rng_state(start)
+        with torch.set_grad_enabled(gradients):
+            output = net(images()).detach()
+        found.append((output, torch.get_rng_state()))
+    assert all(map(torch.equal, *found[1:]))
+    assert not torch.equal(output, net(images()))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_chains_that_stages_run_apart_do_not_drop_the_same(graph: bool) -> None:
+    """Each stage begins a step with the same random state."""
+    net = dr2dist.convert(build("swin", drop_path_rate=0.5)).train()
+    kept: dict[str, torch.Tensor] = {}
+    for name, module in net.named_modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.5
+
+            def note(module: Any, given: Any, output: torch.Tensor, name: str = name) -> None:
+                kept.setdefault(name, output.detach().flatten(1).abs().amax(1) > 0)
+
+            module.register_forward_hook(note)
+    widths = [chain.functions[0].block.dim for chain in net.chains]
+    for chain, width, size in zip(net.chains, widths, (8, 4, 2), strict=True):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(graph):
+            chain(torch.randn(64, size, size, width, requires_grad=graph))
+    first = [mask for name, mask in kept.items() if name.endswith("blocks.1.drop_path1")]
+    assert len(first) == 3
+    for one, other in pairwise(first):
+        assert 0 < int((one == other).sum()) < 64

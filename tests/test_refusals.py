@@ -85,6 +85,29 @@ class OwnFeatures(VisionTransformer):
         return super().forward_features(x) * 0.5
 
 
+class OwnForward(VisionTransformer):
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return super().forward(x * 2)
+
+
+class OwnHead(VisionTransformer):
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return super().forward_head(x) * 0.5
+
+
+def _replaced(method: str) -> nn.Module:
+    model = build("vit")
+    own = getattr(model, method)
+    setattr(model, method, lambda x: own(x * 2))
+    return model
+
+
+def _with_replaced_block() -> nn.Module:
+    model: Any = build("vit")
+    model.blocks[1].forward = nn.Identity().forward
+    return model
+
+
 def _with_other_block() -> nn.Module:
     model: Any = build("vit")
     model.blocks[3] = nn.Linear(48, 48)
@@ -110,8 +133,13 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
     "without blocks": (lambda: nn.Linear(2, 2), "Linear .*it has no list of like blocks"),
     "own features": (
         lambda: OwnFeatures(depth=1, **_small),
-        "it is built as timm's VisionTransformer, but computes its features in a way of its own",
+        "it is built as timm's VisionTransformer, but has a forward_features of its own",
     ),
+    "own forward": (lambda: OwnForward(depth=1, **_small), "but has a forward of its own"),
+    "own head": (lambda: OwnHead(depth=1, **_small), "but has a forward_head of its own"),
+    "replaced forward": (lambda: _replaced("forward"), "the model's forward was replaced"),
+    "replaced head": (lambda: _replaced("forward_head"), "the model's forward_head was replaced"),
+    "replaced block": (_with_replaced_block, r"blocks\.1 is a Block with a forward of its own"),
     "own block": (
         lambda: VisionTransformer(depth=2, block_fn=OwnBlock, **_small),
         r"blocks\.0 is a OwnBlock with a forward of its own, which need not be x \+ F\(x\); supp",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import dr2dist
@@ -370,3 +371,11 @@ def test_gradients_of_states_have_the_tokens_dtype() -> None:
     output.sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.bfloat16
     assert Setting(state_bits=16).by_channel
+
+
+def test_averages_made_before_the_first_pass_follow_by_the_order_of_entries() -> None:
+    net = dr2dist.convert(build("vit", depth=2), state_bits=16)
+    average = ModelEmaV3(net, decay=0.5)
+    train(net, images(2))
+    average.update(net)  # goes over both states side by side
+    assert list(net.state_dict())[-1] == "reversible_scales.blocks"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
 import dr2dist
@@ -69,14 +70,15 @@ def test_reversal_is_exact_with_dropout_and_slices(bf16: bool) -> None:
 def test_mlps_run_on_some_tokens_and_attention_on_all() -> None:
     seen: dict[str, int] = {}
     net = dr2dist.convert(build(), chunk_size=1, chunk_tokens=6)
-    for name, module in net.named_modules():
-        if name.endswith((".self_attention", ".mlp")):
+    kinds = {module: name.rpartition(".")[2] for name, module in net.named_modules()}
 
-            def note(module: nn.Module, args: Any, kind: str = name.rpartition(".")[2]) -> None:
-                seen[kind] = max(seen.get(kind, 0), args[0].shape[1])
+    def note(module: nn.Module, args: Any) -> None:
+        kind = kinds.get(module)
+        if kind in ("self_attention", "mlp"):
+            seen[kind] = max(seen.get(kind, 0), args[0].shape[1])
 
-            module.register_forward_pre_hook(note)
-    net(images(2)).sum().backward()
+    with register_module_forward_pre_hook(note):  # one of their own would see whole samples
+        net(images(2)).sum().backward()
     assert seen == {"self_attention": 17, "mlp": 6}
 
 

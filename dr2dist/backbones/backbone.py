@@ -189,11 +189,20 @@ def built_size(model: Any) -> tuple[int, int] | None:
     return found
 
 
-def is_built_as(model: nn.Module, kind: type) -> bool:
-    """Whether a model is of a class and computes its features as the class does.
+COMPUTES = ("forward", "forward_features", "forward_head")
+"""Methods of a model that a converted network has its own way for."""
 
-    A subclass with a `forward_features` of its own is not: what `Backbone.matches` is to know.
+
+def is_built_as(model: nn.Module, *kinds: type) -> bool:
+    """Whether a model is of one of the classes and computes what the class does.
+
+    A subclass with a `forward`, `forward_features` or `forward_head` of its own does not: what
+    `Backbone.matches` is to know.
     """
-    own: Any = type(model)
-    known: Any = kind
-    return isinstance(model, kind) and own.forward_features is known.forward_features
+    return any(isinstance(model, kind) and own_method(model, kind) is None for kind in kinds)
+
+
+def own_method(model: nn.Module, kind: type) -> str | None:
+    """The first of those methods that a model of a class does not have from it; None if all are."""
+    own = type(model)
+    return next((n for n in COMPUTES if getattr(own, n, None) is not getattr(kind, n, None)), None)

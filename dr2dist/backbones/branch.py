@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dr2dist.backbones.refusal import OWN_FAMILY
-from dr2dist.backbones.slicing import Factor, Slicing, drop_paths, replaced_modules
+from dr2dist.backbones.slicing import Factor, Slicing, drop_paths, replaced_modules, shallow_copy
+from dr2dist.backbones.tokenwise import is_cuttable
 from dr2dist.errors import UserError
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
@@ -45,7 +45,7 @@ class Branch(nn.Module):
         self.part = part_of(block, names)
         self.names = names
         object.__setattr__(self, "block", block)  # beside the modules: only the part is run
-        self.slicing = slicing
+        self.slicing, self.hooked = slicing, True
         self.compute = compute
         self.keywords = dict(sides or {})
 
@@ -53,11 +53,16 @@ class Branch(nn.Module):
         """A copy does not know the block: the network that it is for cuts anew."""
         return {key: value for key, value in self.__dict__.items() if key != "block"}
 
-    def renew(self) -> None:
-        """Takes up what was changed in the block: its modules, parameters, attributes, mode."""
+    def renew(self, hooked: bool = True) -> None:
+        """Takes up what was changed in the block: its modules, parameters, attributes, mode.
+
+        hooked: whether hooks on its modules are anybody's but an engine's.
+        """
+        self.hooked = hooked
         block = self.__dict__.get("block")
         if block is not None:
             renew_part(self.part, block, self.names)
+            self.training = block.training  # nothing else would say it: chains are no modules
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -73,7 +78,7 @@ class Branch(nn.Module):
         self, shape: torch.Size, tokens: int, sides: dict[str, Any]
     ) -> Sequence[Ranges]:
         """See TokenSliced."""
-        if self.slicing is None:
+        if self.slicing is None or not is_cuttable(self.part, self.slicing.across, self.hooked):
             return []
         found = self.slicing.ranges(self.part, shape, tokens, self.keywords_of(sides))
         return found if len(found) > 1 or self.slicing.smaller_inside else []
@@ -111,7 +116,7 @@ def part_of(block: nn.Module, names: Sequence[str] | None) -> nn.Module:
 
     It shares them with the block, so that they are found under one name in state_dict.
     """
-    part = copy.copy(block)
+    part: nn.Module = shallow_copy(block)
     renew_part(part, block, names)
     return part
 
@@ -120,8 +125,12 @@ def renew_part(part: nn.Module, block: nn.Module, names: Sequence[str] | None) -
     """Makes a part what `part_of` would make now."""
     values = block.__dict__.copy()
     if names is not None:
+        computed = values["_modules"].get("parametrizations", {})
         for kind in ("_modules", "_parameters"):
             values[kind] = {k: v for k, v in values[kind].items() if k in names}
+        own = {name: found for name, found in computed.items() if name in names}
+        if own:  # parameters that the block's class computes of others
+            values["_modules"]["parametrizations"] = nn.ModuleDict(own)
     part.__dict__.update(values)
 
 
@@ -163,9 +172,10 @@ def branches(
 def _parts_of(
     block: nn.Module, parts: Mapping[type, Sequence[BranchSpec]], where: str
 ) -> Sequence[BranchSpec]:
-    for kind, found in parts.items():
-        if isinstance(block, kind) and _forward(type(block)) is _forward(kind):
-            return found
+    known = (kind for kind in parts if isinstance(block, kind))
+    for kind in known if "forward" not in block.__dict__ else ():
+        if _forward(type(block)) is _forward(kind):
+            return parts[kind]
     allowed = ", ".join(kind.__name__ for kind in parts)
     own = isinstance(block, tuple(parts))
     how = " with a forward of its own, which need not be x + F(x)" if own else ""

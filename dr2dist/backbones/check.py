@@ -339,7 +339,7 @@ def _plain(model: nn.Module) -> nn.Module:
     """The model that a network was converted from: the same modules in its own class."""
     if not isinstance(model, ReversibleNetwork):
         return model
-    base: Any = type(model).__bases__[1]
+    base: Any = model.base
     plain: nn.Module = base.__new__(base)
     plain.__dict__.update({k: v for k, v in model.__dict__.items() if k not in (*CUT, "family")})
     plain._buffers = {k: v for k, v in model._buffers.items() if k != COEFFICIENTS_NAME}

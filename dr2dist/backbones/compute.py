@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -12,8 +13,10 @@ def match_buffer(module: Any, name: str, x: Tensor) -> None:
 
     Engines that hold parameters in bf16 leave buffers in fp32, which torch refuses beside them.
     """
-    if getattr(module, name, None) is not None:
-        setattr(module, name, getattr(module, name).to(x.dtype))
+    buffer = getattr(module, name, None)
+    if buffer is not None and buffer.dtype != x.dtype:
+        with torch.inference_mode(False):  # it stays, and training would refuse an inference tensor
+            setattr(module, name, buffer.to(x.dtype))
 
 
 def attention(block: Any, x: Tensor, **sides: Any) -> Tensor:

@@ -120,17 +120,18 @@ class InForce(nn.Module):
             except ValueError as error:
                 raise UserError(f"{JOINED_NAME} in the loaded state: {error}") from None
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
+        """As any module's, and behind all else what is in force: averages go by the order of
+        entries, of which scales are there only from the first pass on."""
+        found = super().state_dict(*args, prefix=prefix, **options)
+        prefix = args[1] if len(args) > 1 else prefix
         setting = self.chains[0].setting
         joined = [GAINS.index(setting.gain), HANDS.index(setting.hand_on)]
-        if any(joined):
-            places = torch.tensor(joined, dtype=torch.int16, device="cpu")
-            destination[prefix + JOINED_NAME] = places
-        for name, exponents in self.scales.items():
-            destination[f"{prefix}{SCALES_NAME}{name}"] = torch.tensor(
-                exponents, dtype=torch.int16, device="cpu"
-            )
+        entries = {JOINED_NAME: joined} if any(joined) else {}
+        entries |= {f"{SCALES_NAME}{name}": scale for name, scale in self.scales.items()}
+        for name, values in entries.items():
+            found[prefix + name] = torch.tensor(values, dtype=torch.int16, device="cpu")
+        return found
 
     def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
         own = {prefix + COEFFICIENTS_NAME: torch.tensor(self._units, device="cpu")}

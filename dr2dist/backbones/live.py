@@ -42,9 +42,21 @@ def refuse_sharded(modules: Iterable[nn.Module]) -> None:
         )
 
 
-def refuse_hooks(unseen: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raises UserError where hooks would never be called. unseen: what `bypassed` gives."""
+def refuse_uncalled(net: nn.Module, unseen: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises UserError for what would never be called: hooks, and a forward that was replaced.
+
+    unseen: what `bypassed` gives.
+    """
+    if "forward_features" in net.__dict__:
+        raise UserError(
+            "the network's forward_features was replaced, which its forward never calls"
+        )
     for name, module in unseen:
+        if "forward" in module.__dict__:
+            raise UserError(
+                f"{name} has a forward that was replaced, which would never be called: a "
+                "reversible network runs its residual functions, not the whole"
+            )
         if any(module.__dict__.get(kind) for kind in _HOOKS):
             raise UserError(
                 f"{name} has a hook, which would never be called: a reversible network runs its "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dr2dist.backbones.backbone import OUTPUT, Backbone, Transition
 from dr2dist.backbones.branch import Branch, part_of
@@ -16,7 +18,7 @@ from dr2dist.backbones.certificate import Certificate
 from dr2dist.backbones.forward import AutogradDriver
 from dr2dist.backbones.heads import TASK_HEAD, TaskHead
 from dr2dist.backbones.in_force import InForce
-from dr2dist.backbones.live import bypassed, refuse_hooks, refuse_sharded, structure_of
+from dr2dist.backbones.live import bypassed, refuse_sharded, refuse_uncalled, structure_of
 from dr2dist.backbones.walk import Flow, Place, Tap, places_of, walk
 from dr2dist.errors import UserError, nearest
 from dr2dist.reversible import Chain, Piece, Planner
@@ -27,6 +29,8 @@ class ReversibleNetwork(InForce):
     them, so that names in state_dict and named_parameters stay the model's; the state has the
     coefficients besides. A module that is replaced takes effect at the next forward pass."""
 
+    base: ClassVar[type[nn.Module]]
+    """The model's own class."""
     family: Backbone
     items: tuple[Any, ...]
     """Chains and what stands between them, in order: Chain, Piece, or a Transition with sides."""
@@ -197,15 +201,16 @@ class ReversibleNetwork(InForce):
         """
         structure = structure_of(self)
         changed = structure != self._structure
-        if self.chains[0].runner.nested:  # an engine has hooks of its own
+        hooked = not self.chains[0].runner.nested  # an engine has hooks of its own
+        if not hooked:
             self._refuse_in_engine(changed)
         else:
             refuse_sharded((self, *structure))
             if changed:
                 self.cut_layers()
-            refuse_hooks(self._bypassed)
+            refuse_uncalled(self, self._bypassed)
         for branch in self._branches():
-            branch.renew()
+            branch.renew(hooked)
         if not torch.compiler.is_compiling():  # what torch.export traces has no values
             self._take_coefficients()
 
@@ -231,7 +236,7 @@ class ReversibleNetwork(InForce):
         items: list[Any] = []
         for layer in self.family.layers(self):
             if isinstance(layer, Transition):
-                items.append(layer if layer.sides else Piece(layer.module))
+                items.append(layer if layer.sides else Piece(layer.module, len(items)))
                 continue
             new = Chain(
                 layer.functions,
@@ -240,14 +245,14 @@ class ReversibleNetwork(InForce):
                 **(options or self.chains[0].options),
             )
             chain = known.get(layer.name, new)
-            chain.functions = new.functions
+            chain.functions, chain.item = new.functions, len(items)
             items.append(chain)
         self.take_items(items)
         self.planner = Planner([chain.name for chain in self.chains])
         for chain in self.chains:
             chain.planner = self.planner
         named = self.family.tail is not None and self.task_head is None
-        self._tail = Piece(_Tail(self, self.family)) if named else None
+        self._tail = Piece(_Tail(self, self.family), len(items)) if named else None
         tail = () if self._tail is None else (self._tail,)
         self.pieces = (*(item for item in items if isinstance(item, Piece)), *tail)
         self._taps = self._find_taps()
@@ -280,9 +285,23 @@ class ReversibleNetwork(InForce):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles name the model's own class, since this one is made at run time."""
-        base = type(self).__bases__[1]
-        # A copy cuts anew: its functions do not know their blocks.
-        return blank, (base,), {**self.__dict__, "_structure": ()}
+        if parametrize.is_parametrized(self):
+            raise UserError(
+                "a network with parametrisations of its own parameters cannot be pickled: save its "
+                "state_dict(), or remove them"
+            )
+        return blank, (self.base,), self._copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self._copied, memo))
+        return copied
+
+    @property
+    def _copied(self) -> dict[str, Any]:
+        """What a copy has. It cuts anew: its functions do not know their blocks."""
+        return {**self.__dict__, "_structure": ()}
 
 
 class _Tail(nn.Module):
@@ -297,9 +316,10 @@ class _Tail(nn.Module):
     def renew(self, net: ReversibleNetwork) -> None:
         """Takes up what was changed in the network: a new classifier, its training flag."""
         attributes = {key: value for key, value in net.__dict__.items() if key not in CUT}
-        plain = blank(type(net).__bases__[1])
+        plain: nn.Module = type(net).__new__(type(net))
         plain.__dict__.update(attributes)
         self.part = part_of(plain, self.family.tail)
+        self.training = net.training
 
     def forward(self, tokens: Tensor) -> Any:
         """Tokens after the last chain to the model's output."""
@@ -329,4 +349,4 @@ def blank(base: type[nn.Module]) -> nn.Module:
 
 @functools.cache
 def _reversible_class(base: Any) -> Any:
-    return type(f"Reversible{base.__name__}", (ReversibleNetwork, base), {})
+    return type(f"Reversible{base.__name__}", (ReversibleNetwork, base), {"base": base})

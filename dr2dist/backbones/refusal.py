@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 from torch import Tensor, nn
 
+from dr2dist.backbones.backbone import COMPUTES, Backbone, own_method
 from dr2dist.backbones.weights import ENDINGS
 from dr2dist.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from dr2dist.backbones.backbone import Backbone
 
 OWN_FAMILY = "for a family of your own see docs/backbones.md and dr2dist.register_backbone"
 
@@ -40,6 +38,12 @@ def check_is_model(model: Any) -> None:
             f"convert: {found} is given, a model is needed, such as timm.create_model(name)"
         )
     _check_is_not_compiled(model)
+    for name in COMPUTES:
+        if name in model.__dict__:
+            raise UserError(
+                f"convert: the model's {name} was replaced, which a reversible network would not "
+                f"call: convert the model without it; {OWN_FAMILY}"
+            )
 
 
 def _of_text(given: str | Path) -> str:
@@ -85,9 +89,10 @@ def _missing(model: nn.Module, families: Sequence[Backbone]) -> str:
     for family in families:
         for known in family.classes:
             if isinstance(model, known):
+                method = own_method(model, known) or "part"
                 return (
-                    f"it is built as {_named(known)}, but computes its features in a way of its "
-                    "own, which need not be x + F(x)"
+                    f"it is built as {_named(known)}, but has a {method} of its own, which need "
+                    "not be x + F(x) and would not be called"
                 )
     runs = list(_runs(model))
     if not runs:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
+from timm.layers import DropPath
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
@@ -17,12 +16,12 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torchvision.models.vision_transformer import MLPBlock
-from torchvision.ops import MLP, StochasticDepth
+from torchvision.ops import StochasticDepth
 
+from dr2dist.backbones.tokenwise import is_tokenwise
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
+from dr2dist.reversible.trees import modules_of
 
-MLPS = (Mlp, GluMlp, SwiGLU, MLP, MLPBlock)
 ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention)
 
 
@@ -44,12 +43,15 @@ class Slicing(ABC):
     needs_context = False
     smaller_inside = False
     """Whether a slice of all tokens takes less than the branch as it stands."""
+    across: tuple[str, ...] = ()
+    """Modules of the branch that look at other tokens, which `compute` sees to. Others must be
+    known not to (dr2dist/backbones/tokenwise.py)."""
 
     @abstractmethod
     def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
         """Slices of about `tokens` tokens that cover dim 1 of [B, N, C] or rows of [B, H, W, C].
 
-        None where the branch's modules are not known to allow it.
+        None where modules in `across` are not known to allow it.
         """
 
     def compute(self, run: Run, part: Any, x: Tensor, told: TokenSlice, sides: Given) -> Any:
@@ -62,14 +64,7 @@ class Tokenwise(Slicing):
 
     def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
         """See Slicing."""
-        if type(part.mlp) not in MLPS or not any(type(e) is nn.Linear for e in _entries(part.mlp)):
-            return []
         return even_ranges(shape[1], max(tokens // math.prod(shape[2:-1]), 1))
-
-
-def _entries(mlp: Any) -> list[Any]:
-    """What may be an MLP's first layer, by timm's names and in torchvision's order."""
-    return [getattr(mlp, name, None) for name in ("fc1", "fc1_g")] + list(mlp.children())[:1]
 
 
 class Queries(Slicing):
@@ -81,11 +76,15 @@ class Queries(Slicing):
     """
 
     needs_context = True
+    across = ("attn",)
 
     def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
         """See Slicing."""
-        known = type(part.attn) in ATTENTIONS and part.attn.fused_attn
-        return even_ranges(shape[1], tokens) if known and not sides.get("is_causal") else []
+        known = type(part.attn) in ATTENTIONS and part.attn.fused_attn and _asks_torch(part.attn)
+        if not known or sides.get("is_causal"):
+            return []
+        apart = all(map(is_tokenwise, modules_of(part.attn)[1:]))
+        return even_ranges(shape[1], tokens) if apart else []
 
     def compute(self, run: Run, part: Any, x: Tensor, told: TokenSlice, sides: Given) -> Any:
         """See Slicing."""
@@ -97,22 +96,39 @@ class Queries(Slicing):
                 return run(part, x, **sides)
         with _Capture() as capture:
             run(part, x, **sides)
+        if not capture.found:
+            kind = type(part.attn).__name__
+            raise RuntimeError(f"{kind} has not called torch's attention: leave chunk_tokens out")
         return tuple(capture.found)
+
+
+def _asks_torch(attention: nn.Module) -> bool:
+    """Whether its code has torch's attention: another may have been put in its place."""
+    code = getattr(type(attention).forward, "__code__", None)
+    return code is not None and "scaled_dot_product_attention" in code.co_names
 
 
 def _turned(part: Any, sides: dict[str, Any], found: slice) -> tuple[Any, dict[str, Any]]:
     """The branch and its sides with the rotary embeddings of some tokens only."""
     prefix = part.attn.num_prefix_tokens
-    attention = copy.copy(part.attn)
+    attention = shallow_copy(part.attn)
     attention.num_prefix_tokens = min(max(prefix - found.start, 0), found.stop - found.start)
     rope = sides["rope"][..., max(found.start - prefix, 0) : max(found.stop - prefix, 0), :]
     rope = rope if rope.shape[-2] else None
     return replaced_modules(part, {"attn": attention}), {**sides, "rope": rope}
 
 
-def replaced_modules(part: nn.Module, modules: dict[str, Any]) -> nn.Module:
+def shallow_copy(module: Any) -> Any:
+    """Another module with the same in it; `copy.copy` refuses one with parametrisations."""
+    kind: Any = type(module)
+    result = kind.__new__(kind)
+    result.__dict__.update(module.__dict__)
+    return result
+
+
+def replaced_modules(part: nn.Module, modules: dict[str, Any]) -> Any:
     """A shallow copy of a module with others in some places."""
-    result = copy.copy(part)
+    result = shallow_copy(part)
     result._modules = {**part._modules, **modules}
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from dr2dist.backbones.backbone import Stem, is_built_as
 from dr2dist.backbones.branch import BranchSpec
 from dr2dist.backbones.compute import match_buffer
 from dr2dist.backbones.maps import MapBackbone, Parts
-from dr2dist.backbones.slicing import Given, Run, Slicing, Tokenwise
+from dr2dist.backbones.slicing import Given, Run, Slicing, Tokenwise, shallow_copy
 from dr2dist.reversible.calls.slices import Ranges, TokenSlice
 
 
@@ -30,6 +29,8 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 class Windows(Slicing):
     """Rows of windows. A shifted block's rows begin `shift` rows down, and the last wrap around."""
+
+    across = ("attn",)
 
     def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
         """See Slicing. None where windows stick out of the map."""
@@ -51,7 +52,7 @@ class Windows(Slicing):
             first = (told.ranges[0].start - part.shift_size[0]) % told.length
             rows = slice(first // part.window_size[0], None)
             mask = mask.unflatten(0, (-1, windows))[rows][: x.shape[1] // part.window_size[0]]
-        band = copy.copy(part)
+        band = shallow_copy(part)
         band._buffers = {**part._buffers, "attn_mask": None if mask is None else mask.flatten(0, 1)}
         band.shift_size = (0, part.shift_size[1])
         return run(band, x)

@@ -86,6 +86,7 @@ class _Windows(Slicing):
     """Rows of windows. A shifted block's rows begin `shift` rows down, and the last wrap around."""
 
     smaller_inside = True
+    across = ("attn",)
 
     def ranges(self, part: Any, shape: torch.Size, tokens: int, sides: Given) -> Sequence[Ranges]:
         """See Slicing."""

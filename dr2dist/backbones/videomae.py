@@ -17,7 +17,15 @@ from timm.models.beit import Block
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dr2dist.backbones.backbone import OUTPUT, Backbone, ChainOf, FeatureInfo, Stem, Transition
+from dr2dist.backbones.backbone import (
+    OUTPUT,
+    Backbone,
+    ChainOf,
+    FeatureInfo,
+    Stem,
+    Transition,
+    is_built_as,
+)
 from dr2dist.backbones.beit import PARTS
 from dr2dist.backbones.branch import branches
 from dr2dist.errors import UserError
@@ -346,9 +354,7 @@ class VideoMaeBackbone(Backbone):
 
     def matches(self, model: nn.Module) -> bool:
         """See Backbone."""
-        own: Any = type(model)
-        known = isinstance(model, VideoMae)
-        return known and own.forward_features is VideoMae.forward_features
+        return is_built_as(model, VideoMae)
 
     def layers(self, model: Any) -> list[ChainOf | Transition]:
         """See Backbone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
     Block,
     DiffParallelScalingBlock,
@@ -82,11 +83,11 @@ class VitBackbone(TokenBackbone):
         "eva_large_*",
         "vitamin_*",
     )
-    classes = (VisionTransformer,)
+    classes = (VisionTransformer, VisionTransformerDistilled)
 
     def matches(self, model: nn.Module) -> bool:
         """See Backbone."""
-        return is_built_as(model, VisionTransformer)
+        return is_built_as(model, *self.classes)
 
     def layers(self, model: Any) -> list[ChainOf | Transition]:
         """See Backbone."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -51,11 +48,6 @@ class Advance:
 def tokens_of(arithmetic: Arithmetic, state: State, dtype: torch.dtype, part: Slice) -> Tensor:
     """What the function sees of a part of the state."""
     return joined([arithmetic.tokens(view, dtype) for view in part.views(state.current)])
-
-
-def ambient_stream(key: tuple[int, ...]) -> AbstractContextManager[Any]:
-    """Calls without a record use the random stream that is in force."""
-    return nullcontext()
 
 
 def note_state(tape: Tape, index: int, state: State) -> None:

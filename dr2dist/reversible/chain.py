@@ -26,7 +26,8 @@ from dr2dist.reversible.certificate import (
     failure_messages,
 )
 from dr2dist.reversible.failure import FailureWatch, OnFailure, check_on_failure
-from dr2dist.reversible.nodes import ChainPass
+from dr2dist.reversible.given import check_inputs, refuse_compiling
+from dr2dist.reversible.nodes import ChainPass, of_nothing
 from dr2dist.reversible.segment import Segment
 from dr2dist.reversible.tape import Sides, Tape
 
@@ -79,7 +80,7 @@ class Chain(nn.Module):
         super().__init__()
         self.functions = nn.ModuleList(functions)
         self.name = name
-        self.channel_dim = channel_dim
+        self.channel_dim, self.item = channel_dim, 0
         self.scales: ChannelScales | None = None
         """Of states of 16 bits, once they are found."""
         self.on_failure = check_on_failure(on_failure)
@@ -109,8 +110,10 @@ class Chain(nn.Module):
         super().__setstate__(state)
         self._start_records()
 
-    def _layout(self, segment: Segment, x: Tensor, sides: Sides, rows: int = 1) -> Layout:
-        """What the setting comes to, measured on these tokens where that is asked for."""
+    def _layout(
+        self, segment: Segment, x: Tensor, sides: Sides, trains: bool, rows: int = 1
+    ) -> Layout:
+        """What the setting comes to; where it is to be measured, a pass that trains does so."""
         setting = self.setting
         if not setting.measured:
             return Layout.given(setting, rows)
@@ -119,6 +122,8 @@ class Chain(nn.Module):
                 f"{self.name}: {rows} rows of the batch are one sample: memory budget and "
                 "chunk_size auto are measured row by row, allowed are the others"
             )
+        if not trains:
+            return self.planner.known(self.name, setting)
         meter = Meter(segment.runner, x, sides, x.requires_grad, self.state_held())
         return self.planner.layout(self.name, setting, segment.functions, meter)
 
@@ -127,7 +132,7 @@ class Chain(nn.Module):
         functions = list(self.functions)[begin:end]
         whole = end is None or end >= len(self.functions)
         hand_on = self.setting.hand_on if whole else "last"
-        return Segment(functions, self.runner, begin, self.scales, self.maxima, hand_on)
+        return Segment(functions, self.runner, begin, self.scales, self.maxima, hand_on, self.item)
 
     @property
     def segment(self) -> Segment:
@@ -196,6 +201,11 @@ class Chain(nn.Module):
         """Finds the scales of states of 16 bits, by a pass that leaves no other trace."""
         if x.is_meta:
             return
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                f"{self.name}: the scales of states of 16 bits are found in a first pass, which "
+                "must come before torch.export: its tokens have no values"
+            )
         self.maxima = ChannelMaxima(self.channel_dim)
         try:
             with kept_streams(x.device), kept_statistics(self):
@@ -211,6 +221,7 @@ class Chain(nn.Module):
         sides: Sides,
         setting: Setting,
         layout: Layout,
+        x_needs_grad: bool,
         taps: Sequence[int] = (),
     ) -> tuple[State, Tape, dict[int, Tensor]]:
         """A forward pass: (last state, tape, tapped tokens).
@@ -220,7 +231,7 @@ class Chain(nn.Module):
         """
         before = Snapshot(self, x.device) if self._sees_to_scales else None
         for _ in range(WIDENINGS):
-            found = segment.forward(x, sides, setting, layout, x.requires_grad, taps)
+            found = segment.forward(x, sides, setting, layout, x_needs_grad, taps)
             if before is None or not self._make_room(found[1].flags.tensor.tolist()):
                 break
             before.restore()
@@ -258,19 +269,22 @@ class Chain(nn.Module):
         kernels.
         """
         segment = self.part(0, until)
-        self._check_inputs(x, taps, len(segment.functions), batched, sides)
+        check_inputs(self.name, x, taps, len(segment.functions), batched, sides)
         taps = [range(len(segment.functions))[tap] for tap in taps]
         shared = Sides(sides, batched)
-        layout = self._layout(segment, x, shared, rows)
+        trains = self._trains(segment, shared, x)
+        if not x.numel():
+            output, tapped = of_nothing(segment, shared, taps, x)
+            return (output, tapped) if taps else output
+        layout = self._layout(segment, x, shared, trains, rows)
         if self._lacks_scales:
             self._find_scales(x, shared, layout)
             segment.scales = self.scales
-        trains = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-        if not trains or not self._anything_to_train(segment, shared, x):
+        if not trains:
             output, tapped = segment.infer(x, shared, self.setting, layout, taps)
         else:
             if torch.compiler.is_dynamo_compiling() and self.setting.memory != "store":
-                _refuse_compiling()
+                refuse_compiling()
             output, tapped = self._train(segment, shared, layout, taps, x)
         return (output, list(tapped)) if taps else output
 
@@ -281,32 +295,20 @@ class Chain(nn.Module):
         """The pass as nodes of autograd's graph: (output, taps)."""
         self._failures.poll(self.on_failure)
         with torch.no_grad():
-            state, tape, handed = self._recorded(segment, x, sides, self.setting, layout, taps)
+            state, tape, handed = self._recorded(
+                segment, x, sides, self.setting, layout, x.requires_grad, taps
+            )
             output = segment.handed_on(state, tape.arithmetic, tape.dtype)
         self.open(tape)
         last = state if tape.mode(len(segment.functions) - 1) == "reverse" else None
         path = ChainPass(self.name, segment, tape, last, taps, self._look, self.enter)
         return path.nodes(x, output, [handed[tap] for tap in taps])
 
-    def _check_inputs(
-        self,
-        x: Tensor,
-        taps: Sequence[int],
-        count: int,
-        batched: Collection[str],
-        sides: dict[str, Any],
-    ) -> None:
-        if not x.is_floating_point():
-            raise ValueError(f"{self.name}: tokens are {x.dtype}, a floating dtype is needed")
-        for tap in taps:
-            if not -count <= tap < count:
-                raise ValueError(f"{self.name}: tap {tap} is outside the {count} functions run")
-        for name in batched:
-            if name not in sides:
-                raise ValueError(f"{self.name}: batched names {name!r}, which is not a side given")
-
     @staticmethod
-    def _anything_to_train(segment: Segment, sides: Sides, x: Tensor) -> bool:
+    def _trains(segment: Segment, sides: Sides, x: Tensor) -> bool:
+        """Whether a pass is to have gradients."""
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return False
         trains = segment.first_trained(sides, x.requires_grad) < len(segment.functions)
         return x.requires_grad or trains
 
@@ -314,15 +316,18 @@ class Chain(nn.Module):
     def record(self, x: Tensor, batched: Collection[str] = (), **sides: Any) -> Recorded:
         """A forward pass in memory mode reverse whose state `reverse` takes. No gradients.
 
-        x, batched, sides: as those of `forward`.
+        x, batched, sides: as those of `forward`. Raises ValueError for tokens without an element.
         """
+        if not x.numel():
+            raise ValueError(f"{self.name}: tokens {list(x.shape)} have no element to record")
         setting = replace(self.setting, memory="reverse", memory_budget=None)
         shared = Sides(sides, batched)
-        layout = self._layout(self.segment, x, shared)
+        layout = self._layout(self.segment, x, shared, trains=False)
         if self._lacks_scales:
             self._find_scales(x, shared, layout)
         segment = self.segment
-        state, tape, _ = self._recorded(segment, x, shared, setting, layout)
+        # Whether or not anything of it is trained, all of it is to be undone.
+        state, tape, _ = self._recorded(segment, x, shared, setting, layout, x_needs_grad=True)
         return Recorded(segment.handed_on(state, tape.arithmetic, tape.dtype), state, tape)
 
     @torch.no_grad()
@@ -385,12 +390,3 @@ class Chain(nn.Module):
     def extra_repr(self) -> str:
         """The setting, in the module's printed form."""
         return f"{self.setting}"
-
-
-@torch.compiler.disable
-def _refuse_compiling() -> None:
-    raise RuntimeError(
-        "torch.compile around a reversible chain would run its functions by other kernels than "
-        "their recompute: compile the functions themselves by compile=True (convert, or "
-        "reversible.compile), or use memory='store'"
-    )

@@ -6,6 +6,7 @@ added to those that are there, or reduced, while the functions before are still 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from dr2dist.reversible.arithmetic.state import State
 from dr2dist.reversible.calls.runner import differentiable
 from dr2dist.reversible.reversal import Backward, Reversal
 from dr2dist.reversible.segment import Segment
-from dr2dist.reversible.tape import Tape
+from dr2dist.reversible.tape import Sides, Tape, token_dtype
 
 
 class ChainPass:
@@ -104,6 +105,31 @@ class ChainPass:
         result = reversal.finish()
         self.done(self.tape, self.remainder_bytes)
         return result
+
+
+@torch.compiler.disable
+def of_nothing(
+    segment: Segment, sides: Sides, taps: Sequence[int], x: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """(output, taps) of tokens without an element, in autograd's graph: as in any network what
+    trains gets zeros. There is nothing to reverse."""
+    parameters = [] if segment.runner.nested else itertools.chain(*segment.owned(0))
+    shared = (side for _, side in differentiable(sides.values))
+    output: Tensor = _Nothing.apply(token_dtype(x), x, *shared, *parameters)
+    return output, [output.clone() for _ in taps]
+
+
+class _Nothing(torch.autograd.Function):
+    """From tokens without an element, and what else trains, to tokens without an element."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.dtype, ctx.others = x.dtype, others
+        return x.to(dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, grad.to(ctx.dtype), *map(torch.zeros_like, ctx.others)
 
 
 class _Start(torch.autograd.Function):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dr2dist.reversible.calls.guard import without_saved
 from dr2dist.reversible.calls.kernels import Kernels
-from dr2dist.reversible.calls.replay import Randomness, function_context, kept_statistics
+from dr2dist.reversible.calls.replay import (
+    Randomness,
+    function_context,
+    kept_statistics,
+    stream_of,
+    ungraphed,
+)
 from dr2dist.reversible.calls.runner import (
     Call,
     FunctionRunner,
@@ -29,19 +37,19 @@ class Piece:
 
     module: maps a tensor [B * rows, ...] to tensors [B, ...] or [B * rows, ...] of any shape; what
     it takes at once are whole samples. Randomness is replayed. A module that mixes samples is run
-    on whole batches.
+    on whole batches. item: see Randomness.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, item: int = 0) -> None:
+        self.module, self.item = module, item
         self.runner: FunctionRunner = PlainRunner()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without an engine's runner."""
-        return {"module": self.module}
+        return {"module": self.module, "item": self.item}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["module"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def __call__(self, x: Tensor, chunk_size: int | None = None) -> Any:
         """The module's output, a tensor or several, for x [B * rows, ...].
@@ -52,11 +60,26 @@ class Piece:
         if torch.is_grad_enabled() and needed and not torch.compiler.is_exporting():
             outputs = self._train(x, self._slices(x, chunk_size))
         else:
-            with torch.no_grad(), self.runner.open(self.module, trained=False) as live:
-                outputs = _joined(
-                    run(live, x[part], {}, False).outputs for part in self._slices(x, chunk_size)
-                )
+            outputs = self._infer(x, self._slices(x, chunk_size))
         return outputs[0] if len(outputs) == 1 else outputs
+
+    @torch.no_grad()
+    def _infer(self, x: Tensor, slices: list[slice]) -> tuple[Tensor, ...]:
+        """The outputs without a graph, with the same draws as with one."""
+        randomness = ungraphed([self.module], x.device, self.item)
+        stream = stream_of(randomness, 0)
+
+        def outputs(live: LiveFunction) -> Iterator[tuple[Tensor, ...]]:
+            for number, part in enumerate(slices):
+                with stream((number,)):
+                    found = run(live, x[part], {}, False).outputs
+                yield found
+
+        with self.runner.open(self.module, trained=False) as live:
+            joined = _joined(outputs(live))
+        if randomness is not None:
+            randomness.close()
+        return joined
 
     @torch.compiler.disable
     def _train(self, x: Tensor, slices: list[slice]) -> tuple[Tensor, ...]:
@@ -68,7 +91,7 @@ class Piece:
         return outputs
 
     def _slices(self, x: Tensor, chunk_size: int | None) -> list[slice]:
-        if chunk_size is None or mixes_samples(self.module):
+        if chunk_size is None or not len(x) or mixes_samples(self.module):
             return [slice(None)]
         return list(sample_slices(x.shape[0], chunk_size))
 
@@ -85,10 +108,15 @@ class _PieceFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.parameters, ctx.versions = parameters, [p._version for p in parameters]
         ctx.piece, ctx.slices, ctx.x_needs_grad = piece, slices, x.requires_grad
-        ctx.kernels, ctx.randomness = Kernels.current(x.device), Randomness(x.device)
+        ctx.kernels, ctx.randomness = Kernels.current(x.device), Randomness(x.device, piece.item)
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
-        with piece.runner.open(piece.module) as live:
+        # As in a chain: what is compiled under hooks is other code than without them.
+        whole = piece.runner.compile
+        graphs = nullcontext() if whole else without_saved()
+        with piece.runner.open(piece.module) as live, graphs:
+            if whole:
+                live.watch()
             calls = (_call(ctx, live, x, number) for number in range(len(slices)))
             outputs = _joined(tuple(out.detach() for out in call.outputs) for call in calls)
         ctx.randomness.close()

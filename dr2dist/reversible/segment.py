@@ -13,22 +13,23 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from dr2dist.reversible.advance import Advance, ambient_stream, note_state, tokens_of
+from dr2dist.reversible.advance import Advance, note_state, tokens_of
 from dr2dist.reversible.arithmetic.checksum import OutputChecksum
 from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.floating import FloatArithmetic
 from dr2dist.reversible.arithmetic.scales import ChannelMaxima, ChannelScales
 from dr2dist.reversible.arithmetic.setting import HandOn, Setting
 from dr2dist.reversible.arithmetic.state import Gradient, State
+from dr2dist.reversible.calls.guard import without_saved
 from dr2dist.reversible.calls.kernels import Kernels
-from dr2dist.reversible.calls.replay import Randomness
+from dr2dist.reversible.calls.replay import Randomness, stream_of, ungraphed
 from dr2dist.reversible.calls.runner import (
     FunctionRunner,
     check_unchanged,
     differentiable,
     trainable,
-    without_saved,
 )
+from dr2dist.reversible.calls.sliced import Stream
 from dr2dist.reversible.calls.slices import Layout, slices_of
 from dr2dist.reversible.certificate import Flags
 from dr2dist.reversible.remainders import Remainders
@@ -41,6 +42,7 @@ from dr2dist.reversible.tape import (
     arithmetic_of,
     factor_of,
     state_dtype,
+    token_dtype,
 )
 
 
@@ -49,7 +51,7 @@ class Segment:
 
     begin: a, the number of functions before it in its chain. scales: of its states, if these have
     16 bits. maxima: takes note of all states, which are then in floating point; `infer` only.
-    hand_on: which tokens it gives, see Setting.
+    hand_on: which tokens it gives, see Setting. item: of its chain, see Randomness.
     """
 
     def __init__(
@@ -60,10 +62,10 @@ class Segment:
         scales: ChannelScales | None = None,
         maxima: ChannelMaxima | None = None,
         hand_on: HandOn = "last",
+        item: int = 0,
     ) -> None:
-        self.functions = functions
-        self.runner = runner
-        self.begin = begin
+        self.functions, self.runner = functions, runner
+        self.begin, self.item = begin, item
         self.scales, self.maxima, self.hand_on = scales, maxima, hand_on
 
     def first_trained(self, sides: Sides, x_needs_grad: bool) -> int:
@@ -144,13 +146,17 @@ class Segment:
         self._note_maxima(state)
         outside = arithmetic.outside(state.current)
         handed: dict[int, Tensor] = {}
+        randomness = ungraphed(self.functions, state.current.device, self.item)
         for index in range(len(self.functions)):
-            state = self._plain_step(index, state, sides, layout, arithmetic, dtype, None)
+            stream = stream_of(randomness, self.begin + index)
+            state = self._plain_step(index, state, sides, layout, arithmetic, dtype, None, stream)
             self._note_maxima(state)
             outside = outside | arithmetic.outside(state.current)
             if index in taps:
                 handed[index] = self._tapped(index, state, arithmetic, dtype)
                 handed[index].masked_fill_(outside, torch.nan)
+        if randomness is not None:
+            randomness.close()
         return state, outside, arithmetic, dtype, handed
 
     def handed_on(self, state: State, arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
@@ -237,7 +243,10 @@ class Segment:
         for index in range(len(self.functions)):
             seen = OutputChecksum(tape.sums[index], largest[index], tape.flags.peaks)
             if index < tape.first:
-                state = self._plain_step(index, state, sides, layout, arithmetic, tape.dtype, seen)
+                stream = stream_of(tape.randomness, self.begin + index)
+                state = self._plain_step(
+                    index, state, sides, layout, arithmetic, tape.dtype, seen, stream
+                )
             else:
                 state = self._step(index, state, tape, seen)
             if index in taps:
@@ -300,7 +309,7 @@ class Segment:
             layout=layout,
             arithmetic=arithmetic,
             kernels=Kernels.current(device),
-            randomness=Randomness(device),
+            randomness=Randomness(device, self.item),
             sides=sides,
             dtype=dtype,
             begin=self.begin,
@@ -315,14 +324,12 @@ class Segment:
     def _arithmetic(
         self, h: Tensor, setting: Setting, inference: bool = False
     ) -> tuple[Arithmetic, torch.dtype]:
-        """(arithmetic, dtype that F is called with, tokens are handed out in and their gradients
-        are held in)."""
+        """(arithmetic, `token_dtype`)."""
         dtype = state_dtype(h)
-        autocast = torch.is_autocast_enabled(h.device.type)
         arithmetic: Arithmetic = FloatArithmetic(setting, dtype)
         if self.maxima is None:
             arithmetic = arithmetic_of(setting, dtype, h.device, self.scales, wide=inference)
-        return arithmetic, dtype if autocast else h.dtype
+        return arithmetic, token_dtype(h)
 
     def _step(self, index: int, state: State, tape: Tape, seen: OutputChecksum) -> State:
         """One function forward, with everything noted that its reversal needs."""
@@ -340,6 +347,8 @@ class Segment:
         whole = mode == "store" or self.runner.compile
         graphs = nullcontext() if whole else without_saved()
         with self.runner.open(function, self._next(index)) as live, graphs:
+            if whole:
+                live.watch()
             for work in tape.work(index, function, state.current.shape):
                 held = Kept(work, [], []) if mode == "store" else None
                 calls = work.calls(
@@ -372,6 +381,7 @@ class Segment:
         arithmetic: Arithmetic,
         dtype: torch.dtype,
         seen: OutputChecksum | None,
+        stream: Stream,
     ) -> State:
         """One function forward without a graph or a record."""
         function = self.functions[index]
@@ -383,7 +393,7 @@ class Segment:
             shape = state.current.shape
             slices = slices_of(function, shape, layout, sides.of(function))
             for work in sides.work(function, slices, shape):
-                for part, call in work.calls(live, tokens, ambient_stream, x_needs_grad=False):
+                for part, call in work.calls(live, tokens, stream, x_needs_grad=False):
                     advance(part, call.output)
                     del call
         return out

@@ -211,3 +211,8 @@ def factor_of(arithmetic: Arithmetic, index: int) -> float:
 def state_dtype(h: Tensor) -> torch.dtype:
     """Tokens of a chain are fp32, or fp64 where the input is."""
     return torch.promote_types(h.dtype, torch.float32)
+
+
+def token_dtype(h: Tensor) -> torch.dtype:
+    """What F is called with, tokens are handed out in and their gradients are held in."""
+    return state_dtype(h) if torch.is_autocast_enabled(h.device.type) else h.dtype

@@ -9,11 +9,12 @@ has a chance of 2^-(63 - z), with z the number of zero bits that both changes en
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from dr2dist.reversible.constants import Constants
 
 BLOCK = 1 << 18
 """Elements whose weights are drawn one by one; those of the next block are the same ones times
@@ -22,12 +23,19 @@ a number of the block's."""
 _BITS_AS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@functools.cache
+_known = Constants()
+
+
 def _weights(device: torch.device) -> Tensor:
     """Odd random numbers, int64 [BLOCK]; always the same ones."""
-    generator = torch.Generator().manual_seed(1)
-    drawn = torch.randint(-(1 << 63), (1 << 63) - 1, (BLOCK,), generator=generator, device="cpu")
-    return (drawn | 1).to(device)
+
+    def make() -> Tensor:
+        low, high = -(1 << 63), (1 << 63) - 1
+        generator = torch.Generator().manual_seed(1)
+        drawn = torch.randint(low, high, (BLOCK,), generator=generator, device="cpu")
+        return (drawn | 1).to(device)
+
+    return _known.get(device, make)
 
 
 def _block_weight(block: int) -> int:

@@ -6,7 +6,6 @@ packed remainders differs. What of them was tried where: docs/memory.md.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from dr2dist.reversible.arithmetic.exact import ExactArithmetic
 from dr2dist.reversible.arithmetic.packing import packed_bytes
 from dr2dist.reversible.arithmetic.scales import inner_size
 from dr2dist.reversible.arithmetic.state import State
+from dr2dist.reversible.constants import Constants
 
 
 class FusedArithmetic(ExactArithmetic):
@@ -172,6 +172,11 @@ class FusedArithmetic(ExactArithmetic):
         return {"channels": len(self.scales.exponents), "inner": inner}
 
 
-@functools.lru_cache(maxsize=64)
+_known = Constants()
+
+
 def _one(value: float, device: torch.device) -> Tensor:
-    return torch.full((1,), value, dtype=torch.float32, device=device)
+    def make() -> Tensor:
+        return torch.full((1,), value, dtype=torch.float32, device=device)
+
+    return _known.get((value, device), make)

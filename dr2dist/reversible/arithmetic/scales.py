@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dr2dist.reversible.constants import Constants
 from dr2dist.reversible.transfer import to_device
 
 NEAR = 1 << 14
@@ -55,9 +56,7 @@ class ChannelScales:
 
     exponents: tuple[int, ...]
     dim: int = -1
-    _known: dict[tuple[torch.device, bool], Tensor] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _known: Constants = field(default_factory=Constants, init=False, repr=False, compare=False)
 
     @classmethod
     def find(cls, largest: Sequence[float], dim: int = -1) -> ChannelScales:
@@ -76,12 +75,13 @@ class ChannelScales:
     def values(self, device: torch.device, onto_grid: bool) -> Tensor:
         """The scales' reciprocals, which bring tokens onto the grid, or themselves: fp32
         [channels]."""
-        key = device, onto_grid
-        if key not in self._known:
+
+        def make() -> Tensor:
             sign = -1 if onto_grid else 1
             scales = [math.ldexp(1.0, sign * exponent) for exponent in self.exponents]
-            self._known[key] = to_device(torch.tensor(scales, device="cpu"), device)
-        return self._known[key]
+            return to_device(torch.tensor(scales, device="cpu"), device)
+
+        return self._known.get((device, onto_grid), make)
 
     def rows(self, like: Tensor, onto_grid: bool) -> Rows:
         """How a tensor of tokens becomes grid steps, or how those become tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dr2dist.errors import UserError
 from dr2dist.reversible.arithmetic.setting import Setting
@@ -18,9 +18,10 @@ LEAST_TOKENS = 16
 
 
 class Planner:
-    """Settles the layouts of a network's chains when each is first run; they stay as they are.
+    """Settles the layouts of a network's chains when each is first trained; they stay as they are
+    until a batch, or a sample, is larger than those that were measured, in a single process.
 
-    names: of the chains. With a memory budget, chains are reversed until all of them are
+    names: of the chains, in order. With a memory budget, chains are reversed until all of them are
     measured, which is after the first pass.
     """
 
@@ -28,6 +29,7 @@ class Planner:
         self.names = tuple(names)
         self.agree: Callable[[list[int]], list[int]] = _alone
         """Gives all ranks the same times, so that they choose alike."""
+        self._sizes: dict[str, tuple[int, int]] = {}
         self._slices: dict[str, tuple[int | None, int | None]] = {}
         self._costs: dict[str, list[Cost]] = {}
         self._kept: dict[str, frozenset[int]] = {}
@@ -35,10 +37,11 @@ class Planner:
     def layout(
         self, name: str, setting: Setting, functions: Sequence[nn.Module], meter: Meter
     ) -> Layout:
-        """The layout of a chain; `meter` is asked only for what is not settled yet.
+        """The layout of a chain that trains; `meter` is asked only for what is not settled yet.
 
         Raises UserError if no slice fits the setting's chunk_budget.
         """
+        self._note_size(name, meter.x)
         if name not in self._slices:
             slices = setting.chunk_size, setting.chunk_tokens
             if setting.chunk_size == "auto":
@@ -48,6 +51,26 @@ class Planner:
         if setting.memory == "budget" and name not in self._kept:
             self._measure(name, [meter.cost(f, layout) for f in functions], setting)
         return layout._replace(kept=self._kept.get(name, frozenset()))
+
+    def known(self, name: str, setting: Setting) -> Layout:
+        """What is settled, for a pass that does not train; before it is, the least slices."""
+        given = setting.chunk_size, setting.chunk_tokens
+        unsettled = (1, LEAST_TOKENS) if setting.chunk_size == "auto" else given
+        return Layout(*self._slices.get(name, unsettled))  # type: ignore[arg-type]
+
+    def _note_size(self, name: str, x: Tensor) -> None:
+        """Forgets what is settled if a sample, or the batch, is larger than it was. Ranks that
+        choose alike have batches of one size, and one of them must not ask alone."""
+        if self.agree is not _alone:
+            return
+        found = x[0].numel(), x.numel()
+        known = self._sizes.get(name, found)  # of what was loaded nothing is known
+        self._sizes[name] = max(found[0], known[0]), max(found[1], known[1])
+        if self._sizes[name] != known:
+            self._slices.pop(name, None)
+            self._kept = {}
+            for later in self.names[self.names.index(name) :]:  # which will be larger, too
+                self._costs.pop(later, None)
 
     def _measure(self, name: str, costs: list[Cost], setting: Setting) -> None:
         times = self.agree([cost.microseconds for cost in costs])
@@ -103,8 +126,7 @@ def _slices(
                 f"functions takes {least}"
             )
         return 1, found
-    size = _largest(lambda samples: fits(Layout(samples)), 1, batch)
-    return (None if size == batch else size), None
+    return _largest(lambda samples: fits(Layout(samples)), 1, batch), None
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:

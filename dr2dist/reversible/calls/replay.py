@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,17 @@ class Randomness:
 
     The seed is one draw from the global CPU stream. The draw is given back at the end if no
     function used any randomness; otherwise the stream moves alike in every memory mode.
+
+    item: the number in its network of the chain, or the module, that is run. In stages those of
+    different ranks may get the same draw, and must not drop the same.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, item: int = 0) -> None:
         self._generators = _generators(device)
         self._before: Tensor | None = torch.default_generator.get_state()
         # Read as host memory: it never was on a device, so nothing has to wait for one.
-        self._seed = int(torch.randint(2**62, (1,), device="cpu").numpy()[0])
-        self._drawn = torch.default_generator.get_state()
+        drawn = int(torch.randint(2**62, (1,), device="cpu").numpy()[0])
+        self._seed = stable_seed(drawn, item) if item else drawn
 
     @contextmanager
     def at(self, function: int, key: tuple[int, ...]) -> Iterator[None]:
@@ -51,10 +55,30 @@ class Randomness:
 
     def close(self) -> None:
         """Ends the forward pass: an unused draw goes back to the global stream."""
-        # Functions outside `at` (a frozen prefix) may have drawn from the stream since.
-        if self._before is not None and not _moved(torch.default_generator, self._drawn):
+        if self._before is not None:
             torch.default_generator.set_state(self._before)
         self._before = None
+
+
+def ungraphed(
+    functions: Iterable[nn.Module], device: torch.device, item: int
+) -> Randomness | None:
+    """That of a pass without gradients: where anything is in training it draws as one with them,
+    which may follow from the same random state (cached gradients, re-entrant checkpointing).
+
+    None where nothing is, and in a program that is traced, which draws whenever it runs.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    training = any(part.training for function in functions for part in modules_of(function))
+    return Randomness(device, item) if training else None
+
+
+def stream_of(
+    randomness: Randomness | None, function: int
+) -> Callable[[tuple[int, ...]], AbstractContextManager[None]]:
+    """The context of a function's calls without gradients, by the key of a slice."""
+    return (lambda key: nullcontext()) if randomness is None else partial(randomness.at, function)
 
 
 def _moved(generator: torch.Generator, state: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 
 from dr2dist.reversible.calls.compiled import CompiledFunctions
+from dr2dist.reversible.calls.guard import Guard
 from dr2dist.reversible.trees import modules_of, tree_leaves, tree_map
 
 SideKey = tuple[str, int]
@@ -33,13 +34,14 @@ class Call(NamedTuple):
     inputs: the tokens and the differentiable sides, detached. leaves: what stands for the
     function's trainable parameters. originals: those themselves, which a function may have at hand
     in other ways than as a module's. outputs: F's raw output, or what it gives for a context.
-    roots: where the outputs' graph begins, once they were dropped.
+    guard: of inputs and leaves. roots: where the outputs' graph begins, once they were dropped.
     """
 
     inputs: list[Tensor]
     leaves: list[Tensor]
     originals: list[nn.Parameter]
     outputs: tuple[Tensor, ...]
+    guard: Guard
     roots: tuple[Root | None, ...] = ()
 
     def without_outputs(self) -> Call:
@@ -57,12 +59,19 @@ class LiveFunction(NamedTuple):
     """A residual function whose parameters are present.
 
     call: runs it. leaves: the tensors that it is differentiated by, one for each of parameters,
-    the trainable parameters that receive the gradients.
+    the trainable parameters that receive the gradients. guard: of what stands for others.
     """
 
     call: Callable[..., Tensor]
     leaves: list[Tensor]
     parameters: list[nn.Parameter]
+    guard: Guard = Guard()
+
+    def watch(self) -> None:
+        """Has the guard watch the leaves too, for runs whose graphs keep their tensors: without
+        these no gradient comes so far."""
+        for leaf in self.leaves:
+            self.guard.watch(leaf)
 
 
 class FunctionRunner(Protocol):
@@ -109,7 +118,7 @@ class PlainRunner:
         call = partial(self._compiled.call, function) if compiled else function
         try:
             with _without_cache():
-                yield LiveFunction(call, list(leaves.values()), parameters)
+                yield LiveFunction(call, list(leaves.values()), parameters, Guard())
         finally:
             for held, name, parameter in places:
                 held[name] = parameter
@@ -144,24 +153,12 @@ def run(
     live: LiveFunction, x: Tensor, sides: dict[str, Any], x_needs_grad: bool, **told: Any
 ) -> Call:
     """Runs F on detached inputs, with a graph where gradients are enabled."""
-    x = x.detach().requires_grad_(x_needs_grad)
-    sides = tree_map(_leaf, sides)
+    x = live.guard.watch(x.detach().requires_grad_(x_needs_grad))
+    sides = tree_map(partial(_leaf, live.guard), sides)
     output = live.call(x, **sides, **told)
     inputs = [x, *(leaf for _, leaf in differentiable(sides))]
     outputs = output if isinstance(output, tuple) else (output,)
-    return Call(inputs, live.leaves, live.parameters, outputs)
-
-
-def without_saved() -> AbstractContextManager[None]:
-    """Inside, graphs are made as ever but keep no tensors: for a run that is never differentiated.
-
-    Kernels are chosen as in a run that is, and activations are freed as without gradients.
-    """
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _never)
-
-
-def _never(kept: None) -> Tensor:
-    raise AssertionError("a run without saved tensors was differentiated")
+    return Call(inputs, live.leaves, live.parameters, outputs, live.guard)
 
 
 def gradients(
@@ -179,9 +176,10 @@ def gradients(
     found: dict[int, Tensor | None] = {}
     if known and wanted:
         outputs, given = zip(*known, strict=True)
-        results = torch.autograd.grad(
-            outputs, wanted, given, allow_unused=True, retain_graph=keep_graph
-        )
+        with call.guard.opened():
+            results = torch.autograd.grad(
+                outputs, wanted, given, allow_unused=True, retain_graph=keep_graph
+            )
         found = {id(leaf): result for leaf, result in zip(wanted, results, strict=True)}
     of_leaves = [
         _sum(found.get(id(leaf)), found.get(id(original)))
@@ -231,8 +229,8 @@ def differentiable(sides: dict[str, Any]) -> list[tuple[SideKey, Tensor]]:
     ]
 
 
-def _leaf(value: Any) -> Any:
-    return value.detach().requires_grad_() if needs_grad(value) else value
+def _leaf(guard: Guard, value: Any) -> Any:
+    return guard.watch(value.detach().requires_grad_()) if needs_grad(value) else value
 
 
 class GradAccumulator:
