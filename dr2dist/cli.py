@@ -191,6 +191,13 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate.add_argument(
         "--skip-unreadable", action="store_true", help="leave such samples out, and count them"
     )
+    evaluate.add_argument(
+        "--fields",
+        nargs="+",
+        default=(),
+        metavar="NAME=ENDING",
+        help="members of samples, as data.fields says them; by default those of the run",
+    )
     _add_ranks(evaluate)
     _add_plugin(evaluate)
     evaluate.set_defaults(command=_evaluate)
@@ -215,6 +222,7 @@ def _evaluate(given: argparse.Namespace) -> int:
             batch=given.batch,
             workers=given.workers,
             skip_unreadable=given.skip_unreadable,
+            fields=_fields(given.fields),
             cache=given.cache,
         )
 
@@ -228,6 +236,15 @@ def _evaluate(given: argparse.Namespace) -> int:
             draw(report, given.output.with_suffix(".png"))
 
     return on_ranks(given.arguments, given.ranks, find, tell)
+
+
+def _fields(said: Sequence[str]) -> dict[str, str] | None:
+    """By name; None where nothing is said."""
+    pairs = [each.partition("=") for each in said]
+    for name, sign, ending in pairs:
+        if not (name and sign and ending):
+            raise UserError(f"--fields: found {name}{sign}{ending}, allowed is NAME=ENDING")
+    return {name: ending for name, _, ending in pairs} or None
 
 
 def _report_lines(report: dict[str, Any]) -> Iterator[str]:

@@ -44,7 +44,7 @@ GPU = torch.device("cuda", 0)
 class Still:
     """Stands for the random streams, which are states of the host's, and read there."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, item: int = 0) -> None:
         pass
 
     def at(self, function: int, key: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:

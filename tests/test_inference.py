@@ -23,13 +23,11 @@ import dr2dist
 from dr2dist.data.index import read_index
 from dr2dist.data.stream import ShardDataset
 from dr2dist.inference.exported import export
-from dr2dist.inference.portable import plain
 from dr2dist.inference.predict import predict
 from dr2dist.tasks.transforms import eval_transform
 from tests import commands
 from tests.commands import call
 from tests.images import FIELDS, make_small_shards, on_image, samples_of
-from tests.models import build, images
 from tests.pool import Pool
 from tests.servers import serve
 
@@ -375,17 +373,3 @@ def test_portable_files_compute_the_same_in_batches_of_any_size(
     assert "exists already" in call(capfd, "export", run, "--output", str(file))[2]
     status, _, err = call(capfd, "export", run, "--output", "model.h5")
     assert status == 2 and "allowed endings are .safetensors, .onnx, .pt2" in err
-
-
-@pytest.mark.parametrize(
-    "kind", ["vit", "eva-rope", "beit", "relpos-shared", "swin", "vit-map-pool"]
-)
-@pytest.mark.parametrize("arithmetic", ["exact", "float"])
-def test_plain_chains_are_the_chains(kind: str, arithmetic: Any) -> None:
-    net = dr2dist.convert(build(kind), 0.7, 0.3, arithmetic).eval()
-    with torch.inference_mode():
-        found, wanted = plain(net)(images()), net(images())
-        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-4)
-        if arithmetic == "exact":
-            assert torch.equal(found, wanted)
-            assert not torch.equal(found, dr2dist.convert(build(kind), 0.6, 0.3).eval()(images()))

@@ -202,6 +202,9 @@ def test_a_table_may_name_files(tmp_path: Path) -> None:
     (tmp_path / "one.png").unlink()
     with pytest.raises(UserError, match=r"train\.parquet: row 0: path: 'one\.png' is no file"):
         saved_datasets(source)
+    (tmp_path / "one.png").symlink_to(tmp_path / "two.PNG")
+    with pytest.raises(UserError, match=r"row 0 and row 1 both name .*two\.PNG; allowed is once"):
+        saved_datasets(source)
 
 
 def test_an_image_that_cannot_be_read_is_named_by_its_row(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dr2dist.data.film import FILM_TYPES
 from dr2dist.data.frames import FrameFolder
 from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.data.listing import left_out, list_files, shown
-from dr2dist.data.records import Readable, Record, Source, class_names, new_key
+from dr2dist.data.records import Readable, Record, Source, check_once, class_names, new_key
 from dr2dist.data.video_records import OF_FRAMES, frames_in
 from dr2dist.errors import UserError, one_line
 
@@ -43,10 +43,12 @@ def annotated_films(path: Path) -> Source:
     there = {name: value for name, value in entries.items() if name not in missing}
     actions = {name: _annotations(path, name, value) for name, value in there.items()}
     labels = class_names({each["label"] for found in actions.values() for each in found})
+    files = {name: _named(name, films) for name in there}
+    check_once(path, ((name, file, None) for name, file in files.items()))
     taken: set[str] = set()
     records = []
     for name, value in there.items():
-        file = _named(name, films)
+        file = files[name]
         extension = OF_FRAMES if isinstance(file, FrameFolder) else Path(file).suffix.lower()[1:]
         said = json.dumps({"annotations": actions[name]}).encode()
         columns = {"subset": str(value.get("subset", ""))}

@@ -53,7 +53,10 @@ def compare_with_index(index: Index, skip: bool = False) -> None:
 
 
 def check_fields(index: Index, fields: Fields, source: str) -> None:
-    """Raises UserError if a shard's first sample lacks a field. source: the shards' name."""
+    """Raises UserError if a shard's first sample lacks a field, or it is not clear what carries it.
+
+    source: the shards' name.
+    """
     for shard in index.shards:
         told = fields.as_told(index.fields_of(shard))
         for field in told.all if shard.extensions else ():
@@ -63,6 +66,15 @@ def check_fields(index: Index, fields: Fields, source: str) -> None:
                     f"{source}: the first sample of {shard.name} has no {field.name} "
                     f"({field.text}), only {found}; data.fields says what else carries it"
                 )
+    check_clear(index, fields, source)
+
+
+def check_clear(index: Index, fields: Fields, source: str) -> None:
+    """Raises UserError if several members of a shard's first sample may carry a field, and nobody
+    has said which does. source: the shards' name."""
+    for shard in index.shards:
+        for fault in fields.as_told(index.fields_of(shard)).unclear(shard.extensions):
+            raise UserError(f"{source}: the first sample of {shard.name} has {fault}")
 
 
 def _compare_headers(path: Path, members: ShardMembers, said: str, looked_at: int) -> None:

@@ -52,7 +52,7 @@ def _of_folder(folder: str) -> dict[str, int]:
 
 
 def _of_shard(shard: str) -> int | None:
-    stem = shard.removesuffix(".tar")
+    stem = os.path.splitext(shard)[0]
     successes = _json(f"{stem}_stats.json").get("successes")
     if isinstance(successes, int):
         return successes

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dr2dist.data.decoders import decode
+from dr2dist.data.film import FILM_TYPES
+from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.errors import UserError, nearest
+
+USUAL = {
+    "image": ";".join((*IMAGE_TYPES, "npy")),
+    "video": ";".join((*FILM_TYPES, "zip")),
+}
+"""What may carry an image, and a film: a file of one, or an archive of its frames."""
 
 Members = Mapping[str, bytes]
 """A sample as it lies in a shard: what its files hold, by extension."""
@@ -109,6 +117,17 @@ class Fields:
         """Which of a sample's members the fields need."""
         chosen = [field.choose(extensions) for field in self.all]
         return [each.extension for each in chosen if each is not None]
+
+    def unclear(self, extensions: Sequence[str]) -> Iterator[str]:
+        """What is wrong with a sample of which several members may carry a field, and nobody has
+        said which does: for each such field a text that goes on after `has`."""
+        for field in self.all:
+            found = [name for name in dict.fromkeys(field.extensions) if name in extensions]
+            if len(found) > 1 and field.name not in self._said:
+                yield (
+                    f"{' and '.join(f'.{name}' for name in found)}, each of which may be the "
+                    f"{field.name}: data.fields says which is, such as {{{field.name}: {found[0]}}}"
+                )
 
     def as_told(self, told: Mapping[str, str]) -> Fields:
         """The same, with fields where an index says that they are, unless it was said otherwise."""

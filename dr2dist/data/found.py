@@ -11,7 +11,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from dr2dist.data.listing import shown
+from dr2dist.data.listing import left_out, shown
 from dr2dist.data.remote import RemoteReader, is_remote, listed, size_of
 from dr2dist.errors import UserError
 
@@ -56,12 +56,11 @@ def _of_source(source: str) -> list[str]:
 
 def _of_name(name: str) -> list[str]:
     """Of a folder, a glob or a file."""
-    single = name.endswith(".tar") and not glob.has_magic(name)
+    single = is_tar(name) and not glob.has_magic(name)
     if is_remote(name):
         return [name] if single else _tars(listed(name), name)
     if os.path.isdir(name):
-        files = sorted(os.path.join(name, each) for each in os.listdir(name))
-        return _tars([file for file in files if os.path.isfile(file)], name)
+        return _tars(sorted(os.path.join(name, each) for each in os.listdir(name)), name)
     if glob.has_magic(name):
         matches = sorted(glob.glob(name))
         if not matches:
@@ -69,35 +68,57 @@ def _of_name(name: str) -> list[str]:
         for match in matches:
             _check(match)
         return matches
-    if not os.path.isfile(name):
+    if not os.path.lexists(name):
         raise UserError(f"{shown(name)}: is not there")
     _check(name)
     return [name]
 
 
 def _tars(names: Sequence[str], source: str) -> list[str]:
-    """The .tar files among those of a folder; hidden ones are none, compressed ones are named."""
-    seen = [name for name in names if not os.path.basename(name).startswith(".")]
-    found = [name for name in seen if name.endswith(".tar")]
-    for name in found:
-        _check(name)
-    packed = [name for name in seen if _is_compressed(name)]
-    if packed:
-        log.warning("left out, compressed (unpack them): %d, such as %s", len(packed), packed[0])
+    """The .tar files among those of a folder. What else may hold samples is named."""
+    found: list[str] = []
+    left: dict[str, list[Path | str]] = {}
+    for name in names:
+        if reason := _left(name):
+            left.setdefault(reason, []).append(name)
+        elif is_tar(name):
+            _check(name)
+            found.append(name)
+    for line in left_out(left):
+        log.warning("%s", line)
     if not found:
         raise UserError(f"{source}: holds no .tar files")
     return found
 
 
+def _left(name: str) -> str | None:
+    """Why something of a folder that may hold samples is left out."""
+    if os.path.basename(name).startswith("."):
+        return "hidden" if is_tar(name) else None
+    if _is_compressed(name):
+        return "compressed (unpack them)"
+    inner = (file for _, _, files in os.walk(name) for file in files)
+    own = not is_tar(name) and any(map(is_tar, inner))
+    return "in a folder of their own (name it)" if own else None
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file is a shard by its name."""
+    return name.lower().endswith(".tar")
+
+
 def _is_compressed(name: str) -> bool:
-    return name.endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+    return name.lower().endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))
 
 
 def _check(name: str) -> None:
-    if not name.endswith(".tar"):
+    if not is_tar(name):
         reason = "is compressed: unpack it" if _is_compressed(name) else "is no .tar file"
         raise UserError(f"{shown(name)}: {reason}")
     try:
         name.encode()
     except UnicodeEncodeError:
         raise UserError(f"{shown(name)}: its name is not UTF-8: rename it") from None
+    if not is_remote(name) and not os.path.isfile(name):
+        there = "is no file" if os.path.exists(name) else "is a link that leads nowhere"
+        raise UserError(f"{shown(name)}: {there}")

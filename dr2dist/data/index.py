@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dr2dist.data.cache import Wanted
-from dr2dist.data.found import open_shard
+from dr2dist.data.found import is_tar, open_shard
 from dr2dist.data.members import Sample, ShardMembers, load_members
 from dr2dist.data.remote import is_remote, read_all
 from dr2dist.data.usable import usable
@@ -273,7 +273,7 @@ def _place_of(text: str) -> tuple[str, str]:
     folder, _, name = text.rpartition("/")
     if name.endswith(".json"):
         return folder or ("/" if text.startswith("/") else "."), name
-    if "{" in text or name.endswith(".tar"):
+    if "{" in text or is_tar(name):
         return folder or ("/" if text.startswith("/") else "."), INDEX_NAME
     return text.rstrip("/") or text, INDEX_NAME
 
@@ -303,7 +303,7 @@ def read_index(pattern: str | Path) -> Index:
         raise
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{path}: is no index: {type(error).__name__} {error}") from None
-    if "{" not in text and not text.endswith(".tar"):
+    if "{" not in text and not is_tar(text):
         return index
     return _only(index, [Path(each).name for each in braceexpand(text)])
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dr2dist.data.counted import known_counts
 from dr2dist.data.described import Described, describe, finish, read_note
-from dr2dist.data.fields import Field
+from dr2dist.data.fields import USUAL, Field, Fields
 from dr2dist.data.found import find_shards, open_shard, shard_size
 from dr2dist.data.index import INDEX_NAME, Index, read_index, sidecar
 from dr2dist.data.labels import classes_of
@@ -335,6 +335,9 @@ def _remarks(described: Sequence[Described], index: Index) -> Iterator[str]:
         )
     if index.label is None:
         yield "no labels; --label says where they are, if there are any"
+    first = dict.fromkeys(tuple(each.extensions) for each in described)
+    for fault in dict.fromkeys(text for one in first for text in Fields(USUAL).unclear(one)):
+        yield f"a sample has {fault}"
     if not index.unique_keys:
         yield "keys are there in several shards: samples are called SHARD/KEY"
     counts = index.class_counts()

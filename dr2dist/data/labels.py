@@ -24,6 +24,21 @@ def class_index(label: Any, classes: Sequence[str]) -> int:
     return number
 
 
+def check_named_once(labels: Any, named: Sequence[Any]) -> None:
+    """Raises ValueError for labels that name a class twice: they may be 0 or 1 for each class.
+
+    named: the classes that they name.
+    """
+    seen = set()
+    for each in named:
+        if each in seen:
+            raise ValueError(
+                f"labels {labels!r:.60} name class {each} twice: a list of classes is wanted, not "
+                "0 or 1 for each"
+            )
+        seen.add(each)
+
+
 MOST = 1_000_000
 """Classes that numbers without names make at most."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from dr2dist.data.labels import check_named_once
 from dr2dist.data.listing import shown
 from dr2dist.errors import UserError
 
@@ -31,7 +32,8 @@ class Readable(Protocol):
 @dataclass(frozen=True)
 class Record:
     """One sample: a key that is unique in its source, its files by extension, further members, its
-    class where it has one, where it lies under the source, and what a table says of it by column.
+    class where it has one, where it lies under the source, what a table says of it by column, and
+    what it must stay in one part with, if there is anything: other spans of its film.
     """
 
     key: str
@@ -40,6 +42,7 @@ class Record:
     label: int | None = None
     place: str = ""
     columns: dict[str, str] = field(default_factory=dict)
+    group: str = ""
 
 
 Source = tuple[list[Record], list[str]]
@@ -71,8 +74,13 @@ def _one_class(path: Path, cells: Cells) -> Described:
 
 def _many_classes(path: Path, cells: Cells) -> Described:
     each = [[name.strip() for name in value.split(";") if name.strip()] for _, value in cells]
+    for (row, value), names in zip(cells, each, strict=True):
+        try:
+            check_named_once(value, names)
+        except ValueError as error:
+            raise UserError(f"{path}: row {row}: {error}") from None
     classes = class_names({name for names in each for name in names})
-    labels = [sorted({classes.index(name) for name in names}) for names in each]
+    labels = [sorted(classes.index(name) for name in names) for names in each]
     return [several(found) for found in labels], classes
 
 
@@ -107,6 +115,23 @@ def classified(label: int) -> Members:
 def several(labels: Sequence[int]) -> Members:
     """What is said of an image of any number of classes."""
     return {"json": json.dumps({"labels": list(labels)}).encode()}, None
+
+
+def check_once(
+    source: object, named: Iterable[tuple[str, os.PathLike[str], Sequence[float] | None]]
+) -> None:
+    """Raises UserError for a sample that is there twice: it could be learnt from and held out.
+
+    named: (where it is named, such as a row, its file, and which span of it, None for all).
+    """
+    seen: dict[tuple[str, Sequence[float]], str] = {}
+    for place, file, span in named:
+        first = seen.setdefault((os.path.realpath(file), tuple(span or ())), place)
+        if first != place:
+            part = f" from {span[0]:g} to {span[1]:g} seconds" if span else ""
+            raise UserError(
+                f"{source}: {first} and {place} both name {shown(file)}{part}; allowed is once"
+            )
 
 
 def new_key(inner: Path, taken: set[str]) -> str:

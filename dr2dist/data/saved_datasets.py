@@ -14,7 +14,16 @@ from tqdm import tqdm
 
 from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.data.listing import shown
-from dr2dist.data.records import COLUMNS, Members, Record, Source, classified, new_key, several
+from dr2dist.data.records import (
+    COLUMNS,
+    Members,
+    Record,
+    Source,
+    check_once,
+    classified,
+    new_key,
+    several,
+)
 from dr2dist.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -114,13 +123,13 @@ def _records(split: _Split, source: Path, place: str, taken: set[str]) -> Source
         images = images.cast_column(image, type(features[image])(decode=False))
     described, classes = _described(table, place)
     columns = {name: list(table[name]) for name in features if _is_scalar(features[name])}
+    if image == "path":
+        _check_files(images, source, place)
     records = []
     rows = enumerate(zip(images, described, strict=True))
     for row, (value, (members, label)) in tqdm(rows, total=len(table), unit="image"):
         cell = Cell(images, image, source, place, row)
         inner = _path_of(value[image])
-        if image == "path" and not _file_of(inner, source).is_file():
-            raise UserError(f"{place}: row {row}: path: '{shown(inner)}' is no file")
         ending = Path(inner).suffix.lower().lstrip(".")
         ending = ending if ending in IMAGE_TYPES else _type_of(value[image], source)
         key = new_key(Path(split.name, inner or f"{row:08d}").with_suffix(""), taken)
@@ -128,6 +137,19 @@ def _records(split: _Split, source: Path, place: str, taken: set[str]) -> Source
         values |= {name: str(column[row]) for name, column in columns.items()}
         records.append(Record(key, {ending: cell}, members, label, inner, values))
     return records, classes
+
+
+def _check_files(images: Any, source: Path, place: str) -> None:
+    """Raises UserError for a path that is no file, or that is there twice."""
+    files = []
+    for row, each in enumerate(images):
+        file = _file_of(each["path"], source)
+        if not file.is_file():
+            raise UserError(
+                f"{place}: row {row}: path: '{shown(_path_of(each['path']))}' is no file"
+            )
+        files.append((f"row {row}", file, None))
+    check_once(place, files)
 
 
 def _image_column(features: Any, place: str) -> str:

@@ -185,7 +185,9 @@ def _in_parallel(
 
 def _write_shard(path: Path, records: list[Record], left: list[str] | None) -> None:
     """left: takes a line for each sample that cannot be read; None: that is an error."""
-    with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
+    said = {"encoder": False, "mtime": 0, "user": "", "group": ""}
+    # keep_meta: or else members whose extensions begin with _ are left out.
+    with webdataset.TarWriter(str(path), keep_meta=True, **said) as writer:
         for record in records:
             try:
                 span = span_of(record)

@@ -14,10 +14,10 @@ from dr2dist.data.film import FILM_TYPES
 from dr2dist.data.frames import FrameFolder
 from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.data.listing import list_files, shown
-from dr2dist.data.records import COLUMNS, Members, Record, Source, classified, new_key
+from dr2dist.data.records import COLUMNS, Members, Record, Source, check_once, classified, new_key
 from dr2dist.data.saved_datasets import saved_datasets
 from dr2dist.data.tables import read_table
-from dr2dist.data.video_records import OF_FRAMES, frames_in, frames_joined, with_spans
+from dr2dist.data.video_records import OF_FRAMES, frames_in, frames_joined, span_of, with_spans
 from dr2dist.errors import UserError, nearest, one_line
 
 
@@ -79,8 +79,8 @@ def csv_table(path: Path) -> Source:
 
     label: a class's name. labels: any number of names, between semicolons. target: numbers, one
     or more between semicolons. A film may have start and stop, in seconds: what lies between is the
-    sample. The table is of UTF-8, separated by commas. Raises UserError for the first row and
-    column that cannot be used; all are looked at.
+    sample. A file, or a span of one, has one row. The table is of UTF-8, separated by commas.
+    Raises UserError for the first row and column that cannot be used; all are looked at.
     """
     rows, columns = read_table(path)
     for column, read in COLUMNS.items():
@@ -91,7 +91,10 @@ def csv_table(path: Path) -> Source:
             records = _records(path.parent, list(zip(files, described, strict=True)))
             each = zip(records, rows, strict=True)
             records = [replace(record, columns=row.values) for record, row in each]
-            return with_spans(path, rows, columns, records), classes
+            records = with_spans(path, rows, columns, records)
+            names = [f"row {row.number}" for row in rows]
+            check_once(path, zip(names, files, map(span_of, records), strict=True))
+            return records, classes
     column = "path" if "path" not in columns else "label"
     hint, found = nearest(column, columns), ", ".join(columns)
     if any(separator in found for separator in ";\t|"):
@@ -139,8 +142,14 @@ def folder_of_files(path: Path) -> Source:
     found.tell()
     for file in found.files:
         name, extension = split_name(file)
-        inner = file.relative_to(path).parent / name
-        samples.setdefault(inner, {})[extension] = file
+        own = samples.setdefault(file.relative_to(path).parent / name, {})
+        if own.setdefault(extension, file) != file:
+            raise UserError(
+                f"{shown(file)}: is .{extension} of its sample as {shown(own[extension])} is: "
+                "endings are taken in small letters"
+            )
+        if extension.startswith("__"):
+            raise UserError(f"{shown(file)}: allowed are endings that do not begin with __")
     if not samples:
         raise UserError(f"{path}: holds no files with extensions")
     taken: set[str] = set()

@@ -29,9 +29,10 @@ def split(
 
     shares: of val and test; what is left is train. group_by: a column of the table, or a regular
     expression that is looked for in a file's path under the source: what it finds (its first group,
-    if it has one) is a group, such as a patient, which is in one part alone. split_by: a column
-    that says train, val or test. Raises UserError for what contradicts each other, a part without
-    samples, and a record of which a column or path says nothing.
+    if it has one) is a group, such as a patient, which is in one part alone; by default spans of
+    one film are. split_by: a column that says train, val or test. Raises UserError for what
+    contradicts each other, a part without samples, and a record of which a column or path says
+    nothing.
     """
     held = any(shares.values())
     if split_by is not None:
@@ -58,7 +59,7 @@ def _by_shares(
     if sum(shares.values()) >= 1:
         raise UserError(f"the fractions of {' and '.join(shares)} leave nothing for training")
     held = {part: share for part, share in shares.items() if share}
-    if group_by is not None:
+    if group_by is not None or any(record.group for record in records):
         return _by_groups(records, held, seed, group_by)
     chosen: dict[str, str] = {}
     for label in sorted({-1 if record.label is None else record.label for record in records}):
@@ -84,7 +85,7 @@ def _parts(records: Sequence[Record], names: Sequence[str]) -> Parts:
 
 
 def _by_groups(
-    records: Sequence[Record], held: Mapping[str, float], seed: int, group_by: str
+    records: Sequence[Record], held: Mapping[str, float], seed: int, group_by: str | None
 ) -> Parts:
     """Each group, the largest first, goes where it brings the classes nearest to their shares."""
     names = [_group_of(record, group_by) for record in records]
@@ -93,7 +94,10 @@ def _by_groups(
         groups[name][record.label] += 1
     shares = {"train": 1 - sum(held.values()), **held}
     if len(groups) < len(shares):
-        raise UserError(f"--group-by: finds {len(groups)} group(s) for {len(shares)} parts")
+        found = f"--group-by: finds {len(groups)} group(s)"
+        if group_by is None:
+            found = f"all spans are of {len(groups)} film(s), each of which is in one part alone,"
+        raise UserError(f"{found} for {len(shares)} parts")
     totals = Counter(record.label for record in records)
     missing = {part: {c: share * n for c, n in totals.items()} for part, share in shares.items()}
     mixed = np.random.default_rng(seed).permutation(sorted(groups)).tolist()
@@ -119,7 +123,9 @@ def _off(
     return by_class + len(totals) * size * (size - 2 * sum(lacks.values())) / count
 
 
-def _group_of(record: Record, group_by: str) -> str:
+def _group_of(record: Record, group_by: str | None) -> str:
+    if group_by is None:
+        return record.group or record.key
     if group_by in record.columns:
         value = record.columns[group_by].strip()
         if not value:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from dr2dist.data.batch import Batch
 from dr2dist.data.broken import BrokenError
 from dr2dist.data.cache import Cache
+from dr2dist.data.compared import check_clear
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index, Shard, read_index
 from dr2dist.data.opened import LostShardError, OpenShards
@@ -76,6 +77,7 @@ class ShardDataset(Dataset[Read]):
         most: int | None = None,
     ) -> None:
         self.index = pattern if isinstance(pattern, Index) else read_index(pattern)
+        check_clear(self.index, fields, self.index.base if pattern is self.index else str(pattern))
         self.fields, self.transform = fields, transform
         self._told_fields: dict[tuple[tuple[str, str], ...], Fields] = {}
         self.seed = seed

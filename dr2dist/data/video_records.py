@@ -76,8 +76,8 @@ def with_spans(
 ) -> list[Record]:
     """The records of a table's rows, with the spans that it says, if it says any.
 
-    A row's sample holds its whole film. Raises UserError for the first row whose span is none, or
-    whose file is no film.
+    A row's sample holds its whole film; those of one film are a group. Raises UserError for the
+    first row whose span is none, or whose file is no film.
     """
     there = [name for name in COLUMNS if name in columns]
     if not there:
@@ -86,15 +86,16 @@ def with_spans(
         (other,) = set(COLUMNS) - set(there)
         raise UserError(f"{path}: has the column '{there[0]}' and no column '{other}'")
     found = [_with_span(path, row, each) for row, each in zip(rows, records, strict=True)]
-    films = {os.fspath(file) for record in found for file in record.files.values()}
-    if len(films) < len(found):
+    films = [os.path.realpath(file) for record in found for file in record.files.values()]
+    if len(set(films)) < len(found):
         log.warning(
             "%s: %d spans are of %d films, and each is a sample with its whole film: cut long "
             "films first where shards grow too large",
             path,
             len(found),
-            len(films),
+            len(set(films)),
         )
+        return [replace(record, group=film) for record, film in zip(found, films, strict=True)]
     return found
 
 

@@ -24,6 +24,7 @@ from dr2dist.inference.exported import load_with_task, random_inputs
 from dr2dist.reversible import Chain, PlainRunner
 from dr2dist.reversible.tape import Sides
 from dr2dist.reversible.trees import tree_leaves, tree_map
+from dr2dist.tasks.task import Task
 
 TOLERANCE = 1e-3
 """Largest difference from the module's outputs, relative to the largest of them: other runtimes
@@ -104,7 +105,8 @@ def plain(net: Any) -> Any:
 def export_portable(source: str | Path, output: str | Path, overwrite: bool = False) -> float:
     """Writes an exported file's network as .onnx or .pt2, for batches of any size.
 
-    source: a file of `export` or `save`. Returns the largest difference from the module on random
+    source: a file of `export` or `save`. Outputs are the network's, in the units of what its task
+    predicts. Returns the largest difference from the module on random
     inputs, relative to the largest output; at most TOLERANCE, 1e-3. The metadata say what an
     exported file's do. A state that leaves its grid's range is NaN in dr2dist and not noticed here.
     Raises UserError if the output exists and may not be overwritten, would compute something else,
@@ -112,11 +114,11 @@ def export_portable(source: str | Path, output: str | Path, overwrite: bool = Fa
     """
     source, output = Path(source), Path(output)
     check_new(output, overwrite)
-    net, _, facts = load_with_task(source)
-    program = _program(plain(net), random_inputs(net, 2))
+    net, task, facts = load_with_task(source)
+    program = _program(_InUnits(plain(net), task), random_inputs(net, 2))
     inputs = random_inputs(net, 3)
     with torch.inference_mode():
-        wanted = tree_leaves(net(inputs))
+        wanted = tree_leaves(task.in_units(net(inputs)))
     with atomic_write(output) as aside:
         found = ENDINGS[output.suffix](program, facts, aside, _Inputs(net.family.input, inputs))
         difference = max(
@@ -126,6 +128,18 @@ def export_portable(source: str | Path, output: str | Path, overwrite: bool = Fa
         if not difference <= TOLERANCE:
             raise UserError(f"{output}: computes other outputs than the module: {difference:.2g}")
     return difference
+
+
+class _InUnits(nn.Module):
+    """A network whose outputs mean what its task predicts: `predict` does this part by itself."""
+
+    def __init__(self, net: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.net, self.task = net, task
+
+    def forward(self, inputs: Any) -> Any:
+        """As the network's, in the task's units."""
+        return self.task.in_units(self.net(inputs))
 
 
 class _Inputs(NamedTuple):

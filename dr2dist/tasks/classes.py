@@ -3,6 +3,7 @@ of."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -42,6 +43,9 @@ class ClassTask(Task):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.classes = self.classes or tuple(map(str, range(self.options.num_classes)))
+        name, count = Counter(self.classes).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"{count} classes are called '{name}', allowed is a name for each")
 
     def check_classes(self, index: Index, source: str) -> None:
         """Raises UserError if shards have another number of classes, or others by name."""

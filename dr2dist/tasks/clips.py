@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from dr2dist.config.section import Positive
 from dr2dist.data.batch import Batch
-from dr2dist.data.film import FILM_TYPES
+from dr2dist.data.fields import USUAL
 from dr2dist.data.stream import Values
 from dr2dist.data.video_records import check_span
 from dr2dist.errors import UserError
@@ -24,7 +24,7 @@ from dr2dist.tasks.task import Task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VIDEO = ";".join((*FILM_TYPES, "zip"))
+VIDEO = USUAL["video"]
 """What may carry a film: a file of one, or an archive of its frames."""
 
 SHOWN = 4

@@ -9,7 +9,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from dr2dist.data.batch import Batch
-from dr2dist.data.images import IMAGE_TYPES, upright
+from dr2dist.data.fields import USUAL
+from dr2dist.data.images import upright
 from dr2dist.data.stream import Values
 from dr2dist.errors import UserError
 from dr2dist.pictures import plain
@@ -25,7 +26,7 @@ from dr2dist.tasks.transforms import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-IMAGE = ";".join((*IMAGE_TYPES, "npy"))
+IMAGE = USUAL["image"]
 """What may carry an image."""
 
 SHOWN = 8

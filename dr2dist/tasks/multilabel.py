@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dr2dist.data.batch import Batch
 from dr2dist.data.index import Index
-from dr2dist.data.labels import class_index
+from dr2dist.data.labels import check_named_once, class_index
 from dr2dist.data.stream import Values
 from dr2dist.errors import UserError
 from dr2dist.reversible.transfer import to_device
@@ -44,8 +44,8 @@ class Multilabel(ClassTask, ImageTask):
     precision.
 
     A sample's labels are numbers or names of classes: in JSON a list or one of them, in text
-    between spaces, commas or semicolons. Outputs are logits [B, num_classes], targets
-    {"labels": fp32 [B, num_classes]} of 0 and 1.
+    between spaces, commas or semicolons; each is named once. Outputs are logits [B, num_classes],
+    targets {"labels": fp32 [B, num_classes]} of 0 and 1.
     """
 
     name = "multilabel"
@@ -138,11 +138,15 @@ class _Prepared:
     def __call__(self, values: Values) -> Values:
         values = self.transform(values)
         if "labels" in values:
-            hot = torch.zeros(len(self.classes))
-            for label in _listed(values["labels"]):
-                hot[class_index(label, self.classes)] = 1
-            values["labels"] = hot
+            values["labels"] = self._hot(values["labels"])
         return values
+
+    def _hot(self, labels: Any) -> Tensor:
+        numbers = [class_index(label, self.classes) for label in _listed(labels)]
+        check_named_once(labels, [self.classes[number] for number in numbers])
+        hot = torch.zeros(len(self.classes))
+        hot[numbers] = 1
+        return hot
 
 
 def _listed(labels: Any) -> list[Any]:
@@ -153,4 +157,6 @@ def _listed(labels: Any) -> list[Any]:
 
 def _values(predictions: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     labels = to_device(batch.targets["labels"], predictions.device)
-    return predictions.float().sigmoid(), labels.long()
+    # torchmetrics takes all for logits where one is not between 0 and 1, and NaN is not. Instead
+    # a class of which nothing is known is not said.
+    return predictions.float().sigmoid().nan_to_num(0.0), labels.long()

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+OTHERS = ("path", "error")
+"""Columns of predictions that are not the task's."""
+
+
 class RegressionOptions(TaskOptions):
     """Numbers for each image."""
 
@@ -40,6 +44,14 @@ class RegressionOptions(TaskOptions):
     def outputs(self) -> int:
         """See TaskOptions."""
         return len(self.targets)
+
+    @model_validator(mode="after")
+    def _columns(self) -> Self:
+        for number, name in enumerate(self.targets):
+            if name in OTHERS or name in self.targets[:number]:
+                why = "is a column of predict's own" if name in OTHERS else "is there twice"
+                raise ValueError(f"targets are {list(self.targets)}: '{name}' {why}")
+        return self
 
     @model_validator(mode="after")
     def _one_for_each(self) -> Self:
@@ -91,6 +103,10 @@ class Regression(ImageTask):
 
     def predictions(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Numbers in their own units, fp32 [B, T]."""
+        return self.in_units(outputs)
+
+    def in_units(self, outputs: Tensor) -> Tensor:
+        """See Task."""
         mean, std = (to_device(value, outputs.device) for value in (self._mean, self._std))
         return outputs.float() * std + mean
 

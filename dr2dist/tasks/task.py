@@ -79,7 +79,8 @@ class Task(ABC):
     fields: ClassVar[Mapping[str, str]]
     """What of a sample is read, in webdataset's syntax: {"image": "jpg;png", "label": "cls"}.
 
-    The first extension that is there counts; json#key takes a key of a JSON file.
+    One of the extensions is there; of several data.fields must say which counts. json#key takes a
+    key of a JSON file.
     """
     inputs: ClassVar[tuple[str, ...]]
     """Those fields that are inputs of the network; prediction has no others."""
@@ -150,6 +151,12 @@ class Task(ABC):
         the gradient independent of how samples are cut into them. A batch of which nothing counts
         gives a zero that has a graph. training: with what regularises training only.
         """
+
+    def in_units(self, outputs: Any) -> Any:
+        """The network's outputs as a program without dr2dist is to give them: tensors of the same
+        shapes, in the units of what is predicted. The default is the outputs.
+        """
+        return outputs
 
     def predictions(self, outputs: Any, batch: Batch) -> Any:
         """What the outputs say, of the task's own type: boxes after suppression, seconds.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
 import os
 import socket
+import time
 import weakref
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +18,8 @@ from dr2dist.locks import is_still, is_taken, take
 
 LOCK = "run.lock"
 """A file in the run's folder that names host, process and start of who holds it."""
+ENDING = 120.0
+"""Seconds that a run may take to end after its command has: more than train.grace by default."""
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +58,8 @@ class RunLock:
         self._file.seek(0)
         self._file.truncate()
         start = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        told = {"host": socket.gethostname(), "process": os.getpid(), "start": start}
-        self._file.write(json.dumps(told) + "\n")
+        own = {"host": socket.gethostname(), "process": os.getpid(), "parent": os.getppid()}
+        self._file.write(json.dumps({**own, "start": start}) + "\n")
         self._file.flush()
         return self
 
@@ -85,13 +89,30 @@ class RunLock:
 
 
 def check_free(folder: Path) -> None:
-    """Raises UserError if a run has the folder. Neither takes the lock nor leaves anything."""
+    """Waits, for ENDING seconds, for a run whose command is gone, since it ends; raises UserError
+    if a run has the folder. Neither takes the lock nor leaves anything."""
+    end = time.monotonic() + ENDING
+    with contextlib.suppress(OSError):  # RunLock says what is wrong
+        while True:
+            with (folder / LOCK).open() as file:
+                if not _is_held(file):
+                    return
+                if time.monotonic() > end or not _ends(_told(file)):
+                    raise UserError(f"output: {folder} is in use by {_owner(file)}")
+            time.sleep(0.2)
+
+
+def _ends(told: dict[str, Any] | None) -> bool:
+    """Whether what has started a rank is gone, which the rank then notices, and stops in order."""
+    if told is None or told.get("host") != socket.gethostname() or "parent" not in told:
+        return False
     try:
-        with (folder / LOCK).open() as file:
-            if _is_held(file):
-                raise UserError(f"output: {folder} is in use by {_owner(file)}")
-    except OSError:  # RunLock says what is wrong
-        return
+        os.kill(told["parent"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
