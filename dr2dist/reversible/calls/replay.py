@@ -60,9 +60,7 @@ class Randomness:
         self._before = None
 
 
-def ungraphed(
-    functions: Iterable[nn.Module], device: torch.device, item: int
-) -> Randomness | None:
+def ungraphed(functions: Iterable[nn.Module], device: torch.device, item: int) -> Randomness | None:
     """That of a pass without gradients: where anything is in training it draws as one with them,
     which may follow from the same random state (cached gradients, re-entrant checkpointing).
 
