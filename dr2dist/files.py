@@ -1,14 +1,16 @@
-"""Files that are there whole or not at all, and their checksums."""
+"""Files that are there whole or not at all, what JSON can say in them, and their checksums."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dr2dist.errors import UserError
 
@@ -55,6 +57,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
         raise
     aside.replace(path)
+
+
+def as_json(value: Any) -> Any:
+    """Plain values as JSON has them: null in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: as_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sha256(path: Path) -> str:

@@ -39,6 +39,17 @@ def handled() -> tuple[signal.Signals, ...]:
     return tuple(each for each in STOP_SIGNALS if not (ignored and each == signal.SIGHUP))
 
 
+def lives(process: int) -> bool:
+    """Whether a process of this host is there, whosever it is."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's, and there
+    return True
+
+
 def say(line: str, stream: TextIO | None = None) -> None:
     """Writes a line to stderr, or another stream, if somebody is there to read it: who stops since
     the terminal was closed has none."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 import dr2dist
-from dr2dist.data.index import read_index
+from dr2dist.data.index import Index, read_index
 from dr2dist.data.stream import ShardDataset
 from dr2dist.inference.exported import export
 from dr2dist.inference.predict import predict
@@ -147,12 +147,16 @@ def test_evaluation_of_shards_that_are_elsewhere_is_that_of_these(
     assert status == 2 and "--cache" in err.splitlines()[-1]
 
 
+def copied_shards(shards: Path, folder: Path) -> tuple[Path, Index]:
+    """Held-out shards to be damaged, and their index."""
+    copied = shutil.copytree(shards / "val", folder / "val")
+    return copied, read_index(copied)
+
+
 def test_evaluation_leaves_out_what_cannot_be_read_if_told_so(
     exported: Path, shards: Path, tmp_path: Path, capfd: Any
 ) -> None:
-    copied = tmp_path / "val"
-    shutil.copytree(shards / "val", copied)
-    index = read_index(copied)
+    copied, index = copied_shards(shards, tmp_path)
     sample = samples_of(index)[3]
     with index.path(index.shards[0]).open("r+b") as file:
         members = sample.members
@@ -171,9 +175,7 @@ def test_evaluation_leaves_out_what_cannot_be_read_if_told_so(
 def test_shards_that_are_not_those_of_their_index_are_not_measured(
     exported: Path, shards: Path, tmp_path: Path, capfd: Any
 ) -> None:
-    copied = tmp_path / "val"
-    shutil.copytree(shards / "val", copied)
-    index = read_index(copied)
+    copied, index = copied_shards(shards, tmp_path)
     shutil.copy(read_index(shards / "train").path(index.shards[0]), index.path(index.shards[0]))
     status, _, err = call(capfd, "evaluate", str(exported), str(copied))
     assert status == 2 and "bytes, index.json says" in err.splitlines()[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ from dr2dist.data.fields import Fields
 from dr2dist.data.positions import validation_batches
 from dr2dist.data.stream import ShardDataset, loader
 from dr2dist.errors import UserError
-from dr2dist.files import atomic_write
+from dr2dist.files import as_json, atomic_write
 from dr2dist.inference.exported import ready
 from dr2dist.inference.ranks import gathered, own_part, together
 from dr2dist.pictures import save_picture
@@ -106,16 +105,8 @@ def _measure(
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Writes a report as JSON, which has no numbers that are not finite: null instead."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(each) for name, each in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(each) for each in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     with atomic_write(path) as aside:
-        aside.write_text(json.dumps(plain(report), indent=1) + "\n", "utf-8")
+        aside.write_text(json.dumps(as_json(report), indent=1) + "\n", "utf-8")
 
 
 def draw(report: dict[str, Any], path: str | Path) -> bool:

@@ -109,8 +109,7 @@ def with_restarts(start: Callable[[], int], most: int, signals: Signals) -> int:
         while time.monotonic() < end and not signals.caught:
             time.sleep(PERIOD)
         if signals.caught:
-            say("dr2dist: stopped before it was started again; the same command goes on")
-            return Status.STOPPED
+            return _stopped()
 
 
 def _once_more(start: Callable[[], int], signals: Signals) -> int:
@@ -118,10 +117,14 @@ def _once_more(start: Callable[[], int], signals: Signals) -> int:
         return start()
     except UserError as error:
         if signals.caught:
-            say("dr2dist: stopped before it was started again; the same command goes on")
-            return Status.STOPPED
+            return _stopped()
         say(f"dr2dist: {error}")
         return Status.LOST
+
+
+def _stopped() -> Status:
+    say("dr2dist: stopped before it was started again; the same command goes on")
+    return Status.STOPPED
 
 
 def _wait(launcher: Launcher, signals: Signals, grace: float) -> list[int | None]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from dr2dist.errors import UserError
 from dr2dist.parallel.processes import ranks_of_node
-from dr2dist.status import Status, say
+from dr2dist.status import Status, lives, say
 
 SILENCE = 20.0
 """Seconds without a sign of life after which a rank is lost."""
@@ -111,7 +111,7 @@ class Heartbeat:
                 status, _, found = told.partition(" ")
                 return Status(int(status)), found
             for rank, process in self._neighbours().items():
-                if not _lives(process):
+                if not lives(process):
                     return self._lost(rank, "its process has ended")
             if self._was_stopped():
                 self._heard.clear()
@@ -233,13 +233,3 @@ def _of_a_connection(error: BaseException) -> bool:
     """Whether an exception tells of a peer that does not answer; gloo's are plain RuntimeErrors."""
     known = isinstance(error, (dist.DistError, ConnectionError))
     return known or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's, and there
-    return True

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from dr2dist.errors import UserError
 from dr2dist.locks import is_still, is_taken, take
+from dr2dist.status import lives
 
 LOCK = "run.lock"
 """A file in the run's folder that names host, process and start of who holds it."""
@@ -106,13 +107,7 @@ def _ends(told: dict[str, Any] | None) -> bool:
     """Whether what has started a rank is gone, which the rank then notices, and stops in order."""
     if told is None or told.get("host") != socket.gethostname() or "parent" not in told:
         return False
-    try:
-        os.kill(told["parent"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+    return not lives(told["parent"])
 
 
 def holder(folder: Path) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import resource
 import socket
 import sys
@@ -18,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from dr2dist.errors import UserError, one_line
-from dr2dist.files import atomic_write
+from dr2dist.files import as_json, atomic_write
 from dr2dist.loggers.logger import Logger
 from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_lines
 
@@ -135,8 +134,4 @@ def peak_memory() -> dict[str, int]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return as_json(value.item() if isinstance(value, Tensor) else value)
