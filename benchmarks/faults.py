@@ -39,8 +39,10 @@ RANK = "dr2dist.training.main"
 
 
 class Run(NamedTuple):
-    """A run that goes on. ranks: by number. nodes: what starts them, by host."""
+    """A run that goes on, of a configuration at `path`. ranks: by number. nodes: what starts them,
+    by host."""
 
+    path: Path
     command: subprocess.Popen[str]
     ranks: list[psutil.Process]
     nodes: list[psutil.Process]
@@ -50,12 +52,17 @@ class Run(NamedTuple):
 
 class Fault(NamedTuple):
     """hit: does it. over: undoes it before the run is begun again. survived: whether the run is to
-    go on by itself. room: bytes of a file system of its own for the output."""
+    go on by itself. room: bytes of a file system of its own for the output. moment: what is in the
+    run's folder when it happens. overrides: of the run's configuration. clock: whether the second
+    node's can be set."""
 
     hit: Callable[[Run], None]
     over: Callable[[Run], None] = lambda run: None
     survived: bool = False
     room: str | None = None
+    moment: str = "checkpoints/step-*/checkpoint.json"
+    overrides: tuple[str, ...] = ()
+    clock: bool = False
 
 
 def _signal(number: int, of: str, *which: int) -> Callable[[Run], None]:
@@ -110,6 +117,50 @@ def _damage(run: Run) -> None:
     os.truncate(newest, newest.stat().st_size // 2)
 
 
+def _kill_all(run: Run) -> None:
+    for process in (run.command, *run.nodes, *run.ranks):
+        process.kill()
+
+
+def _remount(how: str) -> Callable[[Run], None]:
+    def hit(run: Run) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(run.output.parent)], check=True)
+
+    return hit
+
+
+def _block(run: Run) -> None:
+    """Shards are pipes now that nobody writes to: whoever opens one waits for ever."""
+    for shard in (run.path.parent / "shards" / "train").glob("*.tar"):
+        shard.rename(shard.with_suffix(".aside"))
+        os.mkfifo(shard)
+
+
+def _flow(run: Run) -> None:
+    for aside in (run.path.parent / "shards" / "train").glob("*.aside"):
+        aside.replace(aside.with_suffix(".tar"))
+
+
+def _set_clock(offset: str) -> Callable[[Run], None]:
+    return lambda run: run.link.set_clock(offset)
+
+
+def _other_job(run: Run) -> None:
+    """Another run on the same nodes at the same time, from start to end."""
+    output = f"output={run.output.with_name('other')}"
+    other = begin(run.link, run.path, *LONG, output)
+    said = other.communicate(timeout=600)
+    assert other.returncode == 0, said
+
+
+def _same_job(run: Run) -> None:
+    """The same command once more: its folder is taken."""
+    second = begin(run.link, run.path, *LONG)
+    said = second.communicate(timeout=LIMIT)
+    assert second.returncode == 2 and "is in use by" in said[1], said
+
+
+LONG = ("train.steps=60",)
 FAULTS: dict[str, Fault] = {
     "rank 0 killed": Fault(_signal(signal.SIGKILL, "ranks", 0)),
     "rank 1 killed": Fault(_signal(signal.SIGKILL, "ranks", 1)),
@@ -142,7 +193,14 @@ FAULTS: dict[str, Fault] = {
     ),
     "output vanished": Fault(_vanish, _come_back),
     "disk full": Fault(_fill, lambda run: (run.output.parent / "filler").unlink(), room="200m"),
+    "output read-only": Fault(_remount("ro"), _remount("rw"), room="200m"),
     "killed, checkpoint cut": Fault(_damage),
+    "all killed in a checkpoint's write": Fault(_kill_all, moment="checkpoints/*.tmp"),
+    "shards block": Fault(_block, _flow, overrides=("train.step_limit=20",)),
+    "clock an hour forward": Fault(_set_clock("+1h"), survived=True, clock=True),
+    "clock an hour back": Fault(_set_clock("-1h"), survived=True, clock=True),
+    "another job beside": Fault(_other_job, survived=True, moment="run.lock", overrides=LONG),
+    "the same job beside": Fault(_same_job, survived=True, moment="run.lock", overrides=LONG),
 }
 
 
@@ -150,32 +208,32 @@ class Bench:
     """Runs of one folder, on two nodes."""
 
     def __init__(self, folder: Path, nodes: Nodes) -> None:
-        self.folder, self.nodes, self._ends = folder, nodes, dict[str, Any]()
+        self.folder, self.nodes = folder, nodes
+        self._ends: dict[tuple[str, ...], dict[str, Any]] = {}
         make_shards(folder)
 
-    def undisturbed(self, layout: str) -> dict[str, Any]:
+    def undisturbed(self, layout: str, overrides: tuple[str, ...]) -> dict[str, Any]:
         """How a run ends that is left alone."""
-        if layout not in self._ends:
-            path = self._config(f"quiet {layout}", layout)
-            command = self.begin(path)
+        key = layout, *overrides
+        if key not in self._ends:
+            path = self._config(f"quiet {key}", layout)
+            command = begin(self.nodes, path, *overrides)
             out, err = command.communicate(timeout=600)
             assert command.returncode == 0, out + err
-            self._ends[layout] = end_of_run(self.folder / "runs" / path.stem / "run")
-        return self._ends[layout]
-
-    def begin(self, path: Path) -> subprocess.Popen[str]:
-        """The command on both nodes."""
-        return self.nodes.begin(path, "--hostfile", str(self.folder / "hosts1"))
+            self._ends[key] = end_of_run(self.folder / "runs" / path.stem / "run")
+        return self._ends[key]
 
     def run(self, name: str, layout: str) -> dict[str, Any]:
         """What came of a fault: status, seconds, left, decoy, same."""
-        wanted, fault = self.undisturbed(layout), FAULTS[name]
+        fault = FAULTS[name]
+        wanted = self.undisturbed(layout, fault.overrides)
         path = self._config(f"{name} {layout}", layout)
         output = self.folder / "runs" / path.stem / "run"
         shutil.rmtree(output, ignore_errors=True)
         if fault.room is not None:
             size = ["-o", f"size={fault.room}", "tmpfs", str(output.parent)]
             subprocess.run(["mount", "-t", "tmpfs", *size], check=True)
+        self.nodes.serve(1, clock=fault.clock)
         try:
             return self._hit(fault, path, output, wanted)
         finally:
@@ -186,27 +244,23 @@ class Bench:
         self, fault: Fault, path: Path, output: Path, wanted: dict[str, Any]
     ) -> dict[str, Any]:
         decoy = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)", RANK])
-        command = self.begin(path)
-        run = self._reached(command, output)
+        command = begin(self.nodes, path, *fault.overrides)
+        run = self._reached(fault.moment, path, command, output)
         try:
-            begin = time.monotonic()
+            start = time.monotonic()
             fault.hit(run)
-            if fault.survived:
-                status = command.wait(600)
-            else:
-                command.communicate(timeout=LIMIT)
-                status = command.returncode
+            status = _ended(command, 600 if fault.survived else LIMIT)
             frozen = [each for each in run.ranks + run.nodes if _status(each) == "stopped"]
             rest = [each for each in run.ranks + run.nodes if each not in frozen]
-            left = psutil.wait_procs(rest, max(0.0, LIMIT - (time.monotonic() - begin)))[1]
-            seconds, lives = time.monotonic() - begin, decoy.poll() is None
+            left = psutil.wait_procs(rest, max(0.0, LIMIT - (time.monotonic() - start)))[1]
+            seconds, lives = time.monotonic() - start, decoy.poll() is None
         finally:
             for process in (command, decoy, *run.ranks, *run.nodes):
                 _kill(process)
         fault.over(run)
         again = 0
         if not fault.survived:
-            second = self.begin(path)
+            second = begin(self.nodes, path, *fault.overrides)
             second.communicate(timeout=600)
             again = second.returncode
         alike = again == 0 and same(end_of_run(output), wanted)
@@ -225,14 +279,31 @@ class Bench:
         )  # fmt: skip
         return path
 
-    def _reached(self, command: subprocess.Popen[str], output: Path) -> Run:
-        """When the run has a checkpoint and goes on."""
+    def _reached(
+        self, moment: str, path: Path, command: subprocess.Popen[str], output: Path
+    ) -> Run:
+        """When the run is at the moment, and goes on."""
         end = time.monotonic() + 300
-        while not any((output / "checkpoints").glob("step-*/checkpoint.json")):
-            assert command.poll() is None and time.monotonic() < end, "no checkpoint came"
-            time.sleep(0.005)
+        while not any(output.glob(moment)):
+            assert command.poll() is None and time.monotonic() < end, f"no {moment} came"
+            time.sleep(0.002)
         ranks = ranks_of()
-        return Run(command, ranks, [each.parent() for each in ranks], output, self.nodes)  # type: ignore[misc]
+        nodes = [each.parent() for each in ranks]
+        return Run(path, command, ranks, nodes, output, self.nodes)  # type: ignore[arg-type]
+
+
+def begin(nodes: Nodes, path: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The command, on both nodes."""
+    return nodes.begin(path, "--hostfile", str(nodes.folder / "hosts1"), *overrides)
+
+
+def _ended(command: subprocess.Popen[str], seconds: float) -> int | None:
+    """Its status; None if it goes on still."""
+    try:
+        command.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    return command.returncode
 
 
 def ranks_of() -> list[psutil.Process]:
@@ -269,7 +340,7 @@ def _kill(process: Any) -> None:
 
 def is_right(name: str, found: dict[str, Any]) -> bool:
     """Whether a case has come out as it must."""
-    ended = found["status"] == 0 if FAULTS[name].survived else found["status"] != 0
+    ended = found["status"] == 0 if FAULTS[name].survived else found["status"] not in (None, 0)
     return bool(ended and found["decoy"] and found["same"] and not found["left"])
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 NAMES = ("node-a", "node-b")
+FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 
 
 def lacking() -> str | None:
@@ -29,6 +30,44 @@ class Nodes:
 
     def __init__(self, folder: Path, pids: tuple[int, int]) -> None:
         self.folder, self._pids = folder, pids
+        self._servers: dict[int, subprocess.Popen[bytes]] = {}
+
+    def serve(self, node: int, clock: bool = False) -> None:
+        """Starts a node's sshd, instead of the one that it has; clock: what it starts has the time
+        of set_clock."""
+        self.close(node)
+        log = self.folder / f"sshd-{node}.txt"
+        line = [str(_which("sshd")), "-D", "-e", "-f", str(self.folder / "sshd_config")]
+        line += ["-o", f"ListenAddress={ADDRESSES[node]}"]
+        if clock:
+            self.set_clock("+0")
+            line += ["-o", f"SetEnv={self._faked()}"]
+        with log.open("wb") as file:
+            server = subprocess.Popen(self.inside(node, *line), stdout=file, stderr=file)
+        self._servers[node] = server
+        _wait(lambda: "listening" in log.read_text())
+
+    def close(self, *nodes: int) -> None:
+        """Ends the sshd of the nodes that have one."""
+        for node in nodes:
+            if (server := self._servers.pop(node, None)) is not None:
+                server.kill()
+                server.wait()
+
+    def set_clock(self, offset: str) -> None:
+        """Moves the clock of a node that is served so, by libfaketime: +1h, -10m."""
+        aside = self.folder / "clock.tmp"
+        aside.write_text(f"{offset}\n")
+        aside.replace(self.folder / "clock")
+
+    def _faked(self) -> str:
+        values = {
+            "LD_PRELOAD": FAKETIME,
+            "FAKETIME_TIMESTAMP_FILE": self.folder / "clock",
+            "FAKETIME_NO_CACHE": 1,
+            "FAKETIME_DONT_FAKE_MONOTONIC": 1,
+        }
+        return " ".join(f"{name}={value}" for name, value in values.items())
 
     def inside(self, node: int, *line: str) -> list[str]:
         """A command line, in a node."""
@@ -56,22 +95,16 @@ class Nodes:
 def two_nodes(folder: Path) -> Iterator[Nodes]:
     """Until it is left. They share this machine's files."""
     holders = [subprocess.Popen(["unshare", "-n", "-u", "sleep", "infinity"]) for _ in range(2)]
-    servers: list[subprocess.Popen[bytes]] = []
+    nodes = Nodes(folder, (holders[0].pid, holders[1].pid))
     try:
-        nodes = Nodes(folder, (holders[0].pid, holders[1].pid))
         _link(nodes, holders)
         _write(folder)
-        for node, address in enumerate(ADDRESSES):
-            sshd = [str(_which("sshd")), "-D", "-e", "-f", str(folder / "sshd_config")]
-            line = nodes.inside(node, *sshd, "-o", f"ListenAddress={address}")
-            log = (folder / f"sshd-{node}.txt").open("wb")
-            servers.append(subprocess.Popen(line, stdout=log, stderr=log))
         for node in range(2):
-            log_of = folder / f"sshd-{node}.txt"
-            _wait(lambda path=log_of: "listening" in path.read_text())  # type: ignore[misc]
+            nodes.serve(node)
         yield nodes
     finally:
-        for process in (*servers, *holders):
+        nodes.close(0, 1)
+        for process in holders:
             process.kill()
             process.wait()
 
