@@ -122,11 +122,15 @@ def _kill_all(run: Run) -> None:
         process.kill()
 
 
-def _remount(how: str) -> Callable[[Run], None]:
-    def hit(run: Run) -> None:
-        subprocess.run(["mount", "-o", f"remount,{how}", str(run.output.parent)], check=True)
+def _forbid_writing(run: Run) -> None:
+    """The output's folder is mounted over itself, read-only: the first mount is in use."""
+    folder = str(run.output)
+    for words in (["--bind", folder], ["-o", "remount,ro,bind"]):
+        subprocess.run(["mount", *words, folder], check=True)
 
-    return hit
+
+def _allow_writing(run: Run) -> None:
+    subprocess.run(["umount", "-l", str(run.output)], check=True)
 
 
 def _block(run: Run) -> None:
@@ -161,6 +165,7 @@ def _same_job(run: Run) -> None:
 
 
 LONG = ("train.steps=60",)
+"""Of a run that is still there when a second command has begun."""
 FAULTS: dict[str, Fault] = {
     "rank 0 killed": Fault(_signal(signal.SIGKILL, "ranks", 0)),
     "rank 1 killed": Fault(_signal(signal.SIGKILL, "ranks", 1)),
@@ -193,10 +198,10 @@ FAULTS: dict[str, Fault] = {
     ),
     "output vanished": Fault(_vanish, _come_back),
     "disk full": Fault(_fill, lambda run: (run.output.parent / "filler").unlink(), room="200m"),
-    "output read-only": Fault(_remount("ro"), _remount("rw"), room="200m"),
+    "output read-only": Fault(_forbid_writing, _allow_writing),
     "killed, checkpoint cut": Fault(_damage),
     "all killed in a checkpoint's write": Fault(_kill_all, moment="checkpoints/*.tmp"),
-    "shards block": Fault(_block, _flow, overrides=("train.step_limit=20",)),
+    "shards block": Fault(_block, _flow, moment="run.lock", overrides=("train.step_limit=20",)),
     "clock an hour forward": Fault(_set_clock("+1h"), survived=True, clock=True),
     "clock an hour back": Fault(_set_clock("-1h"), survived=True, clock=True),
     "another job beside": Fault(_other_job, survived=True, moment="run.lock", overrides=LONG),
