@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,24 +124,42 @@ def test_a_batch_job_that_is_to_end_is_queued_again_where_it_goes_on(
     place: Path, cluster: dict[str, str]
 ) -> None:
     """launch/slurm.sbatch as it stands, for two tasks without GPUs."""
-    name = config(place, "batch")
-    options = ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-    script = [str(ROOT / "launch" / "slurm.sbatch"), name, "output=batch-$ARRAY"]
-    path = f"{BIN}{os.pathsep}{cluster['PATH']}"
-    here = {**cluster, "MASTER_ADDR": "127.0.0.1", "PATH": path, "PYTHONPATH": str(ROOT)}
-
-    def slurms(*line: str) -> str:
-        done = subprocess.run(line, cwd=place, env=here, capture_output=True, text=True, check=True)
-        return done.stdout
-
-    job = slurms("sbatch", "--parsable", *options, *script, "train.steps=100000").strip()
-    metrics = place / "batch-0" / "metrics.jsonl"
+    slurms = partial(ask, place, cluster)
+    more = ["--ntasks-per-node=1", config(place, "batch"), "train.steps=100000"]
+    job = submit(place, cluster, *more)
+    metrics = place / "batch" / "metrics.jsonl"
     try:
         wait_for(lambda: metrics.exists() and '"step": 5,' in metrics.read_text(), "a few steps")
         slurms("scancel", "--signal=USR1", job)  # as SLURM itself does before the time is over
         wait_for(lambda: "PENDING" in slurms("squeue", "-h", "-o", "%T"), "the job's return", 60)
-        summary = json.loads((place / "batch-0" / "summary.json").read_text())
+        summary = json.loads((place / "batch" / "summary.json").read_text())
         assert (summary["status"], summary["reason"]) == ("interrupted", "SIGUSR1")
-        assert checkpoints(place / "batch-0")
+        assert checkpoints(place / "batch")
     finally:
         slurms("scancel", job)
+
+
+def test_an_array_of_jobs_has_a_run_each(
+    place: Path, wanted: tuple[dict[int, float], dict[str, torch.Tensor]], cluster: dict[str, str]
+) -> None:
+    more = ["--array=0-1", "--nodes=1", "--ntasks-per-node=2", config(place, "array")]
+    submit(place, cluster, *more, "output=array-$ARRAY")
+    wait_for(lambda: not ask(place, cluster, "squeue", "-h"), "the jobs' end", 300)
+    for number in range(2):
+        check(place, f"array-{number}", wanted)
+
+
+def ask(place: Path, cluster: dict[str, str], *line: str) -> str:
+    """What a command of SLURM says."""
+    path = f"{BIN}{os.pathsep}{cluster['PATH']}"
+    here = {**cluster, "MASTER_ADDR": "127.0.0.1", "PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=place, env=here, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def submit(place: Path, cluster: dict[str, str], *more: str) -> str:
+    """The number of a job of launch/slurm.sbatch. more: options, then what the script is given."""
+    options = [word for word in more if word.startswith("--")]
+    script = [str(ROOT / "launch" / "slurm.sbatch"), *more[len(options) :]]
+    common = ["--parsable", "--gpus-per-node=0", "--cpus-per-task=1"]
+    return ask(place, cluster, "sbatch", *common, *options, *script).strip()
