@@ -13,9 +13,10 @@ from dr2dist.status import APART, STOP_SIGNALS, Status, handled, say
 
 PERIOD = 0.1
 """Seconds between two looks."""
-PATIENCE = 28.0
-"""Seconds that ranks have to find out that one of them was lost, and to say so. With the time that
-they take to find a silent one, all have ended within a minute."""
+PATIENCE = 16.0
+"""Seconds that ranks have, once one has ended, to find it out and to say so: the word of a loss
+reaches all within 11 (see heartbeat.py). With the half minute that the first takes to find a silent
+one, all have ended well within a minute."""
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0
 """Seconds before the first restart, and at most before one."""
 STEADY = 60.0
