@@ -18,7 +18,7 @@ from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
 from dr2dist.files import check_file_output
 from dr2dist.shipped import add_configs_arguments
-from dr2dist.status import Status, end_after, open_streams, say
+from dr2dist.status import Status, end_after, say
 from dr2dist.training.command import add_train_arguments
 from dr2dist.training.report import add_report_arguments
 from dr2dist.training.state import add_status_arguments
@@ -312,7 +312,6 @@ def _predict(given: argparse.Namespace) -> int:
 
 def command() -> None:
     """What `dr2dist` is."""
-    open_streams()
     end_after(main)
 
 

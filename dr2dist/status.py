@@ -61,22 +61,24 @@ def say(line: str, stream: TextIO | None = None) -> None:
 
 def open_streams() -> None:
     """Opens what this process was started without (`>&-`), to nobody: a file that is opened later
-    would take its place, and get what is printed. Names may have letters that the streams' encoding
-    lacks."""
+    would take its place, and get what is printed. What this process starts has them too. Names may
+    have letters that the streams' encoding lacks."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             nobody = os.open(os.devnull, os.O_RDWR)
             if nobody != number:
                 os.dup2(nobody, number)
                 os.close(nobody)
+            os.set_inheritable(number, True)
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def end_after(main: Callable[[], None]) -> NoReturn:
-    """Runs a process's main function and ends the process at once, with its status: Python would
-    take seconds to take torch apart."""
+    """Runs a process's main function, with streams that are open, and ends the process at once,
+    with its status: Python would take seconds to take torch apart."""
+    open_streams()
     status: Any = Status.DONE
     try:
         main()

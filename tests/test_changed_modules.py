@@ -9,7 +9,9 @@ from types import MethodType
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -61,6 +63,22 @@ def test_tokens_are_cut_only_where_nothing_unknown_looks_at_others(
     change(net)
     with torch.no_grad():
         torch.testing.assert_close(net(images()), model(images()))
+
+
+def test_all_of_timms_mlps_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        seen.append(x.shape[1])
+        return known(self, x)
+
+    known = GeGluMlp.forward
+    monkeypatch.setattr(GeGluMlp, "forward", forward)
+    model = timm.create_model("vitamin_small_224", img_size=32, depth=1).eval()
+    net = dr2dist.convert(model, **CONVENTIONAL, chunk_size=1, chunk_tokens=2)
+    with torch.no_grad():
+        net(images(1))
+    assert len(seen) > 1 and max(seen) <= 2
 
 
 def test_a_windows_norm_may_look_at_all_of_them() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import dr2dist
 from dr2dist.backbones import convert as registry
@@ -232,3 +233,17 @@ def test_what_raises_is_a_line_and_too_few_samples_are_refused() -> None:
         dr2dist.check(net(), example(1))
     with pytest.raises(dr2dist.UserError, match="is not supported"):
         dr2dist.check(nn.Linear(2, 2), example())
+
+
+def test_what_a_converted_networks_own_class_computes_is_not_compared() -> None:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 2
+
+    net = dr2dist.convert(build("vit", depth=2))
+    parametrize.register_parametrization(net, "pos_embed", Half())
+    with pytest.raises(dr2dist.UserError, match="check the model that it was converted from"):
+        dr2dist.check(net, images(2))
+    model = build("vit", depth=2)
+    parametrize.register_parametrization(model, "pos_embed", Half())
+    assert dr2dist.check(model, images(2)).ok

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dr2dist.inference.evaluate import evaluate
 from dr2dist.inference.predict import predict
@@ -94,6 +96,12 @@ def test_an_exported_file_finds_what_the_run_found(
         assert each["label"] in found["classes"]
     scores = [each["score"] for each in row["annotations"]]
     assert scores == sorted(scores, reverse=True) and scores
+    tensors = load_file(exported)
+    next(value for name, value in tensors.items() if "task_head" in name).fill_(float("nan"))
+    with safe_open(exported, "pt") as file:
+        save_file(tensors, tmp_path / "broken.safetensors", file.metadata())
+    rows = predict(tmp_path / "broken.safetensors", [film, film], progress=False)
+    assert rows == [{"path": film, "error": "the outputs are not finite"}] * 2
 
 
 LAYOUTS = {

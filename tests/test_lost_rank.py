@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,11 +15,13 @@ import pytest
 from dr2dist.launching.launcher import free_port
 from dr2dist.status import Status
 from tests.images import make_small_shards
-from tests.lost_case import exchange
+from tests.lost_case import end_before_the_watch, end_during_a_look, exchange
 from tests.pool import Pool, start_rank, wait_for
 
 LIMIT = 60
 """Seconds until all other ranks have ended."""
+
+STOPPED = "mistake while the other one is stopped"
 
 CONFIG = """
 model: {name: vit_tiny_patch16_224, weights: random, image_size: 32, options: {depth: 6}}
@@ -41,16 +44,42 @@ output: OUTPUT
         ("SIGSTOP", 1, "rank 1 was lost (no sign of life for 4 s)", Status.LOST),
         ("error", 1, "rank 1 ended: the disk is full", Status.LOST),
         ("mistake", 1, "rank 1 ended: no such class", Status.USER_ERROR),
+        (STOPPED, 0, "rank 0 ended: no such class", Status.USER_ERROR),
+        pytest.param(
+            # Of its own, to something else than another rank.
+            *("connection", 1, "rank 1 ended: the bucket is gone", Status.LOST),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_ranks_end_and_name_the_one_that_is_lost(
     fault: str, who: int, message: str, status: Status, tmp_path: Path
 ) -> None:
+    check_end(exchange, fault, who, message, status, tmp_path)
+
+
+def test_a_rank_that_ends_before_others_watch_is_named(tmp_path: Path) -> None:
+    check_end(end_before_the_watch, "SIGKILL", 0, "rank 0 was lost", Status.LOST, tmp_path)
+
+
+def test_what_a_rank_has_said_counts_and_not_that_it_has_ended(tmp_path: Path) -> None:
+    said = "rank 1 ended: no such class"
+    check_end(end_during_a_look, "mistake", 1, said, Status.USER_ERROR, tmp_path)
+
+
+def check_end(
+    case: Callable[[str, int], None],
+    fault: str,
+    who: int,
+    message: str,
+    status: Status,
+    tmp_path: Path,
+) -> None:
+    """The other one of two ranks says so, and ends with this status."""
     port = free_port()
     outputs = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
     ranks = [
-        start_rank(rank, 2, port, output, exchange, fault, who)
-        for rank, output in enumerate(outputs)
+        start_rank(rank, 2, port, output, case, fault, who) for rank, output in enumerate(outputs)
     ]
     other = 1 - who
     try:
@@ -59,8 +88,9 @@ def test_ranks_end_and_name_the_one_that_is_lost(
         for rank in ranks:
             rank.kill()
             rank.join()
-    assert ranks[other].exitcode == status
-    assert f"dr2dist: rank {other}: {message}" in outputs[other].read_text()
+    said = outputs[other].read_text()
+    assert ranks[other].exitcode == status, said
+    assert f"dr2dist: rank {other}: {message}" in said
 
 
 def test_three_messages_keep_a_rank_in_sight_however_many_there_are(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dr2dist.errors import UserError
+from dr2dist.launching.launcher import free_port
 from dr2dist.launching.place import Place, first_host, own_place, several, take_place, tasks_by_node
 
 SRUN = """
@@ -107,3 +108,11 @@ def test_lists_of_hosts_as_slurm_writes_them(names: str, first: str) -> None:
 def test_numbers_of_tasks_as_slurm_writes_them() -> None:
     assert tasks_by_node("2(x3),1") == [2, 2, 2, 1]
     assert tasks_by_node("8") == [8]
+
+
+def test_a_port_that_is_free_stays_so() -> None:
+    """Until rank 0 listens, which takes seconds: connections get none of these."""
+    with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="utf-8") as limits:
+        first, last = map(int, limits.read().split())
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40 and not any(first <= port <= last for port in ports)

@@ -381,3 +381,18 @@ def test_compiled_functions_recompute_their_own_bits(kind: str, setting: dict[st
         return {"output": output.detach(), **{n: p.grad for n, p in net.named_parameters()}}
 
     assert_same(found(**setting), found(memory="store"))
+
+
+def test_hooks_are_called_where_functions_are_compiled() -> None:
+    def found(hooked: bool, **options: Any) -> Tensor:
+        net = dr2dist.convert(build("vit", depth=2).train(), **options)
+        if hooked:
+            net.blocks[0].mlp.register_forward_hook(lambda module, args, output: 1.5 * output)
+            net.blocks[1].mlp.fc1.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        output: Tensor = net(images(2))
+        output.sum().backward()
+        assert net.certificate().failures == 0
+        return output.detach()
+
+    torch.testing.assert_close(found(True, compile=True), found(True), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found(True), found(False), rtol=1e-2)

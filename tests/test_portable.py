@@ -47,3 +47,26 @@ def test_a_portable_regression_gives_targets_in_their_units(tmp_path: Path) -> N
     found = torch.export.load(program).module()(given)[0]
     assert found.tolist() == pytest.approx([row["age"], row["size"]], rel=1e-6)
     assert abs(found.tolist()[0]) > 20
+
+
+@pytest.mark.parametrize(("mean", "std"), [([1e4, 0.0], [1.0, 1.0]), ([0.0, 0.0], [1e6, 1e-3])])
+def test_units_do_not_hide_that_a_program_computes_something_else(
+    mean: list[float], std: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2, depth=2)
+    file, program = tmp_path / "model.safetensors", tmp_path / "model.pt2"
+    task = {"name": "regression", "targets": ["year", "size"], "mean": mean, "std": std}
+    dr2dist.save(dr2dist.convert(model, 0.9, 0.1), file, task=task)
+    assert export_portable(file, program) < 1e-5
+
+    class Shifted(torch.nn.Module):
+        def __init__(self, net: Any) -> None:
+            super().__init__()
+            self.net = plain(net)
+
+        def forward(self, inputs: torch.Tensor) -> Any:
+            return self.net(inputs) + torch.tensor([0.0, 0.1])
+
+    monkeypatch.setattr("dr2dist.inference.portable.plain", Shifted)
+    with pytest.raises(dr2dist.UserError, match="computes other outputs than the module"):
+        export_portable(file, program, overwrite=True)

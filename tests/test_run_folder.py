@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import image_folder
 from dr2dist.errors import UserError
+from dr2dist.launching.launcher import LAUNCHER
+from dr2dist.training import lock
 from dr2dist.training.lock import LOCK, RunLock, check_free
 from tests.commands import ROOT, call
 from tests.forked import errors_of, start
@@ -215,13 +218,40 @@ def test_a_run_whose_checkpoints_were_taken_away_is_not_begun_anew(
     assert all((run / name).read_text() == text for name, text in records.items())
 
 
+def test_a_checkpoint_that_was_about_to_be_replaced_is_gone_on_from(
+    cut: Path, tmp_path: Path, capfd: Any
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cut / "run", run)
+    newest = checkpoints(run)[-1]
+    newest.rename(newest.with_name(f"{newest.name}.before.tmp"))
+    line = ("train", str(cut / "config.yaml"), "--ranks", "2", f"output={run}", "--dry-run")
+    status, told, _ = call(capfd, *line)
+    assert status == 0 and f"starts from   {newest}\n" in told, told
+
+
+def test_a_run_that_could_not_prove_a_step_before_its_first_checkpoint_starts_anew(
+    cut: Path, tmp_path: Path, capfd: Any
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cut / "run", run)
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").write_text(json.dumps({"status": "stopped", "steps": 2}))
+    line = ("train", str(cut / "config.yaml"), "--ranks", "2", f"output={run}", "--dry-run")
+    status, *told = call(capfd, *line)
+    assert status == 0 and "the run before was cut before its first checkpoint" in told[0], told
+
+
 def test_only_what_a_run_has_named_is_its_checkpoint(
     cut: Path, tmp_path: Path, two_ranks: Pool
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(cut / "run", run)
     newest = checkpoints(run)[-1]
-    own = shutil.copytree(newest, newest.with_name("step-before-change"))
+    own = [
+        shutil.copytree(newest, newest.with_name(name))
+        for name in ("step-before-change", "mine.old.tmp", "step-00000003-mine.tmp")
+    ]
     (link := newest.with_name("step-99999999")).symlink_to(newest)
     left = [
         shutil.copytree(newest, newest.with_name(f"step-0000000{name}"))
@@ -232,7 +262,8 @@ def test_only_what_a_run_has_named_is_its_checkpoint(
         "tests.cases:run_config", path=str(cut / "config.yaml"), overrides=overrides
     )
     assert results[0]["steps"] == 4
-    assert own.exists() and link.is_symlink() and not any(path.exists() for path in left)
+    assert all(path.exists() for path in own) and link.is_symlink()
+    assert not any(path.exists() for path in left)
     assert [path.name for path in checkpoints(run)][-1] == "step-00000004"
 
 
@@ -256,7 +287,7 @@ def test_one_folder_one_run_and_a_dead_owners_lock_is_free(
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"in use by process {holder.pid} of "):
-            check_free(run)
+            check_free(run, 999.0)  # nobody watches over it: it does not end by itself
         with pytest.raises(UserError, match="in use by"), RunLock(run):
             raise AssertionError
         line = ("train", str(cut / "config.yaml"), "--ranks", "2", f"output={run}", "--dry-run")
@@ -269,6 +300,24 @@ def test_one_folder_one_run_and_a_dead_owners_lock_is_free(
     with RunLock(run):
         assert json.loads((run / LOCK).read_text())["process"] == os.getpid()
     assert not (run / LOCK).exists()
+
+
+def test_ranks_of_a_command_that_was_killed_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(lock, "ENDING", 0.0)
+    with subprocess.Popen(["true"]) as command:
+        command.wait()
+    variables = {**os.environ, LAUNCHER: str(command.pid)}
+    line = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, env=variables) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="in use by"):
+            check_free(tmp_path, 0.5)
+        threading.Timer(0.5, holder.kill).start()
+        check_free(tmp_path, 60.0)
+    told = f"dr2dist: {tmp_path}: waits for process {holder.pid} of "
+    assert [text.startswith(told) for text in capfd.readouterr().err.splitlines()] == [True] * 2
 
 
 def test_a_file_system_without_locks_is_said(

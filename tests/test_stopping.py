@@ -106,25 +106,32 @@ def test_a_rank_that_a_signal_has_ended_is_named(capfd: Any) -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     with Signals() as signals:
         line = [sys.executable, "-c", code]
-        assert supervise.supervise(LocalLauncher(), line, [{}], signals, 1.0) == Status.LOST
+        place = {"RANK": "2"}  # the first of the second host
+        assert supervise.supervise(LocalLauncher(), line, [place], signals, 1.0) == Status.LOST
     said = capfd.readouterr().err
-    assert said == "dr2dist: rank 0 was ended by a signal: Killed, as where memory is full\n"
+    assert said == "dr2dist: rank 2 was ended by a signal: Killed, as where memory is full\n"
 
 
 CLOSED = """
-import sys
-from dr2dist.status import open_streams
-open_streams()
-with open(sys.argv[1], "w") as file:
-    print("said"), print("said", file=sys.stderr), file.write("kept"), sys.stdin.read()
+import subprocess, sys
+from dr2dist.status import Status, end_after
+def main():
+    with open(sys.argv[1], "w") as file:
+        print("said"), print("said", file=sys.stderr), file.write("kept"), sys.stdin.read()
+    if len(sys.argv) == 2:
+        raise SystemExit(Status.STOPPED)
+    line = ["-c", open("/proc/self/cmdline").read().split(chr(0))[2], sys.argv[2]]
+    raise SystemExit(subprocess.run([sys.executable, *line]).returncode)
+end_after(main)
 """
 
 
-def test_closed_streams_are_nobodys(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
-    line = ["sh", "-c", 'exec "$0" -c "$1" "$2" <&- >&- 2>&-', sys.executable, CLOSED, str(path)]
-    assert subprocess.run(line, cwd=ROOT).returncode == 0
-    assert path.read_text() == "kept"
+def test_closed_streams_are_nobodys_also_of_what_a_process_starts(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("command.txt", "rank.txt")]
+    script = 'exec "$0" -c "$@" <&- >&- 2>&-'
+    line = ["sh", "-c", script, sys.executable, CLOSED, *map(str, paths)]
+    assert subprocess.run(line, cwd=ROOT).returncode == Status.STOPPED
+    assert [path.read_text() for path in paths] == ["kept"] * 2
 
 
 @pytest.mark.slow

@@ -351,3 +351,13 @@ def test_arrays_of_8_bits_are_augmented_as_pictures_are() -> None:
             ValueError, match=f"8-bit images only, this is an array of {kind.__name__}"
         ):
             on_image(train, array.astype(kind))
+
+
+@pytest.mark.parametrize("magnitude", [9, 10])
+def test_augmentation_at_its_strongest_takes_every_image(magnitude: int) -> None:
+    data = ImageData(train="", rand_augment=RandAugment(magnitude=magnitude, layers=8, noise=2.0))
+    train = train_transform((8, 8), [0.5] * 3, [0.25] * 3, data)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 12, 3), np.uint8))
+    for seed in range(60):
+        with seeded(seed):
+            assert on_image(train, image).isfinite().all()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dr2dist.backbones.branch import Branch
 from dr2dist.backbones.convert import convert
@@ -339,6 +340,11 @@ def _plain(model: nn.Module) -> nn.Module:
     """The model that a network was converted from: the same modules in its own class."""
     if not isinstance(model, ReversibleNetwork):
         return model
+    if parametrize.is_parametrized(model):  # by its class, of which the model's own knows nothing
+        raise UserError(
+            "check: the network has parametrisations of its own parameters: check the model that "
+            "it was converted from"
+        )
     base: Any = model.base
     plain: nn.Module = base.__new__(base)
     plain.__dict__.update({k: v for k, v in model.__dict__.items() if k not in (*CUT, "family")})

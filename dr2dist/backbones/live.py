@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from dr2dist.errors import UserError
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+from dr2dist.reversible.trees import has_hooks
 
 
 def structure_of(net: nn.Module) -> tuple[nn.Module, ...]:
@@ -57,7 +56,7 @@ def refuse_uncalled(net: nn.Module, unseen: Iterable[tuple[str, nn.Module]]) -> 
                 f"{name} has a forward that was replaced, which would never be called: a "
                 "reversible network runs its residual functions, not the whole"
             )
-        if any(module.__dict__.get(kind) for kind in _HOOKS):
+        if has_hooks(module):
             raise UserError(
                 f"{name} has a hook, which would never be called: a reversible network runs its "
                 "residual functions, not the whole; put it on a module inside of a block (its "

@@ -19,11 +19,12 @@ from timm.layers import (
     SwiGLU,
 )
 from timm.layers.pos_embed_rel import RelPosBias, RelPosMlp
+from timm.models.vitamin import GeGluMlp
 from torch import nn
 from torchvision.models.vision_transformer import MLPBlock
 from torchvision.ops import MLP, StochasticDepth
 
-from dr2dist.reversible.trees import modules_of
+from dr2dist.reversible.trees import FORWARD_HOOKS, has_hooks, modules_of
 
 NORMS = (
     nn.LayerNorm,
@@ -35,7 +36,7 @@ NORMS = (
     SimpleNorm,
     SimpleNormFp32,
 )
-MLPS = (Mlp, GluMlp, SwiGLU, MLP, MLPBlock)
+MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp, MLP, MLPBlock)
 ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU),
     *(nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardswish),
@@ -49,8 +50,6 @@ KINDS = frozenset({*NORMS, *MLPS, *ACTIVATIONS, *CONTAINERS, *BIASES, *OTHERS})
 
 ADAPTERS = "peft.tuners.lora."
 """Where the classes of adapted linear layers are, which need not be installed."""
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def is_tokenwise(module: nn.Module) -> bool:
@@ -67,8 +66,7 @@ def is_cuttable(part: nn.Module, across: Collection[str], hooked: bool) -> bool:
     hooks where they are called (`hooked`)."""
     for name, child in part._modules.items():
         for module in modules_of(child) if child is not None else ():
-            held = module.__dict__
-            if "forward" in held or (hooked and any(held.get(kind) for kind in _HOOKS)):
+            if "forward" in module.__dict__ or (hooked and has_hooks(module, FORWARD_HOOKS)):
                 return False
             if name not in across and not is_tokenwise(module):
                 return False

@@ -16,6 +16,7 @@ ASIDE, BEFORE, OLD = ".tmp", ".before.tmp", ".old.tmp"
 is about to replace, and of one that is being deleted."""
 
 _NAME = re.compile(r"step-(\d{8,})")
+_UNFINISHED = re.compile(r"(step-\d{8,})(\.before|\.old)?\.tmp")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -45,24 +46,27 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(next(place for place in places if not place.exists()))
 
 
+def put_back(run: Path) -> None:
+    """Gives checkpoints their names again that another one of the same step was about to replace
+    when the run was killed."""
+    for path in _entries(run):
+        whole = path.with_name(path.name.removesuffix(BEFORE))
+        if whole != path and _NAME.fullmatch(whole.name) and not whole.exists():
+            path.rename(whole)
+
+
 def clear_unfinished(run: Path) -> None:
     """Deletes what a run that was killed has left of checkpoints; only who has the run's lock may
     call it."""
     for path in _entries(run):
-        step = _NAME.match(path.name)
-        if step is None or not path.name.endswith(ASIDE):
-            continue
-        whole = path.with_name(step[0])
-        if path.name == f"{whole.name}{BEFORE}" and not whole.exists():
-            path.rename(whole)
-        else:
+        if _UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def delete_old(run: Path) -> None:
     """Deletes those that are named so."""
     for path in _entries(run):
-        if path.name.endswith(OLD):
+        if _UNFINISHED.fullmatch(path.name) and path.name.endswith(OLD):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from dr2dist.data.fields import Fields
-from dr2dist.data.index import Index
+from dr2dist.data.index import Index, Shard
 from dr2dist.data.members import ShardMembers
 from dr2dist.data.scan import member_name
 from dr2dist.errors import UserError, one_line
@@ -57,7 +58,7 @@ def check_fields(index: Index, fields: Fields, source: str) -> None:
 
     source: the shards' name.
     """
-    for shard in index.shards:
+    for shard in _one_of_each(index):
         told = fields.as_told(index.fields_of(shard))
         for field in told.all if shard.extensions else ():
             if not field.optional and field.choose(shard.extensions) is None:
@@ -72,9 +73,20 @@ def check_fields(index: Index, fields: Fields, source: str) -> None:
 def check_clear(index: Index, fields: Fields, source: str) -> None:
     """Raises UserError if several members of a shard's first sample may carry a field, and nobody
     has said which does. source: the shards' name."""
-    for shard in index.shards:
+    for shard in _one_of_each(index):
         for fault in fields.as_told(index.fields_of(shard)).unclear(shard.extensions):
             raise UserError(f"{source}: the first sample of {shard.name} has {fault}")
+
+
+def _one_of_each(index: Index) -> Iterator[Shard]:
+    """The first of the shards that have the same members, and labels at the same place: there may
+    be ten thousands of them."""
+    seen = set()
+    for shard in index.shards:
+        kind = (shard.extensions, *index.fields_of(shard).items())
+        if kind not in seen:
+            seen.add(kind)
+            yield shard
 
 
 def _compare_headers(path: Path, members: ShardMembers, said: str, looked_at: int) -> None:

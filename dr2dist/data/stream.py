@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -181,7 +182,7 @@ class ShardDataset(Dataset[Read]):
         """A sample's, with its shard's name where several shards have it."""
         if self.index.unique_keys:
             return key
-        name = Path(shard.name).stem if self._by_stem else shard.name.removesuffix(".tar")
+        name = Path(shard.name).stem if self._by_stem else os.path.splitext(shard.name)[0]
         return f"{name}/{key}"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from dr2dist.data.batch import Batch
@@ -20,7 +21,11 @@ from dr2dist.files import atomic_write, check_file_output
 from dr2dist.inference.exported import ready
 from dr2dist.inference.ranks import gathered, own_part, together
 from dr2dist.pictures import save_picture
+from dr2dist.reversible.trees import tree_leaves
 from dr2dist.tasks.task import Row, Task
+
+NOT_FINITE = "the outputs are not finite"
+"""Error of a sample."""
 
 Source = tuple[Path, ...]
 """The files of one sample."""
@@ -127,8 +132,19 @@ def _said(net: Any, task: Task, samples: list[dict[str, Any]], device: torch.dev
     inputs, targets = task.collate(samples)
     keys = [str(number) for number in range(len(samples))]
     batch = Batch(inputs, targets, keys, len(samples)).to(device)
-    rows = task.rows(task.predictions(net(batch.inputs), batch))
-    return [row if _is_finite(row) else {"error": "the outputs are not finite"} for row in rows]
+    outputs = net(batch.inputs)
+    if _has_nan(outputs):
+        if len(samples) == 1:
+            return [{"error": NOT_FINITE}]
+        # Only a task knows which outputs are whose, so each sample is tried by itself.
+        return [row for one in samples for row in _said(net, task, [one], device)]
+    rows = task.rows(task.predictions(outputs, batch))
+    return [row if _is_finite(row) else {"error": NOT_FINITE} for row in rows]
+
+
+def _has_nan(outputs: Any) -> bool:
+    tensors = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+    return any(bool(tensor.isnan().any()) for tensor in tensors)
 
 
 def _is_finite(value: Any) -> bool:

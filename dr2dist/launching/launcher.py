@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from dr2dist.launching.place import Place
+from dr2dist.launching.place import FIRST_PORT, PORTS, Place
 
 LAUNCHER = "DR2DIST_LAUNCHER"
 """The variable that tells a rank the process that watches over it."""
@@ -87,9 +87,15 @@ class LocalLauncher:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """A port of this machine that nothing has, and that the system gives to nobody: it is seconds
+    until rank 0 listens there. If all that were tried are taken, one that the system gives."""
+    ports = secrets.SystemRandom().sample(range(FIRST_PORT, FIRST_PORT + PORTS), 100)
+    for port in ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 

@@ -13,7 +13,7 @@ from dr2dist.errors import UserError
 JOB = "DR2DIST_JOB"
 """The variable with a word that only the ranks of one start know."""
 FIRST_PORT, PORTS = 20000, 12000
-"""Ports of jobs that have a number and no port; below those that systems give away."""
+"""Ports of jobs that have none yet; below those that systems give away."""
 PORT = 29500
 """What torch and DeepSpeed take where nobody says a port."""
 Environment = Mapping[str, str]

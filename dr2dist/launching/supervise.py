@@ -75,7 +75,8 @@ def supervise(
     signals.started = True
     try:
         launcher.start(command, environments)
-        statuses = _wait(launcher, signals, grace)
+        names = [each.get("RANK", str(number)) for number, each in enumerate(environments)]
+        statuses = _wait(launcher, names, signals, grace)
     finally:
         launcher.kill()
     status = combined(statuses, signals.asked is not None)
@@ -128,15 +129,17 @@ def _stopped() -> Status:
     return Status.STOPPED
 
 
-def _wait(launcher: Launcher, signals: Signals, grace: float) -> list[int | None]:
-    """The statuses of all, once they have ended."""
+def _wait(
+    launcher: Launcher, names: Sequence[str], signals: Signals, grace: float
+) -> list[int | None]:
+    """The statuses of all, once they have ended. names: how messages call them, in their order."""
     failed: float | None = None
     sent = False
     while True:
         now, statuses = time.monotonic(), launcher.statuses()
         if failed is None and any(statuses):
             failed = now
-            _name_killed(statuses, signals)
+            _name_killed(names, statuses, signals)
         if None not in statuses:
             return statuses
         if signals.caught and not sent:
@@ -165,9 +168,9 @@ def combined(statuses: list[int | None], asked: bool) -> int:
     return next(status for status in statuses if status)
 
 
-def _name_killed(statuses: Sequence[int | None], signals: Signals) -> None:
+def _name_killed(names: Sequence[str], statuses: Sequence[int | None], signals: Signals) -> None:
     """Ranks that a signal has ended, not one that asks to stop, cannot say so themselves."""
-    for rank, status in enumerate(statuses):
+    for rank, status in zip(names, statuses, strict=True):
         number = 0 if status is None else -status
         if number > 0 and number not in STOP_SIGNALS and not signals.caught:
             more = ", as where memory is full" if number == signal.SIGKILL else ""

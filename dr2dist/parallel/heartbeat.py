@@ -27,6 +27,8 @@ PERIOD = 2.0
 """Seconds between two signs of life."""
 GRACE = 5.0
 """Seconds that a rank has to end by itself, as when all have found the same mistake."""
+NO_STORE = "the store of the process group does not answer"
+"""How rank 0 was lost where it held the store."""
 _LOST, _LEFT = "lost", "left"
 
 
@@ -52,13 +54,18 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if self.ranks == 1:
             return self
-        self._board = _Board(self.rank, self._silence)
-        self._board.set(f"host/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
-        self._board.set(f"alive/{self.rank}", "0")
-        self._board.set_first(_LOST, "")
+        try:
+            self._board = _Board(self.rank, self._silence)
+            self._board.set(f"host/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
+            self._board.set(f"alive/{self.rank}", "0")
+            self._board.set_first(_LOST, "")
+        except GoneError:  # rank 0 has ended between the forming of the group and here
+            say(f"dr2dist: rank {self.rank}: {self._lost(0, NO_STORE)[1]}")
+            os._exit(Status.LOST)
         self._heard: dict[int, tuple[str, float]] = {}
         self._looked = time.monotonic()
         self._here: dict[int, int] = {}
+        self._has_left = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="heartbeat", daemon=True)
         self._thread.start()
@@ -73,8 +80,9 @@ class Heartbeat:
         if self.ranks == 1:
             return
         if error is not None and _of_a_connection(error):
+            # Which ends the process, unless nobody was lost: the connection was one of its own.
             self._thread.join(2 * self._silence + 2 * PERIOD + 2 * GRACE)
-        elif error is not None and not isinstance(error, self._agreed):
+        if error is not None and not isinstance(error, self._agreed):
             last = str(error).strip().rpartition("\n")[2] or type(error).__name__
             last = last.removeprefix(f"rank {self.rank}: ")
             # A mistake stays one however often the run is started.
@@ -82,7 +90,7 @@ class Heartbeat:
             self.tell(f"{self._name(self.rank)} ended: {last}", status)
         self._over.set()
         self._thread.join()
-        self._leave()
+        self._leave(2 * GRACE)
 
     def _listen(self) -> None:
         """The thread: ends with the watch, or ends the process."""
@@ -92,12 +100,14 @@ class Heartbeat:
                 return
             count += 1
             word = self._look(count)
-        status, found = word
+        if self.rank:
+            self._leave()  # rank 0 need not wait until this process ends
         if self._over.wait(GRACE):
             return
-        self.tell(found, status)
+        status, found = word
+        status, found = self.tell(found, status)
         say(f"dr2dist: rank {self.rank}: {found}")
-        self._leave()
+        self._leave(2 * PERIOD)
         os._exit(status)
 
     def _look(self, count: int) -> tuple[Status, str] | None:
@@ -108,8 +118,7 @@ class Heartbeat:
             others = range(1, self.ranks) if self.rank == 0 else (0,)
             told, *counts = self._board.get_all([_LOST, *map("alive/{}".format, others)])
             if told:
-                status, _, found = told.partition(" ")
-                return Status(int(status)), found
+                return _read(told)
             for rank, process in self._neighbours().items():
                 if not lives(process):
                     return self._lost(rank, "its process has ended")
@@ -119,7 +128,7 @@ class Heartbeat:
                 if self._silent(rank, count_of_rank):
                     return self._lost(rank, f"no sign of life for {self._silence:.0f} s")
         except GoneError:
-            return self._lost(0, "the store of the process group does not answer")
+            return self._lost(0, NO_STORE)
         return None
 
     def _was_stopped(self) -> bool:
@@ -151,18 +160,22 @@ class Heartbeat:
         said = f"{self._name(rank)} was lost ({how})"
         return Status.LOST, f"{said}; the same command goes on from the last checkpoint"
 
-    def tell(self, found: str, status: Status = Status.LOST) -> None:
-        """Leaves word for all others, if none has; they end with that status."""
-        if self.ranks == 1:
-            return
-        with contextlib.suppress(GoneError):
-            self._board.set_first(_LOST, f"{int(status)} {found}")
+    def tell(self, found: str, status: Status = Status.LOST) -> tuple[Status, str]:
+        """Leaves word for all others, if none has; they end with that status. The word that is
+        there then: a rank may have told its mistake, and ended, while this one looked after it."""
+        if self.ranks > 1:
+            with contextlib.suppress(GoneError):
+                return _read(self._board.set_first(_LOST, f"{int(status)} {found}"))
+        return status, found
 
-    def _leave(self) -> None:
-        """Rank 0, with whom the store goes, leaves last if it can; the others may have to read."""
+    def _leave(self, seconds: float = 0.0) -> None:
+        """Says that this rank needs the store no more. Rank 0, with whom it goes, waits so long for
+        the others, who may have to read why they end."""
         with contextlib.suppress(GoneError):
-            self._board.add(_LEFT, 1)
-            end = time.monotonic() + 2 * PERIOD
+            if not self._has_left:
+                self._has_left = True
+                self._board.add(_LEFT, 1)
+            end = time.monotonic() + seconds
             while self.rank == 0 and time.monotonic() < end:
                 if self._board.add(_LEFT, 0) == self.ranks:
                     return
@@ -181,11 +194,8 @@ class _Board:
     """
 
     def __init__(self, rank: int, patience: float) -> None:
-        world: Any = dist.group.WORLD
-        store = world.get_group_store().clone()
-        # Every rank counts its own watches, and all come to the same number.
-        self._store = dist.PrefixStore(f"watch/{store.add(f'watches/{rank}', 1)}", store)
         self._patience, self._gone = patience, False
+        self._store: dist.Store = self._ask(lambda: _own_store(rank))
 
     def get(self, key: str) -> str | None:
         """None where nobody has set it."""
@@ -204,9 +214,9 @@ class _Board:
         """For all to read."""
         self._ask(lambda: self._store.set(key, value))
 
-    def set_first(self, key: str, value: str) -> None:
-        """The same, unless somebody has done so."""
-        self._ask(lambda: self._store.compare_set(key, "", value))
+    def set_first(self, key: str, value: str) -> str:
+        """The same, unless somebody has done so; what is there then."""
+        return str(self._ask(lambda: self._store.compare_set(key, "", value)).decode())
 
     def add(self, key: str, amount: int) -> int:
         """The sum of all that was added."""
@@ -227,6 +237,19 @@ class _Board:
             self._gone = True
             raise GoneError
         return answers[0]
+
+
+def _own_store(rank: int) -> dist.Store:
+    world: Any = dist.group.WORLD
+    store = world.get_group_store().clone()
+    # Every rank counts its own watches, and all come to the same number.
+    return dist.PrefixStore(f"watch/{store.add(f'watches/{rank}', 1)}", store)
+
+
+def _read(word: str) -> tuple[Status, str]:
+    """What `tell` has left."""
+    status, _, found = word.partition(" ")
+    return Status(int(status)), found
 
 
 def _of_a_connection(error: BaseException) -> bool:

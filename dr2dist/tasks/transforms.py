@@ -29,6 +29,10 @@ Deviation = Annotated[float, Field(gt=0)]
 EVALUATION: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
 """What timm is told of evaluation, beside size, mean and std."""
 
+MOST_MAGNITUDE = 9.99
+"""Of RandAugment: at 10, where noise may lead, timm's posterize keeps 0 bits, which Pillow refuses
+from version 13 on."""
+
 _BICUBIC = v2.InterpolationMode.BICUBIC
 
 
@@ -153,7 +157,11 @@ def train_transform(
         part = data.rand_augment
         name = f"rand-m{part.magnitude}-n{part.layers}-mstd{part.noise:f}-inc1"
         colour = tuple(round(255 * value) for value in mean)
-        options = {"img_mean": colour, "translate_const": int(0.45 * min(size))}
+        options = {
+            "img_mean": colour,
+            "translate_const": int(0.45 * min(size)),
+            "magnitude_max": MOST_MAGNITUDE,
+        }
         steps.append(OnImage(rand_augment_transform(name, options)))
     steps.append(OnImage(_to_tensor(mean, std)))
     if data.erase:

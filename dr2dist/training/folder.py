@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from dr2dist.checkpoints.checkpoint import Checkpoint, DamagedError
-from dr2dist.checkpoints.folders import written
+from dr2dist.checkpoints.folders import put_back, written
 from dr2dist.config import Config, dump_config, moved_settings
 from dr2dist.config.names import BEFORE
 from dr2dist.config.text import flat, shown_value
@@ -81,7 +81,8 @@ def find_start(config: Config, global_batch: int, steps: int, index: str) -> Sta
     check_can_be_made(folder, "output: ")
     if not occupied:
         return Start()
-    check_free(folder)
+    check_free(folder, config.train.grace)
+    put_back(folder)
     before = _read_config(folder)
     if before is None:
         raise UserError(f"output: {folder} is not empty and holds no run; name another")
@@ -101,10 +102,12 @@ def find_start(config: Config, global_batch: int, steps: int, index: str) -> Sta
 
 
 def _check_cut(folder: Path) -> None:
-    """Raises UserError where a run without checkpoints has had some."""
-    summary = _read_summary(folder).get("steps")
+    """Raises UserError where a run without checkpoints has had some: one that was stopped by a step
+    that could not be proven may have had none."""
+    summary = _read_summary(folder)
+    saved = summary.get("steps") if summary.get("status") != "stopped" else 0
     starts = [line["step"] for line in read_lines(folder / STARTS)]
-    done = max([summary if isinstance(summary, int) else 0, *starts])
+    done = max([saved if isinstance(saved, int) else 0, *starts])
     if done or (folder / "checkpoints").is_symlink():
         raise UserError(
             f"output: {folder} holds a run that has done {done} steps, but no checkpoint of it: "

@@ -46,6 +46,7 @@ def footprint(
     whole, trained = parameters
     zero, narrow = config.parallel.zero, config.train.precision != "fp32"
     width, batch = (2 if narrow else 4), config.train.micro_batch
+    summed = 4 if config.train.precision == "bf16" and zero > 1 else width
     moments = {"adamw": 2, "sgd": int(config.optim.momentum > 0)}[config.optim.name]
     masters = 1 if narrow or zero else 0
     shares = [replicas if zero >= stage else 1 for stage in (3, 2, 1)]
@@ -59,7 +60,7 @@ def footprint(
         remainders = batch * sum(sum(sizes[1:]) for sizes in elements.values()) * bits // 8
     return Footprint(
         width * whole // shares[0],
-        width * trained // shares[1],
+        summed * trained // shares[1],
         4 * (masters + moments) * trained // shares[2],
         states,
         0 if setting.remainders == "host" else remainders,

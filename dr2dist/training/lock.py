@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from dr2dist.errors import UserError
+from dr2dist.launching.launcher import own_launcher
 from dr2dist.locks import is_still, is_taken, take
-from dr2dist.status import lives
+from dr2dist.status import lives, say
 
 LOCK = "run.lock"
 """A file in the run's folder that names host, process and start of who holds it."""
-ENDING = 120.0
-"""Seconds that a run may take to end after its command has: more than train.grace by default."""
+ENDING = 60.0
+"""Seconds beyond train.grace that a run may take to end after its command has."""
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class RunLock:
         self._file.seek(0)
         self._file.truncate()
         start = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        own = {"host": socket.gethostname(), "process": os.getpid(), "parent": os.getppid()}
+        own = {"host": socket.gethostname(), "process": os.getpid(), "command": own_launcher()}
         self._file.write(json.dumps({**own, "start": start}) + "\n")
         self._file.flush()
         return self
@@ -89,10 +90,10 @@ class RunLock:
         return True
 
 
-def check_free(folder: Path) -> None:
-    """Waits, for ENDING seconds, for a run whose command is gone, since it ends; raises UserError
-    if a run has the folder. Neither takes the lock nor leaves anything."""
-    end = time.monotonic() + ENDING
+def check_free(folder: Path, grace: float) -> None:
+    """Waits for a run whose command is gone, since it ends, within `grace` seconds and ENDING more;
+    raises UserError if a run has the folder. Neither takes the lock nor leaves anything."""
+    end, told = time.monotonic() + grace + ENDING, False
     with contextlib.suppress(OSError):  # RunLock says what is wrong
         while True:
             with (folder / LOCK).open() as file:
@@ -100,14 +101,18 @@ def check_free(folder: Path) -> None:
                     return
                 if time.monotonic() > end or not _ends(_told(file)):
                     raise UserError(f"output: {folder} is in use by {_owner(file)}")
+                if not told:
+                    say(f"dr2dist: {folder}: waits for {_owner(file)}, to end as its command has")
+                    told = True
             time.sleep(0.2)
 
 
 def _ends(told: dict[str, Any] | None) -> bool:
-    """Whether what has started a rank is gone, which the rank then notices, and stops in order."""
-    if told is None or told.get("host") != socket.gethostname() or "parent" not in told:
+    """Whether the command that watches over a rank is gone, which the rank then notices, and stops
+    in order. One that was started otherwise goes on, whatever has become of who started it."""
+    if told is None or told.get("host") != socket.gethostname() or not told.get("command"):
         return False
-    return not lives(told["parent"])
+    return not lives(told["command"])
 
 
 def holder(folder: Path) -> dict[str, Any] | None:

@@ -97,7 +97,8 @@ def _run(
             plan.compare_shards(config)
         return found, facts_of_output(folder)
 
-    with watchdog.other("looking at the output", LEAST):
+    # A run whose command was killed there may take its grace to end.
+    with watchdog.other("looking at the output", LEAST + config.train.grace):
         start, output = from_first(look)
         if start.finished is None:
             compare(lambda: facts_of_output(folder, output))

@@ -36,7 +36,7 @@ class Watchdog:
     main thread was in; its whole stack is in the log.
     """
 
-    def __init__(self, rank: str, limit: float | None, tell: Callable[[str], None]) -> None:
+    def __init__(self, rank: str, limit: float | None, tell: Callable[[str], object]) -> None:
         self._rank, self._limit, self._tell = rank, limit, tell
         self._times: deque[float] = deque(maxlen=REMEMBERED)
         self._now: tuple[str, float] | None = None

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dr2dist.reversible.trees import has_hooks, modules_of
+
 
 def _call(function: nn.Module, x: Tensor, **sides: Any) -> Any:
     return function(x, **sides)
@@ -26,8 +28,9 @@ class CompiledFunctions:
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def call(self, function: nn.Module, x: Tensor, **sides: Any) -> Any:
-        """Runs the function; on some of a sample's tokens as it stands."""
-        if "tokens" in sides:
+        """Runs the function; on some of a sample's tokens, and with hooks, as it stands: code that
+        is compiled does not look whether there are any."""
+        if "tokens" in sides or any(map(has_hooks, modules_of(function))):
             return function(x, **sides)
         kind = _kind(function)
         if kind not in self._compiled:
