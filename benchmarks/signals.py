@@ -133,10 +133,11 @@ class Bench:
         try:
             _wait(lambda: _reached(case.moment, output, command), command)
             ranks = _ranks(command)
+            started = psutil.Process(command.pid).children(recursive=True)
             begin = time.monotonic()
-            _hit(case, command, ranks)
+            _hit(case, command, ranks, started)
             status = command.wait(LIMIT)
-            _, left = psutil.wait_procs(ranks, max(0.0, LIMIT - (time.monotonic() - begin)))
+            _, left = psutil.wait_procs(started, max(0.0, LIMIT - (time.monotonic() - begin)))
             seconds = time.monotonic() - begin
             lives = decoy.poll() is None
         finally:
@@ -199,7 +200,7 @@ def make_small_shards(folder: Path) -> None:
 
 def _reached(moment: str, output: Path, command: subprocess.Popen[bytes]) -> bool:
     if moment == "start-up":
-        return len(_ranks(command)) > 1
+        return len(_ranks(command)) >= 2
     if moment == "checkpoint":
         return any((output / "checkpoints").glob("*.tmp"))
     step = VALIDATE if moment == "validation" else 2
@@ -208,17 +209,21 @@ def _reached(moment: str, output: Path, command: subprocess.Popen[bytes]) -> boo
 
 
 def _ranks(command: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The ranks that a command has started, by number, and what they have started."""
-    found = psutil.Process(command.pid).children(recursive=True)
-    direct = [process for process in found if process.ppid() == command.pid]
-    return [*sorted(direct, key=_number), *(each for each in found if each not in direct)]
+    """The ranks that a command has started, by number."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.Process(command.pid).children():
+        with contextlib.suppress(psutil.Error, KeyError):  # it has ended since, or is no rank
+            found[int(process.environ()["RANK"])] = process
+    return [found[number] for number in sorted(found)]
 
 
-def _number(process: psutil.Process) -> int:
-    return int(process.environ().get("RANK", 99))
-
-
-def _hit(case: Case, command: subprocess.Popen[bytes], ranks: Sequence[psutil.Process]) -> None:
+def _hit(
+    case: Case,
+    command: subprocess.Popen[bytes],
+    ranks: Sequence[psutil.Process],
+    started: Sequence[psutil.Process],
+) -> None:
+    """started: all that the command has."""
     number = signal.Signals[f"SIG{case.signal}"]
     if case.receiver == "command":
         command.send_signal(number)
@@ -226,7 +231,7 @@ def _hit(case: Case, command: subprocess.Popen[bytes], ranks: Sequence[psutil.Pr
         os.killpg(command.pid, number)
     elif case.receiver == "everyone":
         command.send_signal(number)
-        for process in ranks:
+        for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
     else:
