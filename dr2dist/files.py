@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import math
@@ -12,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dr2dist.errors import UserError
+from safetensors import SafetensorError
+
+from dr2dist.errors import UserError, one_line
 
 
 def check_new(path: Path, overwrite: bool = False) -> None:
@@ -44,19 +47,34 @@ def check_file_output(path: Path) -> None:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes there: where it cannot, as on a full disk, a UserError says so."""
+    try:
+        yield
+    except OSError as error:
+        other = error.filename is not None and not str(error.filename).startswith(str(path))
+        more = f" ({error.filename})" if other else ""
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}{more}") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be written: {one_line(error)}") from None
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, which becomes it at the end; folders are made.
 
-    An exception leaves neither.
+    An exception leaves neither. Raises UserError for what cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp")
     try:
-        yield aside
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield aside
+            aside.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise
-    aside.replace(path)
 
 
 def as_json(value: Any) -> Any:
@@ -78,7 +96,8 @@ def sha256(path: Path) -> str:
 def locked(path: Path) -> Iterator[None]:
     """One process at a time has a file, which is made, with folders; others wait. Who has it may
     delete it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

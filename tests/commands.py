@@ -5,6 +5,7 @@ In new interpreters, as a person starts it, it is in the tests of signals, hosts
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -21,12 +22,17 @@ SECONDS = 480
 
 
 def dr2dist(
-    *arguments: str, folder: Path = ROOT, variables: Mapping[str, str] | None = None
+    *arguments: str,
+    folder: Path = ROOT,
+    variables: Mapping[str, str] | None = None,
+    largest: int = resource.RLIM_INFINITY,
 ) -> subprocess.CompletedProcess[str]:
-    """How `dr2dist ARGUMENTS` ends in a folder, and what it says (`tests.forked`)."""
+    """How `dr2dist ARGUMENTS` ends in a folder, and what it says (`tests.forked`). largest: bytes
+    of a file; there is no room for more."""
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "output"
         process = start(arguments, folder, output, variables)
+        resource.prlimit(int(process.pid or 0), resource.RLIMIT_FSIZE, (largest, largest))
         process.join(SECONDS)
         status = process.exitcode
         process.kill()  # its ranks end with it

@@ -10,9 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from dr2dist.checkpoints.folders import ASIDE, BEFORE, MANIFEST
 from dr2dist.checkpoints.tensors import Source, write_tensors
 from dr2dist.errors import UserError
+from dr2dist.files import writing
 from dr2dist.parallel.agreement import agree, from_all
 
 FORMAT = 2
@@ -49,7 +49,7 @@ class Writing:
         self._said = json.loads(json.dumps({"format": FORMAT, **state, "shapes": shapes}))
         self._aside = folder.with_name(f"{folder.name}{ASIDE}")
         self._path = self._aside / f"rank-{dist.get_rank():05d}.safetensors"
-        with agree(), _writing(self._aside):
+        with agree(), writing(self._aside):
             if dist.get_rank() == 0:
                 shutil.rmtree(self._aside, ignore_errors=True)
                 self._aside.mkdir(parents=True)
@@ -61,7 +61,7 @@ class Writing:
         return self._written is not None and not self._written.done()
 
     def _write(self) -> str:
-        with _writing(self._path):
+        with writing(self._path):
             return write_tensors(self._path, self._tensors)
 
     def finish(self) -> None:
@@ -70,7 +70,7 @@ class Writing:
         with agree():
             checksum = self._write() if self._written is None else self._written.result()
         sums = from_all((self._path.name, checksum))
-        with agree(), _writing(self._folder):
+        with agree(), writing(self._folder):
             if dist.get_rank() == 0:
                 _check_seen([self._aside / name for name, _ in sums])
                 values = {**self._said, "files": dict(sums)}
@@ -93,14 +93,6 @@ def _put(aside: Path, folder: Path) -> None:
         folder.rename(before)
     aside.rename(folder)
     shutil.rmtree(before, ignore_errors=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _check_seen(paths: Sequence[Path]) -> None:

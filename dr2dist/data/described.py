@@ -17,6 +17,7 @@ from dr2dist.data.labels import class_index
 from dr2dist.data.members import ShardMembers, load_members
 from dr2dist.data.scan import Scanned
 from dr2dist.errors import UserError
+from dr2dist.files import writing
 
 
 class Described(NamedTuple):
@@ -88,7 +89,8 @@ def finish(
     shards: list[Shard] = []
     rows: list[tuple[int, int, int]] = []
     hashes = []
-    sidecar(index, 0).parent.mkdir(parents=True, exist_ok=True)
+    with writing(index):
+        sidecar(index, 0).parent.mkdir(parents=True, exist_ok=True)
     for each, note in described:
         number = len(shards)
         if each.samples:

@@ -6,12 +6,12 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from dr2dist.errors import UserError
-from dr2dist.files import check_can_be_made
+from dr2dist.files import check_can_be_made, writing
 from dr2dist.locks import is_still, take
 
 log = logging.getLogger(__name__)
@@ -46,14 +46,15 @@ def unfinished(output: Path, digest: str) -> Iterator[Path]:
     """
     folder = output.with_name(f"{output.name}.part")
     with _locked(folder) as plan:
-        plan.seek(0)
-        if plan.read() != digest:
-            _empty(folder)
-            plan.truncate(0)
-            plan.write(digest)
-            plan.flush()
         try:
-            yield folder
+            with writing(folder):
+                plan.seek(0)
+                if plan.read() != digest:
+                    _empty(folder)
+                    plan.truncate(0)
+                    plan.write(digest)
+                    plan.flush()
+                yield folder
         except BaseException:
             if any(folder.rglob("*.tar")):
                 log.warning("%s: what is made so far; the same command goes on there", folder)
@@ -81,7 +82,7 @@ def _locked(folder: Path) -> Iterator[TextIO]:
             plan = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
-        with plan:
+        try:
             try:
                 if not take(plan):
                     raise UserError(f"{folder}: another process is at work there")
@@ -90,6 +91,9 @@ def _locked(folder: Path) -> Iterator[TextIO]:
             if is_still(plan, path):
                 yield plan
                 return
+        finally:
+            with suppress(OSError):  # what could not be written has been told
+                plan.close()
 
 
 def _empty(folder: Path) -> None:

@@ -81,7 +81,7 @@ class Heartbeat:
             return
         if error is not None and _of_a_connection(error):
             # Which ends the process, unless nobody was lost: the connection was one of its own.
-            self._thread.join(2 * self._silence + 2 * PERIOD + 2 * GRACE)
+            self._thread.join(self._silence + 4 * GRACE)
         if error is not None and not isinstance(error, self._agreed):
             last = str(error).strip().rpartition("\n")[2] or type(error).__name__
             last = last.removeprefix(f"rank {self.rank}: ")

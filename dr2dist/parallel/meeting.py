@@ -118,7 +118,8 @@ def _missing(store: dist.Store, place: Place, limit: float) -> str:
 def _unreachable(place: Place, where: str, limit: float, error: Exception) -> str:
     if place.rank == 0:
         reason = str(error).splitlines()[0]
-        return f"{where}: this rank 0 cannot listen there ({reason}): --master-port names another"
+        hint = "--master-port, or MASTER_PORT, says another"
+        return f"{where}: this rank 0 cannot listen there ({reason}): {hint}"
     return (
         f"rank {place.rank} on {socket.gethostname()} has not found rank 0 at {where} within "
         f"{limit:g} s (launch.join_limit)"

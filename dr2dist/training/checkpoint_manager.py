@@ -83,6 +83,7 @@ class CheckpointManager:
 
     def __init__(self, run: Path, keep: int, facts: Mapping[str, Any]) -> None:
         self.run, self.keep, self.facts = run, keep, facts
+        self._place = _place(run)
         self._writing: Writing | None = None
         self._best: int | None = None
         self._copies: dict[str, Tensor] = {}
@@ -101,6 +102,7 @@ class CheckpointManager:
         `finish` was called, by all ranks.
         """
         self.finish()
+        self._check_place()
         alpha, beta = engine.coefficients
         state = {
             **self.facts,
@@ -125,11 +127,22 @@ class CheckpointManager:
         """Ends what was begun to be written, if anything was, and forgets older ones."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
+            self._check_place()
             writing.finish()
             if not torch.cuda.is_available():
                 self._copies.clear()  # pinned memory alone takes long to get
             if dist.get_rank() == 0:
                 self._forget()
+
+    def _check_place(self) -> None:
+        """Raises UserError, on all ranks, where another folder, or none, has taken the run's place:
+        storage that is not mounted any more leaves an empty one, on this node's own disk."""
+        with agree():
+            if dist.get_rank() == 0 and _place(self.run) != self._place:
+                raise UserError(
+                    f"output: {self.run} is not the folder any more that this run has begun in; "
+                    "the same command goes on when it is back"
+                )
 
     def _copied(self, tensors: Mapping[str, Source]) -> dict[str, Source]:
         """In host memory, pinned for a GPU's copies, which all run at the same time."""
@@ -194,6 +207,15 @@ class CheckpointManager:
         batches = saved.state["step"] + values.get("bad_batches", 0)
         before = {"consumed": batches * saved.state.get("global_batch", 0)}
         return Progress(**{**before, **values, "guard": Memory(**values.get("guard", {}))})
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of its name; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _damage(folder: Path) -> str | None:

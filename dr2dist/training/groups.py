@@ -117,5 +117,6 @@ def _scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
 def _layer(net: Any, place: Place) -> object:
     """What a place belongs to: several functions are of one block."""
     if place.kind == "function":
-        return id(net.items[place.item].functions[place.function].block)
+        function = net.items[place.item].functions[place.function]
+        return id(getattr(function, "block", function))  # of a family of one's own it is a layer
     return place

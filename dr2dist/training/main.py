@@ -6,16 +6,19 @@ import argparse
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dr2dist.errors import UserError
+from dr2dist.errors import UserError, one_line
 from dr2dist.launching.launcher import ranks_here
 from dr2dist.launching.place import own_place, take_place
 from dr2dist.lazily import left_out
 from dr2dist.status import Status, end_after, say
 from dr2dist.training.stopping import StopRequest
+
+log = logging.getLogger(__name__)
 
 MODULE = "dr2dist.training.main"
 """This one, by which a rank is started."""
@@ -64,6 +67,8 @@ def _run(config: str, overrides: Sequence[str], stop: StopRequest) -> dict[str, 
         from dr2dist.training.run import run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.raiseExceptions = False  # a log that cannot be written is no reason for a traceback
+    threading.excepthook = _say_of_thread
     for name in ("DeepSpeed", "torch", "timm"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch is giving up.
@@ -80,6 +85,13 @@ def _run(config: str, overrides: Sequence[str], stop: StopRequest) -> dict[str, 
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _say_of_thread(ended: threading.ExceptHookArgs) -> None:
+    """One line for a thread, such as TensorBoard's, that an exception has ended."""
+    name = ended.thread.name if ended.thread else "a thread"
+    log.error("%s ended: %s: %s", name, ended.exc_type.__name__, one_line(ended.exc_value))
+    log.debug("its stack:", exc_info=ended.exc_value)
 
 
 def _own_rank() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import resource
@@ -17,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from dr2dist.errors import UserError, one_line
-from dr2dist.files import as_json, atomic_write
+from dr2dist.files import as_json, atomic_write, writing
 from dr2dist.loggers.logger import Logger
 from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_lines
 
@@ -40,11 +41,11 @@ class Records:
         self, folder: Path, config: str, step: int = 0, loggers: Iterable[Logger] = ()
     ) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / SUMMARY).unlink(missing_ok=True)  # of a run that goes on, or is longer now
         self.write_text(CONFIG, config)
         self._cut_back(step)
-        self._lines = (folder / METRICS).open("a", encoding="utf-8")
+        with writing(folder / METRICS):
+            self._lines = (folder / METRICS).open("a", encoding="utf-8")
         self._loggers, self._ended = list(loggers), False
         self._tell("start", folder, yaml.safe_load(config), step, strict=step == 0)
 
@@ -57,14 +58,17 @@ class Records:
     def note_start(self, **values: int) -> None:
         """One object in starts.jsonl, with the time and this host."""
         told = {**values, "host": socket.gethostname(), "time": time.time()}
-        with (self.folder / STARTS).open("a", encoding="utf-8") as file:
+        path = self.folder / STARTS
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(told) + "\n")
 
     def log(self, step: int, **values: Any) -> None:
-        """One object in metrics.jsonl, its numbers to loggers too. NaN becomes null."""
+        """One object in metrics.jsonl, its numbers to loggers too. NaN becomes null. Raises
+        UserError where it cannot be written."""
         line = {name: _plain(value) for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, **line}) + "\n")
-        self._lines.flush()
+        with writing(self.folder / METRICS):
+            self._lines.write(json.dumps({"step": step, **line}) + "\n")
+            self._lines.flush()
         numbers = {tag(k): value for k, value in line.items() if isinstance(value, int | float)}
         self._tell("log", step, numbers)
 
@@ -86,7 +90,8 @@ class Records:
     def close(self) -> None:
         """Ends the files; loggers hear of a run that has no summary, too."""
         self._end({"status": "failed"})
-        self._lines.close()
+        with contextlib.suppress(OSError):  # what could not be written has been told
+            self._lines.close()
 
     def _end(self, summary: dict[str, Any]) -> None:
         if not self._ended:
