@@ -52,7 +52,8 @@ class Writing:
         with agree(), writing(self._aside):
             if dist.get_rank() == 0:
                 shutil.rmtree(self._aside, ignore_errors=True)
-                self._aside.mkdir(parents=True)
+                self._aside.parent.mkdir(exist_ok=True)  # the run's folder is there, or is lost
+                self._aside.mkdir()
         self._written = None if behind is None else behind.submit(self._write)
 
     @property
