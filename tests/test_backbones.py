@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import dr2dist
 from dr2dist.backbones import convert as registry
+from dr2dist.training.groups import parameter_groups
 from tests.bounds import float_bound
 from tests.chain_helpers import error
 from tests.models import DEPTH, MAPS, MODELS, build, images
@@ -284,6 +285,7 @@ class Mixer(nn.Module):
 class MixerBackbone(dr2dist.Backbone):
     name = "mixer"
     patterns = ("my mixer",)
+    tail = ("leave",)
 
     def matches(self, model: nn.Module) -> bool:
         return isinstance(model, Mixer)
@@ -321,3 +323,7 @@ def test_a_family_of_ones_own(
     net(x).sum().backward()
     assert net.certificate().failures == 0
     assert_state_is_of(net, model)
+    groups = parameter_groups(model, 0.1, 0.5)
+    scales = {p: group.lr_scale for group in groups for p in group.parameters}
+    assert [scales[layer[1].weight] for layer in model.layers] == [1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    assert (scales[model.enter.weight], scales[model.leave.weight]) == (1 / 32, 1)
