@@ -42,6 +42,7 @@ def outcome(folder: str, **options: Any) -> dict[str, Any]:
     the same of a run that goes on from the checkpoint after two steps, in an engine whose weights
     were others. Rank 0 exports the last weights to `folder`, and gives their own outputs."""
     engine = make_engine("vit", **options)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     manager = CheckpointManager(Path(folder), 2, FACTS)
     found = _steps(engine, 0, HALF)
     manager.save(engine, Progress())
