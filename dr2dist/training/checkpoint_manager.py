@@ -73,8 +73,9 @@ class Progress:
 
 
 class CheckpointManager:
-    """The checkpoints of a run's folder, which is there: the last `keep`, and the best one; one at a
-    time is being written.
+    """The checkpoints of a run's folder, which is there: the last `keep`, and the best one.
+
+    One at a time is being written.
 
     facts: what every checkpoint says of the run (model, classes, preprocessing, ...). The
     order of samples is a function of the run's seed and of how many were consumed, and all other
