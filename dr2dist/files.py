@@ -99,7 +99,9 @@ def locked(path: Path) -> Iterator[None]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with path.open("a+b") as file:
+        with writing(path):
+            file = path.open("a+b")
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:  # who had it may have renamed or deleted it
                 same = path.stat().st_ino == os.fstat(file.fileno()).st_ino

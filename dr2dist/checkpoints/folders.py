@@ -16,7 +16,7 @@ ASIDE, BEFORE, OLD = ".tmp", ".before.tmp", ".old.tmp"
 is about to replace, and of one that is being deleted."""
 
 _NAME = re.compile(r"step-(\d{8,})")
-_UNFINISHED = re.compile(r"(step-\d{8,})(\.before|\.old)?\.tmp")
+_UNFINISHED = re.compile(f"(?:{_NAME.pattern})(?:{'|'.join(map(re.escape, (ASIDE, BEFORE, OLD)))})")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -91,7 +91,6 @@ def _say_of_thread(ended: threading.ExceptHookArgs) -> None:
     """One line for a thread, such as TensorBoard's, that an exception has ended."""
     name = ended.thread.name if ended.thread else "a thread"
     log.error("%s ended: %s: %s", name, ended.exc_type.__name__, one_line(ended.exc_value))
-    log.debug("its stack:", exc_info=ended.exc_value)
 
 
 def _own_rank() -> int:
