@@ -39,7 +39,7 @@ class Fault(NamedTuple):
     over: Callable[[Run], None] = lambda run: None
     survived: bool = False
     room: str | None = None
-    moment: str = "checkpoints/step-*/checkpoint.json"
+    moment: str = "checkpoints/step-*[0-9]/checkpoint.json"
     overrides: tuple[str, ...] = ()
     clock: bool = False
 

@@ -11,10 +11,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
@@ -91,20 +91,28 @@ class Pool:
         for pipe in self._pipes:
             pipe.send((case, arguments))
         end = time.monotonic() + timeout
-        results = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(max(0.0, end - time.monotonic())):
-                self._fail(f"rank {rank} gave no answer in {timeout} s")
-            try:
-                ok, value = pipe.recv()
-            except EOFError:
-                self._fail(f"rank {rank} ended")
-            if not ok:
-                self._fail(f"rank {rank} raised\n{value}")
-            results.append(value)
-        return results
+        results: dict[int, Any] = {}
+        while len(results) < len(self._pipes):
+            pending = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
+            answered = wait(pending, max(0.0, end - time.monotonic()))
+            if not answered:
+                ranks = ", ".join(str(self._pipes.index(pipe)) for pipe in pending)
+                self._fail(f"ranks {ranks} gave no answer in {timeout} s")
+            for pipe in answered:  # in any order: a rank that failed has others wait for it
+                rank = self._pipes.index(pipe)
+                results[rank] = self._answer(rank)
+        return [results[rank] for rank in range(len(self._pipes))]
 
-    def _fail(self, reason: str) -> None:
+    def _answer(self, rank: int) -> Any:
+        try:
+            ok, value = self._pipes[rank].recv()
+        except EOFError:
+            self._fail(f"rank {rank} ended")
+        if not ok:
+            self._fail(f"rank {rank} raised\n{value}")
+        return value
+
+    def _fail(self, reason: str) -> NoReturn:
         texts = [f"--- rank {n}\n{path.read_text()}" for n, path in enumerate(self.outputs)]
         self.close()
         self._start()

@@ -78,7 +78,7 @@ def test_a_run_whose_folder_is_another_one_ends_and_goes_on(place: Path, tmp_pat
     run, elsewhere, said = place / "moved", place / "elsewhere", tmp_path / "said"
     line = ["train", "run.yaml", "output=moved", "checkpoint.steps=20", "train.steps=400"]
     process = start(line, place, said)
-    wait_for(lambda: any(run.glob("checkpoints/step-*/checkpoint.json")), "a checkpoint")
+    wait_for(lambda: bool(checkpoints(run)), "a checkpoint")
     run.rename(elsewhere)
     run.mkdir()
     process.join(120)

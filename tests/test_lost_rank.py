@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.launching.launcher import free_port
 from dr2dist.status import Status
 from tests.images import make_small_shards
@@ -113,7 +114,7 @@ def test_a_run_whose_stage_is_killed_names_it_and_goes_on(
     with log.open("w") as file:
         run = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:
-            wait_for(lambda: any(output.glob("checkpoints/step-*/checkpoint.json")), str(output))
+            wait_for(lambda: bool(checkpoints(output)), str(output))
             ranks = psutil.Process(run.pid).children()
             stage = next(each for each in ranks if each.environ()["RANK"] == "1")
             others = psutil.Process(run.pid).children(recursive=True)
