@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import multiprocessing
@@ -23,6 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from dr2dist.launching.launcher import free_port
 from tests.forked import CONTEXT
+
+STACKS = 0.9
+"""The part of its time after which a rank that still runs a case prints its threads' stacks."""
 
 
 def wait_for(what: Callable[[], bool], name: str, seconds: float = 300) -> None:
@@ -89,7 +93,7 @@ class Pool:
         Fails with every rank's output if one raises or the time is over.
         """
         for pipe in self._pipes:
-            pipe.send((case, arguments))
+            pipe.send((case, arguments, timeout))
         end = time.monotonic() + timeout
         results: dict[int, Any] = {}
         while len(results) < len(self._pipes):
@@ -133,16 +137,18 @@ def _serve(pipe: Connection) -> None:
     shared = set(dist.distributed_c10d._world.pg_map)
     while True:
         try:
-            case, arguments = pipe.recv()
+            case, arguments, timeout = pipe.recv()
         except EOFError:
             return
         torch.manual_seed(0)  # whatever ran before
         module, _, function = case.partition(":")
+        faulthandler.dump_traceback_later(STACKS * timeout)
         try:
             result = getattr(importlib.import_module(module), function)(**arguments)
             pipe.send((True, result))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()
         _end_groups(shared)
 
 

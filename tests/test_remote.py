@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import shlex
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import webdataset
 
 from dr2dist.checkpoints.checkpoint import Checkpoint
 from dr2dist.checkpoints.folders import checkpoints
+from dr2dist.data import remote
 from dr2dist.data.cache import Cache, Wanted
 from dr2dist.data.fields import Fields
 from dr2dist.data.index import read_index
@@ -225,6 +227,22 @@ def test_a_larger_file_than_the_index_says_is_not_fetched(server: Server, tmp_pa
     with pytest.raises(UserError, match=r"has \d+ bytes, the index says 1024"):
         Cache(tmp_path / "cache", 10**9).open(replace(want, bytes=1024))
     assert not server.faults.sent["shard-000000.tar"]
+
+
+def test_a_bucket_that_does_not_answer_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its libraries try again too, without end for a person: asked once a try, it is ours to say
+    for how long."""
+    monkeypatch.setattr(remote, "READ", 0.2)
+    for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*deaf.getsockname()))
+        with pytest.raises(UserError, match=r"deaf\.tar: cannot be read: .*, for 0 s"):
+            RemoteReader("s3://a-bucket/deaf.tar", patience=0.0)
+        deaf.setblocking(False)
+        deaf.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            deaf.accept()
 
 
 def dataset(source: str, cache: Cache | None, unreadable: Any = "other") -> ShardDataset:

@@ -24,6 +24,7 @@ FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedEr
 """What no further try changes."""
 REFUSED = (400, 401, 403, 404, 405, 410)
 """Answers of HTTP that no further try changes."""
+S3 = ("s3", "s3a")
 CONNECT, READ = 10, 30
 """Seconds for which a connection, and then its next bytes, are waited for."""
 
@@ -35,8 +36,10 @@ def _options(protocol: str) -> dict[str, Any]:
 
         limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT, sock_read=READ)
         return {"client_kwargs": {"timeout": limits, "trust_env": True}}
-    if protocol == "s3":
-        return {"config_kwargs": {"connect_timeout": CONNECT, "read_timeout": READ}}
+    if protocol in S3:
+        once = {"total_max_attempts": 1}  # `persistent` tries again, with an end
+        waits = {"connect_timeout": CONNECT, "read_timeout": READ}
+        return {"config_kwargs": {**waits, "retries": once}}
     return {}
 
 
@@ -56,13 +59,15 @@ def file_system(url: str) -> tuple[Any, str]:
         options = {
             name: {**value, **own.get(name, {})} for name, value in _options(protocol).items()
         }
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url, **options)
+        system, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise UserError(
             f"{url}: {protocol}:// cannot be read: {one_line(error)}; 'pip install "
             "dr2dist[remote]' brings what http, s3 and gs need"
         ) from None
-    return found
+    if protocol in S3:
+        system.retries = 1  # s3fs has no option for it
+    return system, path
 
 
 def size_of(url: str, patience: float = PATIENCE) -> int | None:
