@@ -38,6 +38,9 @@ Unreadable = Literal["fail", "other", "drop"]
 LOST_AT_ONCE = 8
 """Shards that cannot be opened, one after the other, before that is an error however samples are
 to be skipped: their server is gone, not they."""
+IMPORTED_ONCE = [__name__, "timm.data", "torchvision.transforms.v2"]
+"""What prepares samples and takes seconds to import, and memory: workers that start from a clean
+process share it."""
 Transform = Callable[[Values], Values]
 Collate = Callable[[Sequence[Values]], tuple[dict[str, torch.Tensor], Any]]
 """Samples to inputs of the network, by name, and targets."""
@@ -247,7 +250,7 @@ def _clean_server() -> Any:
     thread that fetches shards, but none of the threads that would release them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(IMPORTED_ONCE)
     return context
 
 
