@@ -40,6 +40,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def fresh_ranks() -> Iterator[Pool]:
+    """Which have run nothing before, as those of a run by the command: what fetches shards starts
+    threads and processes, once each."""
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
 def server(shards: Path) -> Iterator[Server]:
     found = serve(shards)
     yield found
@@ -275,7 +284,7 @@ output: OUTPUT
 
 
 def test_a_runs_curve_is_the_same_from_anywhere(
-    shards: Path, tmp_path: Path, two_ranks: Pool
+    shards: Path, tmp_path: Path, fresh_ranks: Pool
 ) -> None:
     """From a folder, by http and from S3; and broken off in the middle and gone on with. The
     validation counts all samples there too."""
@@ -290,8 +299,8 @@ def test_a_runs_curve_is_the_same_from_anywhere(
             path.write_text(text.replace("MORE", "unreadable: fail" if name == "folder" else kept))
             options: Any = {"path": str(path), "environment": environment}
             if name == "broken":
-                two_ranks.run("tests.remote_cases:run_until", step=8, **options)
-            summaries = two_ranks.run("tests.remote_cases:run_config", **options)
+                fresh_ranks.run("tests.remote_cases:run_until", step=8, **options)
+            summaries = fresh_ranks.run("tests.remote_cases:run_config", **options)
             assert all(each["last"]["samples"] == 63 for each in summaries)
     server.stop()
     wanted = masters(tmp_path / "folder")
