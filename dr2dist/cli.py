@@ -18,7 +18,7 @@ from dr2dist.doctor import add_doctor_arguments
 from dr2dist.errors import UserError
 from dr2dist.files import check_file_output
 from dr2dist.shipped import add_configs_arguments
-from dr2dist.status import Status, end_after, say
+from dr2dist.status import Status, end_after, say, take_signals
 from dr2dist.training.command import add_train_arguments
 from dr2dist.training.report import add_report_arguments
 from dr2dist.training.state import add_status_arguments
@@ -27,6 +27,7 @@ from dr2dist.version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; exits 2 with one line on stderr for a user's error."""
+    take_signals()  # one of several ranks has them held back
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = _parser()
     given, more = parser.parse_known_args(arguments)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Any, NoReturn, TextIO
 
@@ -37,6 +37,22 @@ def handled() -> tuple[signal.Signals, ...]:
     """The signals that this process answers: not SIGHUP under nohup, which has it ignored."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return tuple(each for each in STOP_SIGNALS if not (ignored and each == signal.SIGHUP))
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """What is started within it gets signals to stop once it calls `take_signals`, and not while
+    Python starts, which would end it with a traceback, or in silence."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def take_signals() -> None:
+    """See `held_back`. Those that have come meanwhile come now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def lives(process: int) -> bool:

@@ -169,6 +169,25 @@ def test_what_a_rank_has_started_ends_with_it_and_nothing_else(tmp_path: Path) -
     wait_for(lambda: _gone(files[0]), "the end of what it has started")
 
 
+ANSWER = """
+import signal, sys
+from dr2dist.status import take_signals
+signal.signal(int(sys.argv[1]), lambda *_: sys.exit(75))
+take_signals()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_waits_until_a_rank_can_answer_it(name: str) -> None:
+    """Python's own start would end by it, by SIGINT even with a status of a mistake."""
+    launcher, number = LocalLauncher(), signal.Signals[name]
+    launcher.start([sys.executable, "-c", ANSWER, str(int(number))], [{"PYTHONPATH": str(ROOT)}])
+    launcher.send(number)  # long before it has read its first line
+    wait_for(lambda: launcher.statuses() != [None], "its end")
+    assert launcher.statuses() == [75]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def _gone(file: Path) -> bool:
     """Whether the process that a file names has ended."""
     status = Path(f"/proc/{file.read_text()}/status")

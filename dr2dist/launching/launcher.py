@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from dr2dist.launching.place import FIRST_PORT, PORTS, Place
+from dr2dist.status import held_back
 
 LAUNCHER = "DR2DIST_LAUNCHER"
 """The variable that tells a rank the process that watches over it."""
@@ -37,7 +38,8 @@ class LocalLauncher:
     """Processes of this machine, each the leader of a session of its own.
 
     So a terminal's signals reach the command alone, which sends them on, and a rank can be ended
-    with all its data workers by its process group.
+    with all its data workers by its process group. Signals to stop are held back until the process
+    takes them: see `dr2dist.status.take_signals`.
     """
 
     def __init__(self) -> None:
@@ -50,16 +52,17 @@ class LocalLauncher:
         stdout: int | None = None,
     ) -> None:
         """See Launcher. stdout: a descriptor, this process's own by default."""
-        for environment in environments:
-            self._processes.append(
-                subprocess.Popen(
-                    command,
-                    env={**os.environ, **environment},
-                    stdin=subprocess.DEVNULL,
-                    stdout=stdout,
-                    start_new_session=True,
+        with held_back():
+            for environment in environments:
+                self._processes.append(
+                    subprocess.Popen(
+                        command,
+                        env={**os.environ, **environment},
+                        stdin=subprocess.DEVNULL,
+                        stdout=stdout,
+                        start_new_session=True,
+                    )
                 )
-            )
 
     def statuses(self) -> list[int | None]:
         """See Launcher. What an ended process has left running is ended."""

@@ -10,7 +10,7 @@ import threading
 import time
 
 from dr2dist.launching.launcher import own_launcher
-from dr2dist.status import APART, Status, handled, say
+from dr2dist.status import APART, Status, handled, say, take_signals
 
 PERIOD = 1.0
 """Seconds between two looks at the process that has started this one."""
@@ -39,6 +39,7 @@ class StopRequest:
         signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
         for number in handled():
             signal.signal(number, lambda number, frame: None)
+        take_signals()
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def _listen(self) -> None:
