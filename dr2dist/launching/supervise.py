@@ -176,7 +176,7 @@ def _name_killed(names: Sequence[str], statuses: Sequence[int | None], signals: 
         if number > 0 and number not in STOP_SIGNALS and not signals.caught:
             more = ", as where memory is full" if number == signal.SIGKILL else ""
             say(f"dr2dist: rank {rank} was ended by a signal: {signal.strsignal(number)}{more}")
-        elif number < 0 and status not in list(Status):
+        elif number < 0 and status not in list(Status) and not signals.caught:
             say(f"dr2dist: rank {rank} ended with status {status}")
 
 
