@@ -171,12 +171,14 @@ def combined(statuses: list[int | None], asked: bool) -> int:
 def _name_killed(names: Sequence[str], statuses: Sequence[int | None], signals: Signals) -> None:
     """Ranks that a signal has ended, not one that asks to stop, cannot say so themselves; nor has
     one whose status none of dr2dist's is, as of a library that ends its process."""
+    if signals.caught:  # that explains it
+        return
     for rank, status in zip(names, statuses, strict=True):
         number = 0 if status is None else -status
-        if number > 0 and number not in STOP_SIGNALS and not signals.caught:
+        if number > 0 and number not in STOP_SIGNALS:
             more = ", as where memory is full" if number == signal.SIGKILL else ""
             say(f"dr2dist: rank {rank} was ended by a signal: {signal.strsignal(number)}{more}")
-        elif number < 0 and status not in list(Status) and not signals.caught:
+        elif number < 0 and status not in list(Status):
             say(f"dr2dist: rank {rank} ended with status {status}")
 
 
