@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
+import psutil
 import pytest
 import timm
 import torch
@@ -26,9 +29,10 @@ from dr2dist.inference.exported import export
 from dr2dist.inference.predict import predict
 from dr2dist.tasks.transforms import eval_transform
 from tests import commands
-from tests.commands import call
+from tests.commands import ROOT, call
+from tests.forked import errors_of, start
 from tests.images import FIELDS, make_small_shards, on_image, samples_of
-from tests.pool import Pool
+from tests.pool import Pool, wait_for
 from tests.servers import serve
 
 CONFIG = """
@@ -126,6 +130,24 @@ def test_several_ranks_measure_and_predict_as_one(
     done = commands.dr2dist(*line, "--output", str(tmp_path / "none.csv"), variables=place)
     assert done.returncode == 2 and "this process is one of 2 ranks already" in done.stderr
     assert not (tmp_path / "none.csv").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ranks_that_are_told_to_stop_write_nothing(
+    exported: Path, shards: Path, tmp_path: Path, number: int
+) -> None:
+    output, report = tmp_path / "said", tmp_path / "report.json"
+    line = ["evaluate", str(exported), str(shards / "val"), "--ranks", "2", "--batch", "1"]
+    command = start([*line, "--output", str(report)], ROOT, output)
+    try:
+        wait_for(lambda: len(psutil.Process(command.pid).children()) == 2, "the ranks")
+        os.kill(int(command.pid or 0), number)
+        command.join(60)
+    finally:
+        command.kill()
+    told = errors_of(output).read_text()
+    assert command.exitcode == 75 and "dr2dist: stopped before the end\n" in told, told
+    assert "checkpoint" not in told and not report.exists()
 
 
 def test_evaluation_of_shards_that_are_elsewhere_is_that_of_these(

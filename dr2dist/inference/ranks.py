@@ -23,6 +23,8 @@ Value = TypeVar("Value")
 
 GRACE = 5.0
 """Seconds that ranks have to end when they are told to: nothing is lost."""
+CUT = "stopped before the end"
+"""Said of ranks that were told to stop."""
 PERIOD = 1.0
 """Seconds between two looks at the process that has started this one."""
 
@@ -45,8 +47,9 @@ def on_ranks(
             raise UserError(f"--ranks: this process is one of {place.ranks} ranks already")
         if ranks > 1:
             line = [sys.executable, "-m", "dr2dist.cli", *arguments]
+            places = watched(ranks_here(ranks))
             with Signals() as signals:
-                return supervise(LocalLauncher(), line, watched(ranks_here(ranks)), signals, GRACE)
+                return supervise(LocalLauncher(), line, places, signals, GRACE, CUT)
     with _as_rank(own) as rank:
         found = find()
     if not rank:

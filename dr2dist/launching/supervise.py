@@ -23,6 +23,7 @@ STEADY = 60.0
 """Seconds after which a start has not failed as such."""
 MARGIN = 10.0
 """Seconds beyond `train.grace` after which a rank that was asked to stop is ended."""
+CUT = "stopped before a checkpoint could be written; the same command goes on from the last one"
 
 
 class Signals:
@@ -66,11 +67,13 @@ def supervise(
     environments: Sequence[Mapping[str, str]],
     signals: Signals,
     grace: float,
+    cut: str = CUT,
 ) -> int:
     """Starts ranks and waits until all have ended; the exit status of the whole.
 
     A signal to stop is sent on to all of them, and they have `grace` seconds; a second one ends
-    them at once. When a rank has failed the others have PATIENCE seconds.
+    them at once. When a rank has failed the others have PATIENCE seconds. cut: what to say when
+    none of them could end in order.
     """
     signals.started = True
     try:
@@ -81,10 +84,7 @@ def supervise(
         launcher.kill()
     status = combined(statuses, signals.asked is not None)
     if status == Status.STOPPED and Status.STOPPED not in statuses:
-        say(
-            "dr2dist: stopped before a checkpoint could be written; the same command goes on "
-            "from the last one"
-        )
+        say(f"dr2dist: {cut}")
     return status
 
 
