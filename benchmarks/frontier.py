@@ -290,11 +290,14 @@ def _judge(
 
 def _table(results: Results, data: str, ways: Sequence[str], steps: int) -> list[str]:
     base = seeds_of(results, data, CONVENTIONAL, steps)
-    more = "" if steps == STEPS else f", {steps} steps"
+    title, said = DATA[data].title, ""
+    if steps != STEPS:
+        title += f", {steps} steps"
+        said = f" Runs of `--steps {steps} --data {data}`, at the learning rates of {STEPS} steps."
     lines = [
-        f"## {DATA[data].title}{more}",
+        f"## {title}",
         "",
-        f"{int(base[0]['samples'])} held-out images.",
+        f"{int(base[0]['samples'])} held-out images.{said}",
         "",
         "| | lr | seeds | accuracy | balanced | difference in accuracy | in balanced accuracy |"
         " worst drift | failures |",

@@ -280,6 +280,11 @@ def _add_predict(commands: Commands) -> None:
     predict.add_argument(
         "--skip-unreadable", action="store_true", help="give such a sample a row with its error"
     )
+    predict.add_argument(
+        "--frame-rate",
+        type=float,
+        help="frames a second of films that are folders of frames; default 25",
+    )
     _add_ranks(predict)
     _add_plugin(predict)
     predict.set_defaults(command=_predict)
@@ -301,6 +306,7 @@ def _predict(given: argparse.Namespace) -> int:
             batch=given.batch,
             skip_unreadable=given.skip_unreadable,
             picture=picture,
+            frame_rate=given.frame_rate,
         )
 
     def tell(rows: list[dict[str, Any]]) -> None:

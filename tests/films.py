@@ -78,6 +78,26 @@ def joined(
     return file.getvalue()
 
 
+def with_sound(data: bytes, later: float, kind: str = "mp4") -> bytes:
+    """A film after silence: sound from 0 s on, its frames so many seconds later."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(file, "w", format=kind) as container:
+        stream = source.streams.video[0]
+        own = container.add_stream_from_template(stream)
+        voice: Any = container.add_stream("aac", rate=8000)
+        for number in range(8):
+            heard = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            heard.sample_rate, heard.pts, heard.time_base = 8000, 1024 * number, Fraction(1, 8000)
+            container.mux(voice.encode(heard))
+        container.mux(voice.encode())
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                shift = round(later / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, own
+                container.mux(packet)
+    return file.getvalue()
+
+
 def sound() -> bytes:
     """A file without pictures."""
     file = io.BytesIO()

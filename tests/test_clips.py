@@ -192,6 +192,14 @@ def test_a_span_that_is_none_is_said(span: Any) -> None:
         made().transform()(values)
 
 
+def test_a_span_of_texts_is_that_of_their_numbers() -> None:
+    views = [
+        made().transform()({"video": Film(film(40)), "span": span, "label": 0})["video"]
+        for span in (["1.0", "2"], [1.0, 2.0])
+    ]
+    assert torch.equal(*views)
+
+
 def test_what_clips_cannot_be_taken_for() -> None:
     kind = sections_of("video_classification")[0]
     options = kind.model_validate({"name": "video_classification", "num_classes": 2})

@@ -146,6 +146,25 @@ def test_what_does_not_fit_is_said(tmp_path: Path, made: Path, capfd: Any) -> No
         assert status == 2 and reason in err.strip().splitlines()[-1], (overrides, err)
 
 
+def test_annotations_after_a_films_end_are_told(
+    tmp_path: Path, made: Path, capfd: Any, caplog: Any
+) -> None:
+    """As where a folder of frames is taken for faster than it is. Spaces around names say
+    nothing, nor does a byte order mark."""
+    segments = {"film_1": [0.5, 1.0], "film_2": [99, 100]}
+    films = {
+        name: {"annotations": [{"label": f"kind{' ' * number}", "segment": segment}]}
+        for number, (name, segment) in enumerate(segments.items())
+    }
+    table = made.parent / "late.json"
+    table.write_text(json.dumps({"database": films}), "utf-8-sig")
+    line = ("shards", "make", "--from", "activitynet", "--source", str(table))
+    status, out, err = call(capfd, *line, "--output", str(tmp_path / "made"))
+    assert status == 0 and "2 samples of 1 classes" in out, err
+    assert "1 film(s) have annotations that begin after their end" in caplog.text
+    assert "film_2.mp4, 1 after " in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -21,8 +21,9 @@ from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import video_folder
 from dr2dist.data.stream import ShardDataset
 from dr2dist.errors import UserError
+from dr2dist.tasks.sampling import Sampling
 from tests.commands import call
-from tests.films import DARKEST, STEP, film, joined, numbers, sound
+from tests.films import DARKEST, STEP, film, joined, numbers, sound, with_sound
 
 KINDS = [
     *(("libx264", kind) for kind in ("mp4", "matroska", "avi")),  # with B-frames
@@ -231,13 +232,83 @@ def test_a_frame_rate_without_frames_is_refused(tmp_path: Path, capfd: Any) -> N
         (_archive({}), "has no images"),
         (_archive({"a.png": b"none"}), "a.png: is no image"),
         (_archive({"a.txt": b"none"}), "has no images"),
-        (_archive({"a.png": _picture(8), "b.png": _picture(9)}), "frames of different sizes"),
     ],
-    ids=["no zip", "empty", "no image", "no frame", "sizes"],
+    ids=["no zip", "empty", "no image", "no frame"],
 )
 def test_what_is_no_archive_of_frames_is_said(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         decode("zip", data).read([0.0, 1.0])
+
+
+def test_frames_are_as_large_as_the_first() -> None:
+    frames = decode("zip", _archive({"a.png": _picture(8), "b.png": _picture(9)}))
+    assert frames.read([0.0, 1.0, 0.0]).shape[:2] == (3, *frames.size)[:2]
+    assert {len(frames.read([moment])[0]) for moment in (0.0, 1.0)} == {frames.size[0]}
+
+
+@pytest.mark.parametrize("kind", ["mp4", "matroska"])
+def test_seconds_are_those_that_players_tell(kind: str) -> None:
+    """Sound may come first: what people say of a film counts from there."""
+    late = Film(with_sound(film(40), 1.0, kind))
+    assert late.times[[0, -1]] == pytest.approx([1.0, 4.9], abs=0.03)
+    assert late.seconds == pytest.approx(5.0, abs=0.03)
+    assert numbers(late.read([0.0, 0.5, 2.05, 4.95])) == [0, 0, 10, 39]
+    assert late.read([3.05]).tolist() == late.read([0.0, 3.05])[1:].tolist()  # sought or not
+    # A clip of the whole is where there are pictures.
+    assert Sampling(4).spread(late)[0].min() >= 1.0
+
+
+def test_columns_that_are_nearly_start_and_stop_are_named(tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "a.mp4").write_bytes(film(4))
+    table = tmp_path / "spans.csv"
+    table.write_text("path,label,Start,Stop\na.mp4,x,0,1")
+    make = ("shards", "make", "--from", "csv", "--source", str(table))
+    status, _, err = call(capfd, *make, "--output", str(tmp_path / "out"))
+    assert status == 2 and "has the column 'Start'; allowed is 'start'" in err
+    table.write_text("path,label,start,stop")
+    status, _, err = call(capfd, *make, "--output", str(tmp_path / "out"))
+    assert status == 2 and f"{table}: has a header and no rows" in err
+
+
+def test_samples_with_and_without_a_span_are_indexed_alike(tmp_path: Path, capfd: Any) -> None:
+    for name in ("a.mp4", "b.mkv"):
+        (tmp_path / name).write_bytes(film(8, kind="matroska" if name == "b.mkv" else "mp4"))
+    _folder_of_frames(tmp_path / "c", 8)
+    table, output = tmp_path / "spans.csv", tmp_path / "out"
+    rows = ("a.mp4,x,0,0.5,train", "a.mp4,y,0.5,0.8,val", "b.mkv,y,,,train", "c,x,,,train")
+    table.write_text("\n".join(("path,label,start,stop,part", *rows)))
+    make = ("shards", "make", "--from", "csv", "--source", str(table), "--output", str(output))
+    status, out, err = call(capfd, *make, "--split-by", "part")
+    assert status == 0 and "train: 3 samples: y 1, x 2" in out, err
+    again = ("shards", "index", str(output / "train"), "--output", str(tmp_path / "again.json"))
+    status, out, err = call(capfd, *again)
+    assert status == 0 and "3 samples" in out and "left out" not in err, err
+
+
+def test_a_film_in_two_classes_is_named(tmp_path: Path, capfd: Any) -> None:
+    for name in ("pan", "turn"):
+        (tmp_path / "films" / name).mkdir(parents=True)
+    (tmp_path / "films" / "pan" / "a.mp4").write_bytes(film(4))
+    (tmp_path / "films" / "turn" / "b.mp4").symlink_to(tmp_path / "films" / "pan" / "a.mp4")
+    make = ("shards", "make", "--from", "videofolder", "--source", str(tmp_path / "films"))
+    status, _, err = call(capfd, *make, "--output", str(tmp_path / "out"))
+    assert status == 2 and "pan/a.mp4 and turn/b.mp4 both name" in err, err
+
+
+def test_what_is_left_out_is_not_counted(tmp_path: Path, capfd: Any) -> None:
+    for number in range(8):
+        place = tmp_path / "films" / ("pan", "turn")[number % 2] / f"{number}.mp4"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"none" if number in (1, 3) else film(4))
+    make = ("shards", "make", "--from", "videofolder", "--source", str(tmp_path / "films"))
+    more = ("--val-fraction", "0.25", "--skip-unreadable", "--output", str(tmp_path / "out"))
+    status, out, err = call(capfd, *make, *more)
+    assert status == 0 and "6 samples of 2 classes, 2 left out" in out, err
+    lines = [line for line in out.splitlines() if line.startswith(("train: ", "val: "))]
+    found = [line.split(": ", 1)[1].partition(" ")[0] for line in lines]
+    for part, count in zip(("train", "val"), found, strict=True):
+        assert int(count) == read_index(tmp_path / "out" / part).num_samples
+    assert sum(map(int, found)) == 6
 
 
 def test_spans_of_a_table_are_samples(tmp_path: Path, capfd: Any, caplog: Any) -> None:

@@ -110,7 +110,7 @@ def test_what_is_no_action_is_refused(given: Any, reason: str) -> None:
 def test_actions_are_cut_to_their_film() -> None:
     said = [{"label": "throw", "segment": [9, 12]}, {"label": 0, "segment": ["11", 12]}]
     assert actions_of(said, CLASSES, 10.0).tolist() == [[9, 10, 1]]
-    assert actions_of([], CLASSES, 10.0).shape == (0, 3)
+    assert actions_of([], CLASSES, 10.0).shape == actions_of(None, CLASSES, 10.0).shape == (0, 3)
 
 
 def targets_by_hand(points: Points, levels: int, there: Any, classes: int, length: float) -> Any:

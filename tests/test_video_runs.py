@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from dr2dist.data.film import Film
+from dr2dist.errors import UserError
 from dr2dist.inference.evaluate import evaluate
 from dr2dist.inference.predict import predict
 from tests.commands import ROOT, call
@@ -37,6 +40,13 @@ VIDEOMAE = (
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_film_shards(tmp_path_factory.mktemp("films"))
+
+
+def folder_of_frames(folder: Path, path: Path) -> None:
+    folder.mkdir(parents=True)
+    found = Film(path.read_bytes())
+    for number, frame in enumerate(found.read(found.times.tolist())):
+        Image.fromarray(frame).save(folder / f"{number}.png")
 
 
 def write(folder: Path, shards: Path, model: tuple[str, str], parallel: str) -> Path:
@@ -71,6 +81,16 @@ def test_an_exported_file_says_what_the_run_validated(
         (tmp_path / "new" / f"{name}.mp4").write_bytes(film(30, backwards=backwards))
     rows = predict(exported, [tmp_path / "new"], progress=False)
     assert [Path(row["path"]).stem for row in rows] == ["down", "up"]
+    # The same films as folders of their frames; a poster beside films is none.
+    folder_of_frames(tmp_path / "frames" / "down", tmp_path / "new" / "down.mp4")
+    folder_of_frames(tmp_path / "frames" / "up", tmp_path / "new" / "up.mp4")
+    (tmp_path / "frames" / "up.mp4").write_bytes((tmp_path / "new" / "up.mp4").read_bytes())
+    Image.new("RGB", (9, 9)).save(tmp_path / "frames" / "poster.png")
+    joined = predict(exported, [tmp_path / "frames"], frame_rate=10, progress=False)
+    assert [Path(row["path"]).name for row in joined] == ["down", "up", "up.mp4"]
+    assert [row["class"] for row in joined] == [rows[0]["class"], *2 * [rows[1]["class"]]]
+    with pytest.raises(UserError, match="no film is a folder of frames"):
+        predict(exported, [tmp_path / "new"], frame_rate=10, progress=False)
     assert all(row["p_kind_0"] + row["p_kind_1"] == pytest.approx(1, abs=1e-4) for row in rows)
 
 

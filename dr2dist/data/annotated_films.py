@@ -61,7 +61,7 @@ def annotated_films(path: Path) -> Source:
 
 def _entries(path: Path) -> dict[str, Mapping[str, Any]]:
     try:
-        whole = json.loads(path.read_text("utf-8"))
+        whole = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
     found = whole.get("database") if isinstance(whole, dict) else None
@@ -102,7 +102,7 @@ def _annotations(path: Path, name: str, value: Mapping[str, Any]) -> list[dict[s
     for each in value.get("annotations") or ():
         try:
             start, stop = map(float, each["segment"])
-            label = str(each["label"])
+            label = str(each["label"]).strip()
         except (KeyError, TypeError, ValueError):
             start, stop, label = 1.0, 0.0, ""
         if not label or not 0 <= start <= stop < float("inf"):

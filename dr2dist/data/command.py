@@ -6,7 +6,6 @@ import argparse
 import os
 
 from dr2dist.arguments import Commands, path, positive
-from dr2dist.errors import UserError
 from dr2dist.status import say
 
 
@@ -103,14 +102,12 @@ def _shards_make(given: argparse.Namespace) -> int:
     from dr2dist.data.shards import make_shards
     from dr2dist.data.sources import SOURCES
     from dr2dist.data.unfinished import check_output
-    from dr2dist.data.video_records import at_rate
+    from dr2dist.data.video_records import with_frame_rate
 
-    if given.frame_rate is not None and not 0 < given.frame_rate < 1e4:
-        raise UserError(f"frame-rate is {given.frame_rate:g}, allowed is more than 0, below 10000")
     check_output(given.output)
     records, classes = SOURCES[given.kind](given.source)
     if given.frame_rate is not None:
-        records = at_rate(records, given.frame_rate)
+        records = with_frame_rate(records, given.frame_rate)
     made = make_shards(
         records,
         classes,

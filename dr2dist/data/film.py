@@ -59,13 +59,14 @@ class Footage(ABC):
     @property
     @abstractmethod
     def times(self) -> NDArray[np.float64]:
-        """When each frame is shown, in seconds from the first: [N], rising."""
+        """When each frame is shown, in seconds of the film's own time, as players tell it: [N],
+        rising. The first is at 0 unless sound comes before it."""
 
     @property
     @abstractmethod
     def seconds(self) -> float:
-        """From the first frame to the end of the last, which is shown as long as others are where
-        its own end is not said."""
+        """When the last frame ends, which is shown as long as others are where its own end is not
+        said."""
 
     @abstractmethod
     def read(self, times: Sequence[float], cover: Size = None) -> NDArray[np.uint8]:
@@ -87,8 +88,7 @@ class Film(Footage):
     @cached_property
     def times(self) -> NDArray[np.float64]:
         """See Footage. Read from the packets; nothing is decoded."""
-        shown = np.array(list(self._shown), np.float64)
-        return shown - shown[0] if len(shown) else np.zeros(1)
+        return np.array(list(self._shown) or [0.0], np.float64)
 
     @property
     def seconds(self) -> float:
@@ -99,15 +99,17 @@ class Film(Footage):
 
     @cached_property
     def _shown(self) -> dict[float, float]:
-        """When each frame is shown, rising, and for how long, 0 where that is not said; seconds."""
+        """When each frame is shown, rising, and for how long, 0 where that is not said; seconds of
+        the film."""
         with _opened(self.data) as container:
             stream = container.streams.video[0]
             when = attrgetter("dts" if _guesses_times(container) else "pts")
             # What a file's edits leave out is decoded for what follows, and not shown.
             found = {when(p): p.duration or 0 for p in container.demux(stream) if not p.is_discard}
+            found.pop(None, None)  # the end's
             base = float(stream.time_base)
-        found.pop(None, None)  # the end's
-        return {time * base: found[time] * base for time in sorted(found)}
+            start = _beginning(container, min(found, default=0) * base)
+        return {time * base - start: found[time] * base for time in sorted(found)}
 
     def read(self, times: Sequence[float], cover: Size = None) -> NDArray[np.uint8]:
         """See Footage."""
@@ -144,6 +146,16 @@ def _reason(error: Exception) -> str:
     return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
+def _beginning(container: Any, first: float) -> float:
+    """When a film's own time is 0, in seconds of its streams. first: when its first frame is shown.
+
+    That is where the first of its streams begins, so frames may come after sound; what lies before
+    0, as encoders of sound leave it, no player tells.
+    """
+    said = container.start_time  # microseconds
+    return first if said is None else min(max(said / 1e6, 0.0), first)
+
+
 def _guesses_times(container: Any) -> bool:
     """Whether libavformat guesses when packets are shown: AVI only says when they are decoded. For
     H.264 with B-frames the guesses are wrong."""
@@ -163,11 +175,11 @@ class _Reader:
         self.next = self._next()
         if self.next is None:
             raise BrokenError("has no frame that can be decoded")
-        self.shown, self.start = self.next, self.next[0]
+        self.shown, self.start = self.next, _beginning(container, self.next[0])
         self.first = self.shown[1]
 
     def at(self, time: float, cover: Size = None) -> NDArray[np.uint8]:
-        """The frame that is shown at a time, in seconds from the first frame."""
+        """The frame that is shown at a time, in seconds of the film."""
         wanted = self.start + max(time, 0.0) + SLACK
         if wanted - self.shown[0] > GAP:
             self._seek(wanted)

@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,11 +20,14 @@ from PIL.Image import Resampling
 from dr2dist.data.broken import BrokenError
 from dr2dist.data.film import SLACK, Footage, Size, covering
 from dr2dist.data.images import is_image, of_8_bits, open_image, upright
-from dr2dist.errors import one_line
+from dr2dist.data.records import Readable
+from dr2dist.errors import UserError, one_line
 
 BICUBIC = Resampling.BICUBIC
 RATE = 25.0
 """Frames a second of a folder of frames of which nothing is said."""
+FASTEST = 1e4
+"""Frames a second that are no mistake."""
 LARGEST_FRAME = 2**28
 """Bytes of a frame that are read at most: archives can promise any number."""
 
@@ -69,14 +72,11 @@ class Frames(Footage):
         return len(self.names) / self.rate
 
     def read(self, times: Sequence[float], cover: Size = None) -> NDArray[np.uint8]:
-        """See Footage. Raises BrokenError for frames of other sizes than the first."""
+        """See Footage. All are as large as the first."""
         places = np.floor((np.asarray(times, np.float64) + SLACK) * self.rate).astype(int)
         wanted = places.clip(0, len(self.names) - 1).tolist()
         with _opened(self.data) as archive:
             found = {place: self._frame(archive, self.names[place], cover) for place in set(wanted)}
-        shapes = {frame.shape for frame in found.values()}
-        if len(shapes) > 1:
-            raise BrokenError(f"has frames of different sizes, such as {sorted(shapes)[:2]}")
         return np.stack([found[place] for place in wanted])
 
     def _frame(self, archive: zipfile.ZipFile, name: str, cover: Size) -> NDArray[np.uint8]:
@@ -88,7 +88,9 @@ class Frames(Footage):
             image = of_8_bits(upright(open_image(io.BytesIO(data))))
         except ValueError as error:
             raise BrokenError(f"{name}: {error}") from None
-        height, width = covering((image.height, image.width), cover)
+        # What is read first is the first frame itself.
+        own = self.size if hasattr(self, "_first") else (image.height, image.width)
+        height, width = covering(own, cover)
         resized = image.size != (width, height)
         return np.asarray(image.resize((width, height), BICUBIC) if resized else image)
 
@@ -109,9 +111,22 @@ def _rate_of(comment: bytes) -> float:
         rate = float(json.loads(comment)["rate"])
     except (ValueError, KeyError, TypeError):
         return RATE  # another program's comment
-    if not 0 < rate < 1e4:
+    if not 0 < rate < FASTEST:
         raise BrokenError(f"says {rate:g} frames a second")
     return rate
+
+
+def at_rate(files: Sequence[Readable], rate: float) -> list[Readable]:
+    """The files, of which folders of frames are `rate` frames a second.
+
+    Raises UserError for another number than one of more than 0 and below 10,000, or where no file
+    is a folder of frames: the rate would say nothing.
+    """
+    if not 0 < rate < FASTEST:
+        raise UserError(f"frame-rate is {rate:g}, allowed is more than 0, below {FASTEST:.0f}")
+    if not any(isinstance(file, FrameFolder) for file in files):
+        raise UserError("frame-rate is given, and no film is a folder of frames")
+    return [replace(file, rate=rate) if isinstance(file, FrameFolder) else file for file in files]
 
 
 @dataclass(frozen=True)

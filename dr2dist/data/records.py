@@ -130,7 +130,8 @@ def check_once(
         if first != place:
             part = f" from {span[0]:g} to {span[1]:g} seconds" if span else ""
             raise UserError(
-                f"{source}: {first} and {place} both name {shown(file)}{part}; allowed is once"
+                f"{source}: {first} and {place} both name {shown(os.path.realpath(file))}{part}; "
+                "allowed is once"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,9 @@ from tqdm import tqdm
 
 from dr2dist.data.decoders import decode
 from dr2dist.data.described import Described, describe, finish, read_note
+from dr2dist.data.film import Footage
 from dr2dist.data.found import open_shard
+from dr2dist.data.frames import RATE
 from dr2dist.data.index import FORMAT, INDEX_NAME, Index, Shard, read_index
 from dr2dist.data.labels import class_index
 from dr2dist.data.listing import shown
@@ -28,9 +31,11 @@ from dr2dist.data.scan import Scanned, scan
 from dr2dist.data.split import describe_parts, split
 from dr2dist.data.unfinished import check_output, unfinished
 from dr2dist.data.usable import usable
-from dr2dist.data.video_records import check_span, span_of
+from dr2dist.data.video_records import check_span, late_actions, span_of
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write
+
+log = logging.getLogger(__name__)
 
 
 def make_shards(
@@ -65,16 +70,17 @@ def make_shards(
     parts = split(records, shares, seed, group_by, split_by)
     keys = {name: [record.key for record in chosen] for name, chosen in parts.items()}
     plan = (FORMAT, samples_per_shard, keys, seed, list(classes))
-    run = _Run(workers, progress, skip_unreadable)
+    run = _Run(workers, progress, skip_unreadable, [])
     with unfinished(output, _digest(records, plan)) as folder:
         made = [
             _write_part(folder / name, chosen, classes, samples_per_shard, seed, run)
             for name, chosen in parts.items()
         ]
+    _tell_late(run.late)
     return Made(
         sum(part.samples for part in made),
         sum((part.left for part in made), ()),
-        tuple(describe_parts(parts, classes)) if "" not in parts else (),
+        () if "" in parts else tuple(describe_parts({p: read_index(output / p) for p in parts})),
     )
 
 
@@ -88,11 +94,23 @@ class Made(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """How the work is done."""
+    """How the work is done. late: takes films with annotations after their end, a text each."""
 
     workers: int | None
     progress: bool
     skip: bool
+    late: list[str]
+
+
+def _tell_late(late: Sequence[str]) -> None:
+    if late:
+        log.warning(
+            "%d film(s) have annotations that begin after their end, which are not learnt, such as "
+            "%s; frames of a folder are %g a second unless --frame-rate says otherwise",
+            len(late),
+            min(late),
+            RATE,
+        )
 
 
 def _digest(records: Sequence[Record], plan: Any) -> str:
@@ -125,7 +143,7 @@ def _write_part(
     mixed = [ordered[place] for place in order]
     groups = [mixed[k : k + samples_per_shard] for k in range(0, len(mixed), samples_per_shard)]
     paths = [folder / f"shard-{number:06d}.tar" for number in range(len(groups))]
-    task = partial(_shard_of, skip=run.skip)
+    task = partial(_shard_of, run=run)
     made: list[Described] = _in_parallel(
         task, list(zip(paths, groups, strict=True)), run.workers, run.progress
     )
@@ -147,18 +165,18 @@ def _note_of(path: Path) -> Path:
     return path.with_suffix(".safetensors")
 
 
-def _shard_of(item: tuple[Path, list[Record]], skip: bool) -> Described:
+def _shard_of(item: tuple[Path, list[Record]], run: _Run) -> Described:
     """Writes a shard and describes it; one that is there already is taken as it is."""
     path, records = item
     note = _note_of(path)
     known = read_note(note)
     if known is not None:
-        if known.left and not skip:
+        if known.left and not run.skip:
             raise UserError(known.left[0][1])
         return known
     left: list[str] = []
     with atomic_write(path) as aside:
-        _write_shard(aside, records, left if skip else None)
+        _write_shard(aside, records, left if run.skip else None, run.late)
         with aside.open("rb") as file:
             found = scan(file)
     found.left = [("", line) for line in left]
@@ -183,15 +201,19 @@ def _in_parallel(
             raise
 
 
-def _write_shard(path: Path, records: list[Record], left: list[str] | None) -> None:
-    """left: takes a line for each sample that cannot be read; None: that is an error."""
+def _write_shard(
+    path: Path, records: list[Record], left: list[str] | None, late: list[str]
+) -> None:
+    """left: takes a line for each sample that cannot be read; None: that is an error. late: as of
+    _Run."""
     said = {"encoder": False, "mtime": 0, "user": "", "group": ""}
     # keep_meta: or else members whose extensions begin with _ are left out.
     with webdataset.TarWriter(str(path), keep_meta=True, **said) as writer:
         for record in records:
             try:
-                span = span_of(record)
-                files = {name: _readable(name, file, span) for name, file in record.files.items()}
+                files = {
+                    name: _readable(name, file, record, late) for name, file in record.files.items()
+                }
             except UserError as error:
                 if left is None:
                     raise
@@ -200,13 +222,16 @@ def _write_shard(path: Path, records: list[Record], left: list[str] | None) -> N
             writer.write({"__key__": record.key, **files, **record.members})
 
 
-def _readable(extension: str, path: Readable, span: Sequence[float] | None) -> bytes:
-    """span: of a film, which is to begin in it."""
+def _readable(extension: str, path: Readable, record: Record, late: list[str]) -> bytes:
+    """The record's span, if it has one, is to begin in the film."""
     try:
         data = path.read_bytes()
         value = decode(extension, data)
-        if span is not None:
-            check_span(span, value)
+        if isinstance(value, Footage):
+            if (span := span_of(record)) is not None:
+                check_span(span, value)
+            if count := late_actions(record, value):
+                late.append(f"{shown(path)}, {count} after {value.seconds:.3f} seconds")
         return data
     except (OSError, ValueError) as error:
         raise UserError(f"{shown(path)}: cannot be read: {one_line(error)}") from None

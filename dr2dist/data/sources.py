@@ -47,6 +47,7 @@ def _class_folders(path: Path, types: Sequence[str], kind: str) -> Source:
             f"{shown(path)}/CLASS/{kind.upper()}"
         )
     images = [(image, classified(n)) for n, name in enumerate(classes) for image in own[name]]
+    check_once(path, ((shown(file.relative_to(path)), file, None) for file, _ in images))
     return _records(path, images, types, kind), list(map(shown, classes))
 
 
@@ -85,6 +86,8 @@ def csv_table(path: Path) -> Source:
     rows, columns = read_table(path)
     for column, read in COLUMNS.items():
         if column in columns and "path" in columns:
+            if not rows:
+                raise UserError(f"{path}: has a header and no rows")
             files = [_file_of(path, row.number, row.values["path"]) for row in rows]
             cells = [(row.number, row.values[column].strip()) for row in rows]
             described, classes = read(path, cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,12 @@ from functools import partial
 
 import numpy as np
 
+from dr2dist.data.index import Index
 from dr2dist.data.listing import shown
 from dr2dist.data.records import Record
 from dr2dist.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
 
 PARTS = ("train", "val", "test")
 Parts = dict[str, list[Record]]
@@ -164,22 +168,27 @@ def _by_column(records: Sequence[Record], column: str) -> Parts:
                 f"{', '.join(PARTS)}"
             )
         names.append(part)
-    found = _parts(records, names)
+    found, places = _parts(records, names), defaultdict(set)
+    for record, name in zip(records, names, strict=True):
+        places[record.group].add(name)
+    if shared := [group for group, own in places.items() if group and len(own) > 1]:
+        log.warning("--split-by: spans of one film are in several parts: %s", shown(shared[0]))
     if "train" not in found and len(found) < 2:  # THUMOS has validation and test, and no other
         raise UserError(f"--split-by: no row has 'train' in the column '{column}'")
     return found
 
 
-def describe_parts(parts: Mapping[str, Sequence[Record]], classes: Sequence[str]) -> list[str]:
+def describe_parts(parts: Mapping[str, Index]) -> list[str]:
     """A line for each part: how many samples it has, and of which classes, the fewest first."""
     lines = []
-    for part, records in parts.items():
-        counts = Counter(record.label for record in records)
-        known = [] if None in counts else classes  # of many labels an image has no one class
-        by_class = sorted((counts[label], name) for label, name in enumerate(known))
+    for part, index in parts.items():
+        # Of many labels an image has no one class.
+        by_class = sorted(zip(index.class_counts() or (), index.classes, strict=False))
         listed = ", ".join(f"{name} {count}" for count, name in by_class[:SHOWN])
         more = f", and {len(by_class) - SHOWN} more classes" if len(by_class) > SHOWN else ""
-        lines.append(f"{part}: {len(records)} samples" + (f": {listed}{more}" if known else ""))
+        lines.append(
+            f"{part}: {index.num_samples} samples" + (f": {listed}{more}" if listed else "")
+        )
     return lines
 
 

@@ -8,16 +8,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from dr2dist.data.fields import Field
+from dr2dist.data.film import FILM_TYPES
 from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.data.members import Sample
 from dr2dist.data.scan import Readable, Scanned, scan
 from dr2dist.errors import one_line
 
+KINDS = {**dict.fromkeys(IMAGE_TYPES, "image"), **dict.fromkeys((*FILM_TYPES, "zip"), "film")}
+"""Extensions that stand for each other."""
+
 
 def kind_of(extension: str) -> str:
-    """What an extension is of: all images are `image`, `seg.png` is `seg.image`."""
+    """What an extension is of: all images are `image`, `seg.png` is `seg.image`; films of any type
+    and archives of their frames are `film`."""
     head, dot, last = extension.rpartition(".")
-    return f"{head}{dot}{'image' if last in IMAGE_TYPES else last}"
+    return f"{head}{dot}{KINDS.get(last, last)}"
 
 
 def kinds_of(sample: Sample) -> set[str]:
@@ -45,7 +50,7 @@ def usable(
     found, kept = scan(file, lambda extension: extension in wanted, headers), []
     labels = {}
     for sample in found.samples:
-        lacking = sorted(set(needs) - kinds_of(sample))
+        lacking = sorted({kind_of(need) for need in needs} - kinds_of(sample))
         if lacking:
             found.left.append((sample.key, f"has no {' and no '.join(lacking)}"))
             continue

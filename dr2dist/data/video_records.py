@@ -8,10 +8,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dr2dist.data.broken import BrokenError
 from dr2dist.data.film import FILM_TYPES, Footage
-from dr2dist.data.frames import FrameFolder
+from dr2dist.data.frames import FrameFolder, at_rate
 from dr2dist.data.images import is_image
 from dr2dist.data.records import Record, new_key
 from dr2dist.data.tables import Row
@@ -20,7 +21,7 @@ from dr2dist.errors import UserError
 log = logging.getLogger(__name__)
 
 COLUMNS = ("start", "stop")
-"""Of a table, in seconds from a film's first frame."""
+"""Of a table, in seconds of a film's own time."""
 OF_FRAMES = "zip"
 """The extension of a folder of frames in a shard."""
 
@@ -54,21 +55,12 @@ def frames_in(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in names if not name.startswith(".") and is_image(name))
 
 
-def at_rate(records: Sequence[Record], rate: float) -> list[Record]:
-    """The records, whose folders of frames are `rate` frames a second.
-
-    Raises UserError where no record is a folder of frames: the rate would say nothing.
-    """
-    found = [
-        {
-            name: replace(file, rate=rate) if isinstance(file, FrameFolder) else file
-            for name, file in record.files.items()
-        }
-        for record in records
+def with_frame_rate(records: Sequence[Record], rate: float) -> list[Record]:
+    """The records, whose folders of frames are `rate` frames a second; see `at_rate`."""
+    files = iter(at_rate([file for record in records for file in record.files.values()], rate))
+    return [
+        replace(record, files={name: next(files) for name in record.files}) for record in records
     ]
-    if not any(OF_FRAMES in files for files in found):
-        raise UserError("frame-rate is given, and no film is a folder of frames")
-    return [replace(record, files=own) for record, own in zip(records, found, strict=True)]
 
 
 def with_spans(
@@ -79,6 +71,9 @@ def with_spans(
     A row's sample holds its whole film; those of one film are a group. Raises UserError for the
     first row whose span is none, or whose file is no film.
     """
+    for name in columns:
+        if name not in COLUMNS and name.lower() in COLUMNS:
+            raise UserError(f"{path}: has the column '{name}'; allowed is '{name.lower()}'")
     there = [name for name in COLUMNS if name in columns]
     if not there:
         return list(records)
@@ -105,6 +100,13 @@ def span_of(record: Record) -> list[float] | None:
     return said.get("span")
 
 
+def late_actions(record: Record, film: Footage) -> int:
+    """How many of a film's annotations begin after its end."""
+    said: dict[str, Any] = json.loads(record.members.get("json", b"{}"))
+    begins = [each["segment"][0] for each in said.get("annotations", ())]
+    return sum(begin >= film.seconds for begin in begins) if begins else 0
+
+
 def check_span(span: Sequence[float], film: Footage) -> None:
     """Raises BrokenError for one that begins after its film's end."""
     if span[0] >= film.seconds:
@@ -113,8 +115,8 @@ def check_span(span: Sequence[float], film: Footage) -> None:
 
 def _with_span(path: Path, row: Row, record: Record) -> Record:
     values = [row.values[name].strip() for name in COLUMNS]
-    if not any(values):
-        return record
+    if not any(values):  # a member as its neighbours have, for all samples of a shard are alike
+        return replace(record, members={"json": b"{}", **record.members})
     try:
         start, stop = map(float, values)
     except ValueError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dr2dist.data.batch import Batch
-from dr2dist.data.fields import Field, Fields, split_name
-from dr2dist.data.listing import list_files, shown
+from dr2dist.data.fields import Field, Fields
+from dr2dist.data.listing import shown
+from dr2dist.data.unlabelled import Source, extension_of, find_sources
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import atomic_write, check_file_output
 from dr2dist.inference.exported import ready
@@ -27,53 +29,6 @@ from dr2dist.tasks.task import Row, Task
 NOT_FINITE = "the outputs are not finite"
 """Error of a sample."""
 
-Source = tuple[Path, ...]
-"""The files of one sample."""
-
-
-def find_sources(paths: Sequence[str | Path], fields: Sequence[Field]) -> list[Source]:
-    """The samples in files, and in all files under folders that may carry an input, in the order of
-    their names.
-
-    fields: the inputs. Where a task has one, each file is a sample; otherwise files of one name,
-    less its extensions, are. Raises UserError for a path that does not exist, a folder without
-    samples, or a sample that lacks an input.
-    """
-    found = [file for path in map(Path, paths) for file in _files(path, fields)]
-    if len(fields) == 1:
-        return [(file,) for file in found]
-    samples: dict[Path, list[Path]] = {}
-    for file in found:
-        samples.setdefault(file.with_name(split_name(file)[0]), []).append(file)
-    for name, files in samples.items():
-        for field in fields:
-            if field.choose([split_name(file)[1] for file in files]) is None:
-                raise UserError(f"{name}: has no {field.name} ({field.text})")
-    return [tuple(files) for files in samples.values()]
-
-
-def _taken(extension: str, fields: Sequence[Field]) -> bool:
-    return any(field.choose([extension]) for field in fields)
-
-
-def _files(path: Path, fields: Sequence[Field]) -> Iterable[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{shown(path)}: does not exist")
-
-    def why(file: Path) -> str | None:
-        if _taken(_known(file, fields), fields):
-            return None
-        return f"of the ending {file.suffix.lower()}" if file.suffix else "without an ending"
-
-    found = list_files(path, why)
-    found.tell()
-    if not found.files:
-        allowed = "; ".join(f"{field.name} ({', '.join(field.extensions)})" for field in fields)
-        raise UserError(f"{shown(path)}: holds no {allowed}")
-    return found.files
-
 
 def predict(
     path: str | Path,
@@ -82,15 +37,16 @@ def predict(
     batch: int = 32,
     skip_unreadable: bool = False,
     picture: str | Path | None = None,
+    frame_rate: float | None = None,
     progress: bool = True,
 ) -> list[Row]:
     """A row for each sample in files and folders, in the order given, and of names in a folder; in
     a process group every rank must call it, predicts a part, and returns all.
 
     path: a file of `export` or `save`; it runs in fp32, on a GPU if there is one. paths: files of
-    samples, and folders of them. Where the task has one input each file is a sample, otherwise
-    files of one name, less its extensions, are. batch: samples at a time. picture: a
-    file for what the task draws of the rows, if it draws them. progress: a bar on stderr.
+    samples, and folders of them, see `find_sources`. batch: samples at a time. picture: a file for
+    what the task draws of the rows, if it draws them. frame_rate: frames a second of films that are
+    folders of frames; None: 25. progress: a bar on stderr.
 
     A row has path, of the sample's first file, and what the task says of it, plain values by
     column. Raises UserError for a path that does not exist, a folder without samples, a sample that
@@ -100,7 +56,7 @@ def predict(
     with together():
         (net, task, facts), device = ready(path)
         fields = Fields(task.fields, facts.fields).only(task.inputs)
-        sources = find_sources(paths, fields)
+        sources = find_sources(paths, fields, frame_rate)
     rank, ranks = own_part()
     own = range(rank * batch, len(sources), ranks * batch)
     transform, found = task.transform(), dict[int, list[Row]]()
@@ -114,7 +70,7 @@ def predict(
             fine = [values for values in read if isinstance(values, dict)]
             said = iter(_said(net, task, fine, device) if fine else ())
             found[start] = [
-                {"path": str(source[0])}
+                {"path": os.fspath(source[0])}
                 | ({"error": value} if isinstance(value, str) else next(said))
                 for source, value in zip(part, read, strict=True)
             ]
@@ -158,19 +114,13 @@ def _read(
     source: Source, fields: Sequence[Field], transform: Any, skip: bool
 ) -> dict[str, Any] | str:
     try:
-        members = {_known(file, fields): file.read_bytes() for file in source}
+        members = {extension_of(file, fields): file.read_bytes() for file in source}
         result: dict[str, Any] = transform({field.name: field.decode(members) for field in fields})
         return result
     except (OSError, ValueError) as error:
         if skip:
             return one_line(error)
         raise UserError(f"{shown(source[0])}: cannot be read: {one_line(error)}") from None
-
-
-def _known(path: Path, fields: Sequence[Field]) -> str:
-    """The extension by which a field takes the file: `left.npy`, or `npy` of any name."""
-    whole = split_name(path)[1]
-    return whole if _taken(whole, fields) else path.suffix.lower()[1:]
 
 
 def write_rows(rows: Sequence[Row], output: str | Path) -> None:

@@ -161,5 +161,5 @@ def _taken(values: Values) -> tuple[Any, tuple[float, float] | None, Values]:
         raise ValueError(f"span is {span!r}, allowed is [start, stop] in seconds") from None
     if not 0 <= start < stop:
         raise ValueError(f"span is {span!r}, allowed is 0 <= start < stop, in seconds")
-    check_span(span, film)
+    check_span((start, stop), film)
     return film, (start, min(stop, film.seconds)), rest

@@ -17,7 +17,8 @@ Times = NDArray[np.float64]
 
 def mean_rate(film: Footage) -> float:
     """Frames a second; 1 of a film that has no length."""
-    return len(film.times) / film.seconds if film.seconds else 1.0
+    seconds = film.seconds - float(film.times[0])
+    return len(film.times) / seconds if seconds else 1.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Sampling:
     def _clip(self, film: Footage, span: tuple[float, float] | None, shares: Times) -> Times:
         """shares: from 0 to 1, of the room that there is for a frame, or for the whole window."""
         times, seconds = film.times, film.seconds
-        start, stop = (0.0, seconds) if span is None else span
+        start, stop = (float(times[0]), seconds) if span is None else span
         if self.kind == "segments":
             part = (stop - start) / self.frames
             found = start + (np.arange(self.frames) + shares) * part

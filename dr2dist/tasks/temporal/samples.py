@@ -49,8 +49,9 @@ class Windowed:
 
     def __call__(self, values: Values) -> Values:
         """Raises ValueError for actions that are none."""
-        film, said = values["video"], values.get("actions")
-        actions = None if said is None else actions_of(said, self.classes, film.seconds)
+        film, actions = values["video"], None
+        if "actions" in values:
+            actions = actions_of(values["actions"], self.classes, film.seconds)
         known = different(()) if actions is None else actions
         sampling = self.sampling
         windows = [sampling.drawn(film, known)] if self.training else sampling.spread(film)
@@ -85,8 +86,10 @@ def _only(crops: Sequence[Tensor]) -> Tensor:
 def actions_of(said: Any, classes: Sequence[str], seconds: float) -> Actions:
     """What a sample says of its film, as far as it lies in it, each action once.
 
-    Raises ValueError for what is no list of actions, or names a class that is not known.
+    said: a list, null for none. Raises ValueError for what is no list of actions, or names a class
+    that is not known.
     """
+    said = [] if said is None else said
     if not isinstance(said, list):
         raise ValueError(f"actions are {said!r:.60}, allowed is a list")
     found = [_action(each, classes) for each in said]

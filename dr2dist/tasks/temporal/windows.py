@@ -14,7 +14,7 @@ from dr2dist.data.film import Footage
 from dr2dist.tasks.sampling import Kind, Times, mean_rate
 
 Actions = NDArray[np.float64]
-"""Of a film: [A, 3], each (start, stop, class), in seconds from its first frame."""
+"""Of a film: [A, 3], each (start, stop, class), in seconds of its own time."""
 
 TRIES = 100
 """Random windows that are looked at for one with an action in it."""
