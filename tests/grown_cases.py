@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dr2dist.checkpoints.folders import checkpoint_folder
+from dr2dist.parallel.engine import UnprovenStepError
 from dr2dist.training.checkpoint_manager import CheckpointManager, Progress
 from tests import cases, stage_cases
 from tests.deepspeed_cases import FACTS
@@ -77,6 +78,35 @@ def jump(stages: int, zero: int) -> dict[str, Any]:
         "attempts": len(attempts),
         "clean": all(verdict.ok for verdict in verdicts),
         "wider": wider,
+    }
+
+
+def outlier(stages: int, zero: int) -> dict[str, Any]:
+    """Steps of which the second is far beyond the scales, and the third of usual size."""
+    engine, step = _engine(stages, zero)
+    logging.getLogger("dr2dist").setLevel(logging.ERROR)
+    step(0)
+    scales, stale = [_exponents(engine)], []
+    for factor in (3e3, 1 / 3e3):  # a thousand times as large, and back
+        _grow(engine, factor)
+        step(1)
+        scales.append(_exponents(engine))
+        stale.append(engine.net.stale_scales)
+    step(2)
+    scales.append(_exponents(engine))
+    before = engine.net.scales
+    _grow(engine, 1e9)
+    refused = False
+    try:
+        step(3)
+    except UnprovenStepError as error:
+        refused = "range" in error.verdict.kinds
+    return {
+        "scales": scales,
+        "stale": stale,
+        "refused": refused,
+        "kept": engine.net.scales == before,
+        "applied": engine.applied,
     }
 
 

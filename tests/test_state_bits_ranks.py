@@ -79,6 +79,19 @@ def test_a_jump_is_tried_again_with_larger_scales(stages: int, zero: int, four_r
         assert result["wider"] > 0
 
 
+@pytest.mark.parametrize(("stages", "zero"), [(1, 2), (2, 1)])
+def test_scales_that_grew_far_are_found_again(stages: int, zero: int, four_ranks: Pool) -> None:
+    results = four_ranks.run("tests.grown_cases:outlier", stages=stages, zero=zero)
+    for found in results:
+        assert found["scales"] == results[0]["scales"]  # the same on all ranks
+        usual, wide, *after = found["scales"]
+        assert max(b - a for a, b in zip(usual, wide, strict=True)) > 5
+        assert found["stale"][0] and not found["stale"][1]
+        for later in after:
+            assert max(abs(b - a) for a, b in zip(usual, later, strict=True)) <= 2
+        assert found["refused"] and found["kept"] and found["applied"] == 4
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [((1, 2), (1, 2)), ((1, 0), (1, 3)), ((2, 1), (4, 0))]
 )

@@ -3,7 +3,7 @@ joined beside them, and scales."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -97,8 +97,14 @@ class InForce(nn.Module):
         found = {chain.name: chain.scales for chain in self.chains}
         return {name: list(known.exponents) for name, known in found.items() if known is not None}
 
-    def set_scales(self, scales: Mapping[str, Sequence[int]]) -> None:
-        """Takes what `scales` has given; chains that are not named find their own.
+    @property
+    def stale_scales(self) -> list[str]:
+        """Chains whose scales had to grow far: others are found in the next pass that trains."""
+        return [chain.name for chain in self.chains if chain.scales and chain.scales.stale]
+
+    def set_scales(self, scales: Mapping[str, Sequence[int]], stale: Collection[str] = ()) -> None:
+        """Takes what `scales`, and `stale_scales`, have given; chains that are not named find their
+        own.
 
         Raises UserError for a chain that the network does not have, RuntimeError while a forward
         pass still waits for its backward pass.
@@ -109,8 +115,8 @@ class InForce(nn.Module):
                 raise UserError(f"scales: no chain is called {name!r}{nearest(name, names)}")
         for chain in self.chains:
             known = scales.get(chain.name)
-            dim = chain.channel_dim
-            chain.set_scales(None if known is None else ChannelScales(tuple(known), dim))
+            place = chain.channel_dim, chain.name in stale
+            chain.set_scales(None if known is None else ChannelScales(tuple(known), *place))
 
     def _join(self, gain: Gain, hand_on: HandOn) -> None:
         """Takes what a loaded state says. Raises UserError where its settings do not allow it."""

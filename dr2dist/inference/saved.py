@@ -59,8 +59,9 @@ def save(
     if path.is_dir():
         raise UserError(f"save: {path} is a folder, a file is needed")
     _check_kind(net)
+    assert isinstance(net, ReversibleNetwork)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        sample = random_inputs(net, 1)
+        sample, scales = random_inputs(net, 1), net.scales
         wanted = _outputs(net, sample)
         prepared = {"mean": mean, "std": std, "orientation": orientation}
         facts = _facts(net, wanted[-1], task, classes, prepared, options)
@@ -68,6 +69,8 @@ def save(
         with atomic_write(path) as aside:
             write_tensors(aside, tensors, facts.metadata())
             _check_same(path, facts, _outputs(_again(net, aside), sample), wanted)
+        if not scales:  # the next pass finds them, of true samples
+            net.set_scales({})
 
 
 def _check_kind(net: nn.Module) -> None:

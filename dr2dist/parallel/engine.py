@@ -23,12 +23,20 @@ from dr2dist.parallel.gathered import GatheredRunner
 from dr2dist.parallel.master_weights import MasterWeights
 from dr2dist.parallel.originals import originals
 from dr2dist.parallel.processes import slowest
-from dr2dist.parallel.scales import find_scales, make_room, without_scales
+from dr2dist.parallel.scales import (
+    Scales,
+    find_scales,
+    make_room,
+    put_back,
+    scales_of,
+    settle,
+    without_scales,
+)
 from dr2dist.parallel.sharded_ema import ShardedEMA
 from dr2dist.parallel.sharding import shard
 from dr2dist.parallel.verdict import GradientWatch, Report, Verdict, Wish, decide
 from dr2dist.reversible import FunctionRunner, PlainRunner
-from dr2dist.reversible.arithmetic.scales import WIDENINGS
+from dr2dist.reversible.arithmetic.scales import GREW, WIDENINGS
 from dr2dist.reversible.transfer import to_device
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -124,18 +132,20 @@ class ReversibleEngine:
         """2-norm of the last applied step's gradient before clipping."""
         self.applied = 0
         self._peaks: dict[str, Tensor | None] = {}
+        self._begun: Scales = {}
 
     def step(self, work: StepBatches, count: int, learning_rates: list[float]) -> Verdict:
         """One optimiser step from `count` micro-batches.
 
         learning_rates: one for each parameter group.
-        Raises UnprovenStepError, with nothing applied on any rank and all buffers as they were, if
-        the verdict is not clean, or the gradient that ranks have summed has no finite norm. A
+        Raises UnprovenStepError, with nothing applied on any rank, buffers and scales as they were,
+        if the verdict is not clean, or the gradient that ranks have summed has no finite norm. A
         mismatch is tried once more first, and a state of 16 bits out of range with larger scales,
         as long as that is what is wrong.
         """
-        buffers = Buffers(self.net)
+        buffers, scales = Buffers(self.net), scales_of(self.chains)
         self._find_scales(work, buffers)
+        self._begun = scales_of(self.chains)
         verdict = self._attempt(work, count)
         for _ in range(WIDENINGS):
             if "range" not in verdict.kinds or not self._make_room(verdict):
@@ -151,9 +161,12 @@ class ReversibleEngine:
             verdict = replace(verdict, kinds=frozenset({"finite"}), messages=(NO_NORM,))
         if not verdict.ok:
             self._discard(buffers)
+            put_back(self.chains, scales)
             raise UnprovenStepError(verdict)
         self.applied += 1
         self._make_room(verdict)
+        for name in settle(self.chains, self._begun):
+            log.warning("step %d: %s: %s", self.applied, name, GREW)
         if self.average is not None:
             self.average.update()
         return verdict
@@ -170,7 +183,7 @@ class ReversibleEngine:
 
     def _make_room(self, verdict: Verdict) -> bool:
         """Widens scales for the next attempt; whether any was. All ranks decide alike."""
-        widened = make_room(self.chains, verdict.near, self._peaks, self.device)
+        widened = make_room(self.chains, verdict.near, self._peaks, self._begun, self.device)
         if widened:
             log.info("step %d: room for larger states: %s", self.applied, ", ".join(widened))
         return bool(widened)

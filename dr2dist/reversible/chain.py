@@ -171,8 +171,11 @@ class Chain(nn.Module):
     def set_scales(self, scales: ChannelScales | None) -> None:
         """Takes scales for the passes to come; None: they are to be found in the next one.
 
-        Raises RuntimeError while a forward pass still waits for its backward pass.
+        Raises ValueError for a chain of 32 bits, or for another number of channels than it has;
+        RuntimeError while a forward pass still waits for its backward pass.
         """
+        if scales is not None:
+            scales.check(self.name, self.scales, self.setting.by_channel)
         if scales != self.scales and self._waiting:
             raise RuntimeError(
                 f"{self.name}: scales cannot change while a forward pass waits for its backward "
@@ -193,7 +196,8 @@ class Chain(nn.Module):
 
     @property
     def _lacks_scales(self) -> bool:
-        return self._sees_to_scales and self.scales is None
+        stale = self.scales is None or (self.scales.stale and not torch.compiler.is_exporting())
+        return self._sees_to_scales and stale
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -210,7 +214,7 @@ class Chain(nn.Module):
         try:
             with kept_streams(x.device), kept_statistics(self):
                 self.segment.infer(x, sides, self.setting, layout)
-            self.set_scales(self.maxima.scales())
+            self.scales = self.maxima.scales()  # passes that wait keep theirs
         finally:
             self.maxima = None
 
@@ -229,21 +233,21 @@ class Chain(nn.Module):
         Where the chain sees to its scales the host waits for what the pass has found: if a state
         left its range, it is run again with larger scales.
         """
-        before = Snapshot(self, x.device) if self._sees_to_scales else None
+        if not self._sees_to_scales or self.scales is None:
+            return segment.forward(x, sides, setting, layout, x_needs_grad, taps)
+        start, before = self.scales, Snapshot(self, x.device)
         for _ in range(WIDENINGS):
             found = segment.forward(x, sides, setting, layout, x_needs_grad, taps)
-            if before is None or not self._make_room(found[1].flags.tensor.tolist()):
+            first, strange, *_ = flags = found[1].flags.tensor.tolist()
+            # Of states that are no numbers nothing is learnt.
+            room = None if strange != NEVER else self.scales.with_room(flags[Flags.SIZE :], start)
+            self.scales = room or start
+            if room is None or first == NEVER:
                 break
             before.restore()
-            segment.scales = self.scales
+            segment.scales = room
+        self.scales = self.scales.settled(start, self.name)
         return found
-
-    def _make_room(self, flags: list[int]) -> bool:
-        """Widens the scales of channels near their limit; whether the pass is to be repeated."""
-        if self.scales is None or flags[1] != NEVER:  # its states were no numbers
-            return False
-        self.scales = self.scales.with_room(flags[Flags.SIZE :])
-        return flags[0] != NEVER
 
     def forward(
         self,

@@ -111,6 +111,7 @@ class CheckpointManager:
             "alpha": alpha,
             "beta": beta,
             "scales": engine.net.scales,
+            "stale_scales": engine.net.stale_scales,
             "progress": asdict(progress),
             "layouts": engine.layouts(),
         }
@@ -201,7 +202,8 @@ class CheckpointManager:
         engine.net.set_coefficients(saved.state["alpha"], saved.state["beta"])
         if engine.chains[0].setting.by_channel:
             # Without any they are found in the next step.
-            engine.net.set_scales(saved.state.get("scales", {}))
+            found, stale = (saved.state.get(key, {}) for key in ("scales", "stale_scales"))
+            engine.net.set_scales(found, stale)
         engine.take_layouts(saved.state["layouts"])
         values = saved.state["progress"]
         # Runs of earlier versions have neither guard nor position.

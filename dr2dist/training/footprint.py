@@ -44,7 +44,9 @@ def footprint(
     each function, by chain. setting: of the chains, at the smallest beta.
     """
     whole, trained = parameters
-    zero, narrow = config.parallel.zero, config.train.precision != "fp32"
+    zero = config.parallel.zero
+    # Without ZeRO weights and tokens are fp32 in bf16 runs too, and functions run under autocast.
+    narrow = config.train.precision != "fp32" and zero > 0
     width, batch = (2 if narrow else 4), config.train.micro_batch
     summed = 4 if config.train.precision == "bf16" and zero > 1 else width
     moments = {"adamw": 2, "sgd": int(config.optim.momentum > 0)}[config.optim.name]

@@ -1,14 +1,16 @@
 """The grid of 16-bit states: a power of two for each channel of a chain.
 
 `x = X * 2^exponent`. All functions of a chain share its scales, since X_{i+1} and X_{i-1} are added
-on one grid. They change only between optimiser steps, and only to larger ones.
+on one grid. They change only between optimiser steps: to larger ones, and where they had to grow
+far at once, as for a sample that is unlike all others, to new ones.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,20 @@ that were found begin at most here."""
 
 WIDENINGS = 32
 """Attempts of a pass or a step, each with larger scales, before it is given up."""
+
+SPARE = 5
+"""Doublings in one pass or step by which usual states keep the eight bits that bf16 has. Scales
+that have grown by more are found again."""
+
+MOST = 14
+"""Doublings in one pass or step after which nothing would be left of usual states: what needs more
+is not held."""
+
+GREW = (
+    f"states were more than {2**SPARE} times as large as their scales allow for, as of a sample "
+    "that is unlike all others; scales are found again in the next pass"
+)
+"""What is said then."""
 
 FINEST = -18
 """The smallest exponent: channels of zeros have a range too, and no grid need be finer."""
@@ -52,10 +68,12 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class ChannelScales:
-    """exponents: by channel. dim: of tokens, that holds the channels."""
+    """exponents: by channel. dim: of tokens, that holds the channels. stale: whether the next pass
+    or step that trains is to find others."""
 
     exponents: tuple[int, ...]
     dim: int = -1
+    stale: bool = False
     _known: Constants = field(default_factory=Constants, init=False, repr=False, compare=False)
 
     @classmethod
@@ -63,14 +81,42 @@ class ChannelScales:
         """Scales with headroom for the largest |x| of each channel: 2^ceil(log2(2 x)) / 2^15."""
         return cls(tuple(max(FINEST, _exponent(value) - 14) for value in largest), dim)
 
-    def with_room(self, peaks: Sequence[int]) -> ChannelScales:
-        """Scales by which no channel would have been near its limit.
+    def with_room(
+        self, peaks: Sequence[int], since: ChannelScales | None = None
+    ) -> ChannelScales | None:
+        """Scales by which no channel would have been near its limit; None where one would have
+        grown by more than MOST.
 
-        peaks: the largest |X| of each channel that was, any smaller number for others.
+        peaks: the largest |X| of each channel that was, any smaller number for others. since: the
+        scales that the pass, or the step, began with.
         """
         more = (max(0, int(peak).bit_length() - NEAR.bit_length() + 1) for peak in peaks)
         grown = tuple(old + new for old, new in zip(self.exponents, more, strict=True))
-        return ChannelScales(grown, self.dim)
+        room = ChannelScales(grown, self.dim)
+        return room if room.doublings(since or self) <= MOST else None
+
+    def doublings(self, since: ChannelScales) -> int:
+        """By how many the channel that has grown most has."""
+        each = zip(self.exponents, since.exponents, strict=True)
+        return max((new - old for new, old in each), default=0)
+
+    def settled(self, since: ChannelScales, name: str | None = None) -> ChannelScales:
+        """These, stale if they had to grow far, of which a chain's name makes a warning."""
+        stale = self.doublings(since) > SPARE
+        if stale and name is not None:
+            warnings.warn(f"{name}: {GREW}", stacklevel=4)
+        return replace(self, stale=stale)
+
+    def check(self, name: str, known: ChannelScales | None, by_channel: bool) -> None:
+        """Raises ValueError if a chain cannot take these. known: those that it has. by_channel:
+        whether its states have 16 bits."""
+        count = len(self.exponents)
+        if not by_channel:
+            raise ValueError(f"{name}: scales are given; allowed are none: its states have 32 bits")
+        if known is not None and len(known.exponents) != count:
+            raise ValueError(
+                f"{name}: scales of {count} channels are given; it has {len(known.exponents)}"
+            )
 
     def values(self, device: torch.device, onto_grid: bool) -> Tensor:
         """The scales' reciprocals, which bring tokens onto the grid, or themselves: fp32

@@ -26,6 +26,9 @@ MOST_GROWTH = 64.0
 COMPUTED = ("arithmetic", "fraction_bits", "state_bits", "hand_on", "gain")
 """Fields of Setting that beside alpha and beta say what a network computes: files carry them."""
 
+FRACTION_BITS = 18
+"""Of exact states of 32 bits, unless something else is said."""
+
 USUAL_MAGNITUDE = 16.0
 """Size of a backbone's states without growth, assumed when a path is checked in advance."""
 
@@ -77,7 +80,7 @@ class Setting:
     arithmetic: Arithmetic = "exact"
     memory: Memory = "reverse"
     chunk_size: int | Literal["auto"] | None = None
-    fraction_bits: int = 18
+    fraction_bits: int = FRACTION_BITS
     chunk_tokens: int | None = None
     memory_budget: int | None = None
     chunk_budget: int | None = None
@@ -119,6 +122,10 @@ class Setting:
                 "remainders is 'host', which has an effect only with arithmetic 'exact' and memory "
                 "'reverse' or 'budget'"
             )
+        if self.state_bits == 16 and self.arithmetic == "float":
+            raise ValueError("state_bits is 16, which has an effect only with arithmetic 'exact'")
+        if self.by_channel and self.fraction_bits != FRACTION_BITS:
+            raise ValueError("fraction_bits has an effect only with state_bits 32")
         self._check_budget("memory_budget", self.memory == "budget", "memory 'budget'")
         self._check_budget("chunk_budget", self.chunk_size == "auto", "chunk_size 'auto'")
         if self.chunk_tokens is not None:
