@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -47,8 +48,16 @@ def _class_folders(path: Path, types: Sequence[str], kind: str) -> Source:
             f"{shown(path)}/CLASS/{kind.upper()}"
         )
     images = [(image, classified(n)) for n, name in enumerate(classes) for image in own[name]]
-    check_once(path, ((shown(file.relative_to(path)), file, None) for file, _ in images))
-    return _records(path, images, types, kind), list(map(shown, classes))
+    return _one_part_each(_records(path, images, types, kind)), list(map(shown, classes))
+
+
+def _one_part_each(records: list[Record]) -> list[Record]:
+    """The records, of which those of one file, by links, are a group: what is learnt from is not
+    held out."""
+    files = [os.path.realpath(file) for record in records for file in record.files.values()]
+    counts = Counter(files)
+    each = zip(records, files, strict=True)
+    return [replace(record, group=file) if counts[file] > 1 else record for record, file in each]
 
 
 BESIDE = "not in the folder of a class"
