@@ -96,21 +96,26 @@ def with_spans(
 
 def span_of(record: Record) -> list[float] | None:
     """[start, stop] in seconds, where a table's row says it."""
-    said: dict[str, list[float]] = json.loads(record.members.get("json", b"{}"))
-    return said.get("span")
+    span: list[float] | None = _said(record).get("span")
+    return span
 
 
 def late_actions(record: Record, film: Footage) -> int:
     """How many of a film's annotations begin after its end."""
-    said: dict[str, Any] = json.loads(record.members.get("json", b"{}"))
-    begins = [each["segment"][0] for each in said.get("annotations", ())]
-    return sum(begin >= film.seconds for begin in begins) if begins else 0
+    annotations = _said(record).get("annotations", ())
+    return sum(each["segment"][0] >= film.seconds for each in annotations)
 
 
 def check_span(span: Sequence[float], film: Footage) -> None:
     """Raises BrokenError for one that begins after its film's end."""
     if span[0] >= film.seconds:
         raise BrokenError(f"span is {list(span)}, the film ends at {film.seconds:.3f} seconds")
+
+
+def _said(record: Record) -> dict[str, Any]:
+    """What its JSON member says."""
+    said: dict[str, Any] = json.loads(record.members.get("json", b"{}"))
+    return said
 
 
 def _with_span(path: Path, row: Row, record: Record) -> Record:
@@ -128,5 +133,5 @@ def _with_span(path: Path, row: Row, record: Record) -> Record:
         )
     if not any(name in FILM_TYPES or name == OF_FRAMES for name in record.files):
         raise UserError(f"{path}: row {row.number}: start and stop are of films, this is none")
-    said = {**json.loads(record.members.get("json", b"{}")), "span": [start, stop]}
+    said = {**_said(record), "span": [start, stop]}
     return replace(record, members={**record.members, "json": json.dumps(said).encode()})
