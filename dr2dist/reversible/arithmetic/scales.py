@@ -105,7 +105,8 @@ class ChannelScales:
         stale = self.doublings(since) > SPARE
         if stale and name is not None:
             warnings.warn(f"{name}: {GREW}", stacklevel=4)
-        return replace(self, stale=stale)
+        # Otherwise the same object, which keeps its tensors on devices from one step to the next.
+        return self if stale == self.stale else replace(self, stale=stale)
 
     def check(self, name: str, known: ChannelScales | None, by_channel: bool) -> None:
         """Raises ValueError if a chain cannot take these. known: those that it has. by_channel:
