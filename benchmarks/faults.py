@@ -121,7 +121,7 @@ class Bench:
         while not any(output.glob(moment)):
             assert command.poll() is None and time.monotonic() < end, f"no {moment} came"
             time.sleep(0.002)
-        ranks = ranks_of()
+        ranks = ranks_of(self.nodes)
         nodes = [each.parent() for each in ranks]
         return Run(path, command, ranks, nodes, output, self.nodes)  # type: ignore[arg-type]
 
@@ -135,10 +135,10 @@ def _ended(command: subprocess.Popen[str], seconds: float) -> int | None:
     return command.returncode
 
 
-def ranks_of() -> list[psutil.Process]:
-    """The ranks of the run that there is, by number."""
+def ranks_of(nodes: Nodes) -> list[psutil.Process]:
+    """The ranks of the run that there is on these nodes, by number."""
     found = [each for each in _processes() if str(each.environ().get("RANK", "")).isdecimal()]
-    leaders = [each for each in found if _is_leader(each)]
+    leaders = [each for each in found if _is_leader(each) and nodes.holds(each.pid)]
     return sorted(leaders, key=lambda each: int(each.environ()["RANK"]))
 
 

@@ -86,6 +86,11 @@ class Nodes:
             text=True,
         )
 
+    def holds(self, process: int) -> bool:
+        """Whether a process runs in one of them."""
+        networks = {os.readlink(f"/proc/{pid}/ns/net") for pid in self._pids}
+        return os.readlink(f"/proc/{process}/ns/net") in networks
+
     def link(self, *words: str) -> None:
         """Settings of the link, at the first node: up, or down."""
         subprocess.run(self.inside(0, "ip", "link", "set", "dr2", *words), check=True)

@@ -39,6 +39,7 @@ from dr2dist.checkpoints.checkpoint import Checkpoint
 from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.data.shards import make_shards
 from dr2dist.data.sources import image_folder
+from dr2dist.status import Status
 from tests.commands import dr2dist
 
 RECORDS = kept.RESULTS / "signals.jsonl"
@@ -117,7 +118,8 @@ class Bench:
         return self._ends[layout]
 
     def run(self, case: Case) -> dict[str, Any]:
-        """What came of a case: status, seconds, left (processes), decoy, same."""
+        """What came of a case: status, saved (whether there is a checkpoint), seconds, left
+        (processes), decoy, same."""
         wanted, output = self.end_of(case.layout), self.folder / case.name
         shutil.rmtree(output, ignore_errors=True)  # of a try that was given up
         line = [sys.executable, "-m", "dr2dist.cli", *self._line(case.name, case.layout)]
@@ -144,11 +146,13 @@ class Bench:
             for process in (command, decoy):
                 process.kill()
                 process.wait()
+        saved = bool(checkpoints(output))
         again = run_whole(self._line(case.name, case.layout), self.folder / f"{case.name}.txt")
         alike = again == 0 and same(end_of_run(output), wanted)
         return {
             **case._asdict(),
             "status": status,
+            "saved": saved,
             "seconds": round(seconds, 1),
             "left": len(left),
             "decoy": lives,
@@ -173,17 +177,19 @@ def run_whole(line: Sequence[str], output: Path) -> int:
     return done.returncode
 
 
-def expected(case: Case) -> set[int]:
-    """The exit statuses that are right."""
+def expected(case: Case, saved: bool | None) -> int:
+    """The exit status that is right. saved: whether there is a checkpoint."""
     if case.signal != "KILL":
-        return {75}
-    return {4} if case.receiver.startswith("rank") else {-signal.SIGKILL}
+        return Status.STOPPED
+    if not case.receiver.startswith("rank"):
+        return -signal.SIGKILL
+    return Status.STOPPED if saved else Status.LOST
 
 
 def is_right(case: Case, found: dict[str, Any]) -> bool:
     """Whether a case has come out as it must."""
     sound = found["decoy"] and found["same"] and not found["left"]
-    return bool(sound and found["status"] in expected(case))
+    return bool(sound and found["status"] == expected(case, found.get("saved")))
 
 
 def make_small_shards(folder: Path) -> None:

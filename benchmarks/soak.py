@@ -106,7 +106,7 @@ def disturb(nodes: Nodes, command: subprocess.Popen[str], chance: random.Random)
             pass
         else:
             return count
-        ranks = ranks_of()
+        ranks = ranks_of(nodes)
         if ranks and chance.random() < 0.5:
             chance.choice(ranks).kill()
             count["killed"] += 1

@@ -28,9 +28,10 @@ class Status(IntEnum):
     UNPROVEN = 3
     """A step that could not be proven, and was not applied."""
     LOST = 4
-    """A rank was lost."""
+    """A rank was lost; of a command: and there is no checkpoint to go on from."""
     STOPPED = 75
-    """Asked to stop, and able to go on (EX_TEMPFAIL of sysexits.h)."""
+    """Able to go on (EX_TEMPFAIL of sysexits.h): asked to stop; of a command: or a rank was lost,
+    and there is a checkpoint."""
 
 
 def handled() -> tuple[signal.Signals, ...]:

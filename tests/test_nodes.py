@@ -90,7 +90,7 @@ def test_a_link_that_is_cut_ends_both_nodes_and_a_blip_does_not(
             _, err = command.communicate(timeout=60)
             left = max(0.0, 60 - (time.monotonic() - begin))
             alive = psutil.wait_procs(ranks, left)[1]
-            assert not alive and command.returncode == 4, err
+            assert not alive and command.returncode == 75, err
         else:
             time.sleep(seconds)
             nodes.link("up")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dr2dist.arguments import not_negative, path, positive
+from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.config.text import read_settings
 from dr2dist.errors import UserError
 from dr2dist.launching.hosts import Host, read_hostfile
@@ -15,6 +18,7 @@ from dr2dist.launching.launcher import LocalLauncher, ranks_here, watched
 from dr2dist.launching.place import several
 from dr2dist.launching.supervise import Signals, supervise, with_restarts
 from dr2dist.lazily import left_out
+from dr2dist.status import Status
 from dr2dist.training.main import MODULE
 
 if TYPE_CHECKING:
@@ -102,8 +106,18 @@ def _run(given: argparse.Namespace, signals: Signals, ranks: int) -> int:
     if start.longer is not None:
         print(f"longer        {describe_longer(plan, config, start.longer)}")
     if hosts and given.node_rank is None:
-        return on_hosts(given, config, plan, hosts, signals)
-    return _here(given, config, hosts, ranks, signals)
+        status = on_hosts(given, config, plan, hosts, signals)
+    else:
+        status = _here(given, config, hosts, ranks, signals)
+    return _after_a_loss(Path(config.output)) if status == Status.LOST else status
+
+
+def _after_a_loss(output: Path) -> Status:
+    """What starts a command again by its status asks for nothing but whether it can go on."""
+    with contextlib.suppress(OSError):  # storage may be what was lost
+        if checkpoints(output):
+            return Status.STOPPED
+    return Status.LOST
 
 
 def _here(
