@@ -125,3 +125,10 @@ def test_a_path_that_the_range_cannot_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="grow"):
         worst_in_the_middle.check(setting, [48])
     worst_in_the_middle.check(Setting(arithmetic="float"), [48])
+
+
+def test_remainders_on_the_host_need_a_beta_that_discards_bits() -> None:
+    host = Setting(remainders="host")
+    with pytest.raises(ValueError, match="remainders is 'host', which has no effect"):
+        Schedule((Knot(0, 1.0, 1.0), Knot(1, 0.9, 1.0)), 100).check(host, [4])
+    Schedule((Knot(0, 1.0, 1.0), Knot(1, 0.9, 0.5)), 100).check(host, [4])

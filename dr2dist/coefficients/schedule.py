@@ -80,10 +80,16 @@ class Schedule:
         return nearest.alpha, nearest.beta
 
     def check(self, setting: Setting, lengths: Sequence[int]) -> None:
-        """Raises ValueError if a point of the path is not allowed with the setting.
+        """Raises ValueError if a point of the path is not allowed with the setting, or something of
+        it has no effect on any.
 
         lengths: the number of functions of each chain, whose range the path must keep.
         """
+        if setting.remainders == "host" and all(pair.beta == 1 for pair in self.pairs()):
+            raise ValueError(
+                "beta is 1 all along, so that no bits are discarded: remainders is 'host', which "
+                "has no effect"
+            )
         for alpha, beta in self.pairs():
             for length in lengths:
                 replace(setting, alpha=alpha, beta=beta).check_range(length)

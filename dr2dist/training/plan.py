@@ -108,22 +108,8 @@ def make_plan(config: Config, ranks: int) -> Plan:
     check_loggers(config.train.loggers)
     train, val = indexes(config.data)
     grid = Grid.of(ranks, config.parallel.stages)
-    batch = config.train.micro_batch * config.train.accumulate * grid.replicas
     order = None if config.data.order == "dealt" else order_of(config, train)
-    samples = train.num_samples if order is None else order.num_samples
-    if samples < batch:
-        raise UserError(
-            f"{train.base}: holds {samples} samples, fewer than a global batch "
-            f"of {batch} (train.micro_batch x train.accumulate x {grid.replicas} replicas)"
-        )
-    # Dealt batches end with an epoch; those of streams cross into the next one.
-    per_epoch = samples // batch if order is None else -(-samples // batch)
-    passes = config.train.epochs or 0
-    of_epochs = passes * per_epoch if order is None else passes * samples / batch
-    of_epochs = round(of_epochs, 6)  # 1.1 x 100 / 10 is a little more than 11
-    steps = config.train.steps or max(
-        1, round(of_epochs) if order is None else math.ceil(of_epochs)
-    )
+    steps, per_epoch = _length(config, train, order, grid.replicas)
     schedule = config.coefficients.schedule(steps)
     blueprint = Blueprint.of(config, train.classes)
     _check_weights(config.model.given_weights)
@@ -165,6 +151,24 @@ def make_plan(config: Config, ranks: int) -> Plan:
         setting=smallest,
         footprint=footprint(config, grid.replicas, counts, alone, smallest) if alone else None,
     )
+
+
+def _length(config: Config, train: Index, order: AnyOrder | None, replicas: int) -> tuple[int, int]:
+    """Optimiser steps of the run, and until all samples have been seen."""
+    batch = config.train.micro_batch * config.train.accumulate * replicas
+    samples = train.num_samples if order is None else order.num_samples
+    if samples < batch:
+        raise UserError(
+            f"{train.base}: holds {samples} samples, fewer than a global batch "
+            f"of {batch} (train.micro_batch x train.accumulate x {replicas} replicas)"
+        )
+    # Dealt batches end with an epoch; those of streams cross into the next one.
+    per_epoch = samples // batch if order is None else -(-samples // batch)
+    passes = config.train.epochs or 0
+    of_epochs = passes * per_epoch if order is None else passes * samples / batch
+    of_epochs = round(of_epochs, 6)  # 1.1 x 100 / 10 is a little more than 11
+    steps = round(of_epochs) if order is None else math.ceil(of_epochs)
+    return config.train.steps or max(1, steps), per_epoch
 
 
 def _measured(net: ReversibleNetwork, setting: Setting) -> list[Measured]:
