@@ -105,7 +105,8 @@ def _run(
     if start.finished is not None:
         log.info("%s is finished: nothing is left to do", config.output)
         return start.finished
-    stack.enter_context(logged_to(folder / LOGS / f"rank-{rank}.log", heartbeat.name))
+    with agree():
+        stack.enter_context(logged_to(folder / LOGS / f"rank-{rank}.log", heartbeat.name))
     if start.cut:
         log.warning("%s: the run before left no checkpoint: it starts anew", folder)
     engine, rates = _engine(config, plan)
