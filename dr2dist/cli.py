@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -24,6 +25,10 @@ from dr2dist.training.report import add_report_arguments
 from dr2dist.training.state import add_status_arguments
 from dr2dist.version import __version__
 
+FAULTS_OF_STDOUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""What printing may end in; who has closed a pipe wants to read no more. Files that commands write
+have errors of their own."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; exits 2 with one line on stderr for a user's error."""
@@ -33,16 +38,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given, more = parser.parse_known_args(arguments)
     # argparse takes no second run of positional arguments after an option.
     if more and (not hasattr(given, "overrides") or any(text.startswith("-") for text in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+        odd = [text for text in more if text.startswith("-") or not hasattr(given, "overrides")]
+        hint = "; a setting is written key=value" if any("=" in text for text in odd) else ""
+        parser.error(f"unrecognized arguments: {' '.join(odd)}{hint}")
     if more:
         given.overrides += more
     given.arguments = list(sys.argv[1:] if arguments is None else arguments)
     command: Callable[[argparse.Namespace], int] = given.command
+    runs = hasattr(given, "overrides")  # it does more than to say something
     try:
         status = command(given)
+        if not runs:
+            sys.stdout.flush()
     except UserError as error:
         say(f"dr2dist: {error}")
         status = Status.USER_ERROR
+    except OSError as error:
+        if runs or error.filename is not None or error.errno not in FAULTS_OF_STDOUT:
+            raise
+        status = Status.DONE if error.errno == errno.EPIPE else Status.USER_ERROR
+        if status:
+            say(f"dr2dist: stdout cannot be written: {error.strerror}")
     except KeyboardInterrupt:
         say("dr2dist: stopped")
         status = 130
@@ -208,10 +224,7 @@ def _evaluate(given: argparse.Namespace) -> int:
     from dr2dist.inference.ranks import on_ranks
 
     if given.output is not None:
-        if given.output.suffix == ".png":
-            raise UserError(f"--output: {given.output} is the report; its picture gets .png")
-        check_file_output(given.output)
-        check_file_output(given.output.with_suffix(".png"))
+        _check_report(given.output)
 
     def find() -> dict[str, Any]:
         from dr2dist.inference.evaluate import evaluate
@@ -237,6 +250,20 @@ def _evaluate(given: argparse.Namespace) -> int:
             draw(report, given.output.with_suffix(".png"))
 
     return on_ranks(given.arguments, given.ranks, find, tell)
+
+
+def _check_report(output: Path) -> None:
+    """Raises UserError for a report that would take the place of something else."""
+    if output.suffix != ".json":
+        raise UserError(f"--output: {output}: allowed is FILE.json; its picture gets .png")
+    picture = output.with_suffix(".png")
+    check_file_output(output)
+    check_file_output(picture)
+    if picture.exists() and not output.exists():
+        raise UserError(
+            f"--output: {picture} is there, and no report beside it whose picture it is: name "
+            "another file"
+        )
 
 
 def _fields(said: Sequence[str]) -> dict[str, str] | None:

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ def check_can_be_made(path: Path, what: str = "") -> None:
         with tempfile.TemporaryDirectory(dir=parent):
             pass
     except OSError as error:
-        raise UserError(f"{what}{path} cannot be made: {error.strerror}") from None
+        how = "written to" if path.is_dir() else "made"
+        raise UserError(f"{what}{path} cannot be {how}: {error.strerror}") from None
 
 
 def check_file_output(path: Path) -> None:
@@ -63,13 +65,19 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, which becomes it at the end; folders are made.
 
-    An exception leaves neither. Raises UserError for what cannot be written.
+    An exception leaves neither. Who may read it is as for any new file, which a library's own
+    writer may make private. Raises UserError for what cannot be written.
     """
     aside = path.with_name(f"{path.name}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            aside.unlink(missing_ok=True)
+            aside.touch()
+            mode = aside.stat().st_mode
             yield aside
+            if aside.stat().st_mode != mode:
+                aside.chmod(stat.S_IMODE(mode))
             aside.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

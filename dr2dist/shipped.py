@@ -26,6 +26,8 @@ def run(given: argparse.Namespace) -> int:
     """`dr2dist configs`."""
     known = {path.stem: path for path in sorted(_folder().glob("*.yaml"))}
     if given.name is None:
+        if given.output is not None:
+            raise UserError("--output has no effect without the name of a configuration")
         for name, path in known.items():
             print(f"{name:32} {_about(path)}")
         return 0

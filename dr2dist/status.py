@@ -18,6 +18,9 @@ APART = 1.0
 """Seconds within which further signals count as the same one: a process group gets it at once, and
 what is sent on by a launcher again."""
 
+GOES_ON = "the same command goes on from the last checkpoint, or starts anew without one"
+"""What messages say of a run that was broken off."""
+
 
 class Status(IntEnum):
     """An exit status."""

@@ -134,6 +134,7 @@ def test_what_is_not_allowed_is_refused_with_the_reason() -> None:
         ({"alpha": -0.1}, "alpha is -0.1"),
         ({"fraction_bits": 40}, "fraction_bits is 40"),
         ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"chunk_size": 1.5}, "chunk_size is 1.5"),
     ]
     for values, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -152,6 +152,9 @@ TABLE: dict[str, tuple[bytes, str | None]] = {
     "a column twice": (b"path,label,label\na.png,cat,dog\n", "has the column 'label' 2 times"),
     "nothing": (b"", "is empty; allowed is a table with a header"),
     "no number": (b"path,target\na.png,nan\n", "row 2: target is 'nan', allowed are finite"),
+    "more numbers": (b"path,target\na.png,1\nb.png,1;2\n", "row 3: target has 2 number(s), the"),
+    "two answers": (b"path,label,target\na.png,cat,1\n", "has the columns label and target"),
+    "no class at all": (b"path,labels\na.png,\nb.png,;\n", "labels is empty in every row"),
 }
 
 
@@ -264,48 +267,6 @@ def test_a_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is in the way: it holds something else"):
         make_shards(*SOURCES["imagefolder"](source), tmp_path / "made", progress=False)
     assert (part / "mine.txt").read_text() == "mine"
-
-
-OUTPUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "a link": (lambda root: link(root / "link", root / "real"), "is a link"),
-    "the present folder": (lambda root: Path("."), "is the present folder or above it"),
-    "above it": (lambda root: Path(".."), "is the present folder or above it"),
-    "a mount": (lambda root: Path("/proc"), "is where a file system is mounted"),
-    "below a file": (lambda root: picture(root / "f.png") / "out", "cannot be made"),
-    "a file": (lambda root: picture(root / "g.png"), "exists already and is not empty"),
-}
-
-
-def link(path: Path, to: Path) -> Path:
-    to.mkdir()
-    path.symlink_to(to)
-    return path
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_outputs_that_cannot_be_are_refused_before_the_work(
-    name: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir((tmp_path / "here").mkdir() or tmp_path / "here")
-    at, message = OUTPUTS[name]
-    assert make(tmp_path / "no such source", at(tmp_path)) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
-
-
-def test_predictions_and_reports_are_refused_before_the_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    below = picture(tmp_path / "f.png") / "out.csv"
-    assert run("predict", "no such model", "no such file", "--output", str(below)) == 2
-    assert "cannot be made" in capsys.readouterr().err
-    (tmp_path / "folder.json").mkdir()
-    line = ("evaluate", "no such model", "no shards", "--output", str(tmp_path / "folder.json"))
-    assert run(*line) == 2
-    assert "is a folder; name a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("language", ["C", "C.UTF-8"])

@@ -28,6 +28,7 @@ from dr2dist.tasks.transforms import eval_transform
 from dr2dist.training.groups import parameter_groups
 from dr2dist.training.plan import make_plan
 from dr2dist.training.schedule import learning_rate
+from tests.commands import call
 from tests.images import FIELDS, batches, classification, labelled, make_small_shards
 from tests.models import build
 from tests.pool import Pool
@@ -274,7 +275,7 @@ def test_losses_of_smoothed_weighed_and_mixed_targets() -> None:
 
 
 def test_balanced_classes_and_an_early_end(
-    tmp_path: Path, shards: Path, two_ranks: Pool, one_rank: Pool
+    tmp_path: Path, shards: Path, two_ranks: Pool, one_rank: Pool, capfd: Any
 ) -> None:
     path = write_config(tmp_path, shards, "run")
     more = ["task.balance_classes=true", "optim.lr=1e-9", "train.steps=30"]
@@ -283,6 +284,10 @@ def test_balanced_classes_and_an_early_end(
     assert summary["steps"] == 8  # the metric has been the same four times
     again = run(two_ranks, path, *more, "train.validate_every=2", "train.patience=3")
     assert again["steps"] == 8
+    line = ("train", str(path), "--ranks", "2", "--dry-run", *more, "train.validate_every=2")
+    status, _, err = call(capfd, *line, "train.steps=40", "train.patience=2")
+    assert status == 2 and "train.patience: is 2, and the last 3 validation(s) of" in err
+    assert call(capfd, *line, "train.patience=4")[0] == 0
     with pytest.raises(AssertionError, match="fp16 needs a GPU"):
         run(one_rank, write_config(tmp_path, shards, "half"), "train.precision=fp16")
 

@@ -218,6 +218,8 @@ def test_configurations_are_listed_and_copied(
     assert json.loads((tmp_path / "ds_configs" / "zero2.json").read_text())
     status, _, err = call(capfd, "configs", "finetune", "--output", "mine.yaml")
     assert status == 2 and "mine.yaml: exists already" in err
+    status, _, err = call(capfd, "configs", "--output", "mine.yaml")
+    assert status == 2 and "--output has no effect without the name of a conf" in err
     status, _, err = call(capfd, "configs", "fintune")
     assert status == 2 and "did you mean 'finetune'" in err
 
@@ -266,6 +268,9 @@ def test_the_launchers_own_entry_reports_a_users_error_once(tmp_path: Path, shar
         (["model.weights=none.safetensors"], "none.safetensors does not exist"),
         (["train.micro_batch=64"], "fewer than a global batch of 64"),
         (["data.train=nowhere"], "no index.json in nowhere"),
+        (["task={name: regression}"], "regression learns numbers, and data.train says of its sam"),
+        (["train.profile=[7, 9]", "train.steps=7"], "train.profile is [7, 9], and the run has 7"),
+        (["data.cache={folder: c, limit: 1GB}"], "data.cache has no effect: all shards are here"),
         (["parallel.deepspeed=nowhere.json"], "nowhere.json: cannot be read"),
         (
             ["coefficients={kind: constant, alpha: 1, beta: 1}"],

@@ -365,7 +365,7 @@ def test_storage_that_hangs_is_named_and_ends_all_ranks(tmp_path: Path, capfd: A
     finally:
         process.kill()
     told = errors_of(output).read_text()
-    assert process.exitcode == 4, told
+    assert process.exitcode == 75, told
     assert "did not end within 30 s: it waits for 'file = self.index.path(shard).open(" in told
     assert "data/opened.py" in told and "the same command goes on from the last" in told
     assert "stack of the main thread" in (run / "logs" / "rank-0.log").read_text()

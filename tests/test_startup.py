@@ -83,6 +83,20 @@ def _rank(config: Path, line: list[str], **places: str) -> subprocess.CompletedP
     )
 
 
+def test_what_is_printed_to_a_full_disk_is_missed_and_to_nobody_is_not(config: Path) -> None:
+    line = [sys.executable, "-m", "dr2dist.cli"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*line, "configs"], cwd=ROOT, stdout=full, stderr=-1, timeout=240)
+    assert done.returncode == 2
+    assert done.stderr == b"dr2dist: stdout cannot be written: No space left on device\n"
+    for more in (["configs"], ["train", str(config), "--dry-run"]):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([*line, *more], cwd=ROOT, stdout=write, stderr=-1, timeout=240)
+        os.close(write)
+        assert done.returncode == 0 and not done.stderr
+
+
 def test_without_a_launcher_there_is_one_rank_or_one_line(config: Path, tmp_path: Path) -> None:
     done = _rank(config, ["launch/train.py"])
     assert done.returncode == 0, done.stderr

@@ -71,7 +71,7 @@ def test_a_run_that_goes_on(tmp_path: Path, capfd: Any) -> None:
     assert found["loss"] == 0.1 and found["ranks"] == 4
     _, out, _ = call(capfd, "status", str(folder))
     rows = dict(line.split(None, 1) for line in out.splitlines())
-    assert rows["state"].startswith("running on a (process 7), last heard of 0:00:0")
+    assert rows["state"].startswith("running on a (process 7), last heard of 0:0")
     assert rows["step"] == "10 of 40" and rows["left"] == "0:01:00"
     assert rows["slowest"] == "rank 2, 0.75 s for a micro-batch by itself, 1.50 x median"
     assert rows["waiting"] == "25% of the time for data" and rows["speed"] == "8 samples a second"
@@ -80,7 +80,13 @@ def test_a_run_that_goes_on(tmp_path: Path, capfd: Any) -> None:
 
 @pytest.mark.parametrize(
     ("summary", "state"),
-    [(None, "cut"), ({"status": "finished", "steps": 10}, "finished")],
+    [
+        (None, "cut"),
+        ({"status": "finished", "steps": 10}, "finished"),
+        ({}, "cut"),
+        ({"status": "finished"}, "cut"),
+        ({"status": None, "steps": 10}, "cut"),
+    ],
 )
 def test_a_run_that_has_ended(
     summary: dict[str, Any] | None, state: str, tmp_path: Path, capfd: Any

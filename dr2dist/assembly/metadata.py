@@ -106,6 +106,8 @@ class ExportMetadata(BaseModel):
 
         Raises UserError if the file cannot be read or was not exported by dr2dist.
         """
+        if Path(path).is_dir():
+            raise UserError(f"{path}: is a folder; 'dr2dist export' makes a file of a run's")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

@@ -74,6 +74,7 @@ def _run(given: argparse.Namespace) -> int:
     from dr2dist.bench import measure
     from dr2dist.bench.cases import Spec
     from dr2dist.config.coefficients import Conserve
+    from dr2dist.reversible import Setting
 
     _check(given)
     check_can_be_made(given.output, "--output: ")
@@ -81,6 +82,10 @@ def _run(given: argparse.Namespace) -> int:
         given.beta = Conserve().beta[0]
     if given.alpha is None:
         given.alpha = 1 - given.beta
+    try:
+        Setting(alpha=given.alpha, beta=given.beta)
+    except ValueError as error:
+        raise UserError(f"bench: {error}") from None
     cases = _cases(given.cases)
     depths = given.depths or [None]
     first = Spec(
@@ -130,6 +135,8 @@ def _check(given: argparse.Namespace) -> None:
         raise UserError(f"--options: {one_line(error)}") from None
     if not isinstance(given.options, dict):
         raise UserError(f"--options: found {given.options!r}, allowed is such as {{frames: 32}}")
+    if given.depths and "depth" in given.options:
+        raise UserError("--options: says a depth, and --depths others: allowed is one of them")
     for name in ("batches", "sizes"):
         low, high = getattr(given, name)
         if not 0 < low < high:

@@ -118,7 +118,8 @@ def _line(kind: type[Config], error: Any) -> str:
         case "extra_forbidden" if key in MOVED:
             return f"{key}: is {MOVED[key]} now"
         case "extra_forbidden" if section is not None:
-            meant = f"; did you mean '{MEANT[place[-1]]}'?" if place[-1] in MEANT else ""
+            known = MEANT.get(place[-1], key)
+            meant = f"; did you mean '{known}'?" if known != key else ""
             hint = meant or nearest(place[-1], section.model_fields) or ";"
             return f"{key}: unknown key{hint} allowed: {', '.join(section.model_fields)}"
         case "missing" if place[-1].isdecimal():

@@ -58,6 +58,13 @@ class Optim(Section):
     def _in_order(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr is {self.min_lr}, allowed is up to lr, {self.lr}")
+        if self.groups and not {"lr_scale", "weight_decay"} & self.groups[-1].model_fields_set:
+            raise ValueError(
+                f"groups: the last, {self.groups[-1].match}, has no effect: it says neither "
+                "lr_scale nor weight_decay, and takes parameters from no group behind it"
+            )
+        if self.schedule == "multistep" and not self.decay_at:
+            raise ValueError("decay_at is empty, multistep needs shares such as [0.5, 0.8]")
         if list(self.decay_at) != sorted(set(self.decay_at)):
             raise ValueError(f"decay_at is {list(self.decay_at)}, allowed is a rising order")
         return self

@@ -80,12 +80,14 @@ def _many_classes(path: Path, cells: Cells) -> Described:
         except ValueError as error:
             raise UserError(f"{path}: row {row}: {error}") from None
     classes = class_names({name for names in each for name in names})
+    if not classes:
+        raise UserError(f"{path}: the column labels is empty in every row: no class is named")
     labels = [sorted(classes.index(name) for name in names) for names in each]
     return [several(found) for found in labels], classes
 
 
 def _numbers(path: Path, cells: Cells) -> Described:
-    described = []
+    described, count = [], 0
     for row, value in cells:
         try:
             numbers = [float(part) for part in value.split(";")]
@@ -95,6 +97,11 @@ def _numbers(path: Path, cells: Cells) -> Described:
             raise UserError(
                 f"{path}: row {row}: target is '{value}', allowed are finite numbers between ';'"
             ) from None
+        count = count or len(numbers)
+        if len(numbers) != count:
+            raise UserError(
+                f"{path}: row {row}: target has {len(numbers)} number(s), the first row {count}"
+            )
         described.append(({"json": json.dumps({"target": numbers}).encode()}, None))
     return described, []
 
@@ -104,7 +111,18 @@ COLUMNS: dict[str, Callable[[Path, Cells], Described]] = {
     "labels": _many_classes,
     "target": _numbers,
 }
-"""Columns that say something of an image, the first that is there, and how they are read."""
+"""Columns that say something of an image, and how they are read."""
+
+
+def answer_of(columns: Iterable[str], table: object) -> str | None:
+    """Which of COLUMNS a table has. Raises UserError for several: which is learnt, nobody said."""
+    found = [name for name in COLUMNS if name in columns]
+    if len(found) > 1:
+        raise UserError(
+            f"{table}: has the columns {' and '.join(found)}, allowed is one of them: leave what "
+            "is not learnt out, or give it another name"
+        )
+    return found[0] if found else None
 
 
 def classified(label: int) -> Members:

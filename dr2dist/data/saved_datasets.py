@@ -19,6 +19,7 @@ from dr2dist.data.records import (
     Members,
     Record,
     Source,
+    answer_of,
     check_once,
     classified,
     new_key,
@@ -173,7 +174,7 @@ def _image_column(features: Any, place: str) -> str:
 
 def _described(table: Any, place: str) -> tuple[Sequence[Members], list[str]]:
     """(what is said of each image, names of classes)."""
-    name = next((name for name in COLUMNS if name in table.features), None)
+    name = answer_of(table.features, place)
     if name is None:
         raise UserError(
             f"{place}: has no column {', '.join(COLUMNS)}; found {', '.join(table.features)}"

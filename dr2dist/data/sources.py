@@ -15,7 +15,16 @@ from dr2dist.data.film import FILM_TYPES
 from dr2dist.data.frames import FrameFolder
 from dr2dist.data.images import IMAGE_TYPES
 from dr2dist.data.listing import list_files, shown
-from dr2dist.data.records import COLUMNS, Members, Record, Source, check_once, classified, new_key
+from dr2dist.data.records import (
+    COLUMNS,
+    Members,
+    Record,
+    Source,
+    answer_of,
+    check_once,
+    classified,
+    new_key,
+)
 from dr2dist.data.saved_datasets import saved_datasets
 from dr2dist.data.tables import read_table
 from dr2dist.data.video_records import OF_FRAMES, frames_in, frames_joined, span_of, with_spans
@@ -93,26 +102,30 @@ def csv_table(path: Path) -> Source:
     Raises UserError for the first row and column that cannot be used; all are looked at.
     """
     rows, columns = read_table(path)
-    for column, read in COLUMNS.items():
-        if column in columns and "path" in columns:
-            if not rows:
-                raise UserError(f"{path}: has a header and no rows")
-            files = [_file_of(path, row.number, row.values["path"]) for row in rows]
-            cells = [(row.number, row.values[column].strip()) for row in rows]
-            described, classes = read(path, cells)
-            records = _records(path.parent, list(zip(files, described, strict=True)))
-            each = zip(records, rows, strict=True)
-            records = [replace(record, columns=row.values) for record, row in each]
-            records = with_spans(path, rows, columns, records)
-            names = [f"row {row.number}" for row in rows]
-            check_once(path, zip(names, files, map(span_of, records), strict=True))
-            return records, classes
+    column = answer_of(columns, path)
+    if column is None or "path" not in columns:
+        raise _lacks_column(path, columns)
+    if not rows:
+        raise UserError(f"{path}: has a header and no rows")
+    files = [_file_of(path, row.number, row.values["path"]) for row in rows]
+    cells = [(row.number, row.values[column].strip()) for row in rows]
+    described, classes = COLUMNS[column](path, cells)
+    records = _records(path.parent, list(zip(files, described, strict=True)))
+    each = zip(records, rows, strict=True)
+    records = [replace(record, columns=row.values) for record, row in each]
+    records = with_spans(path, rows, columns, records)
+    names = [f"row {row.number}" for row in rows]
+    check_once(path, zip(names, files, map(span_of, records), strict=True))
+    return records, classes
+
+
+def _lacks_column(path: Path, columns: Sequence[str]) -> UserError:
     column = "path" if "path" not in columns else "label"
     hint, found = nearest(column, columns), ", ".join(columns)
     if any(separator in found for separator in ";\t|"):
         hint = "; columns are separated by commas"
     more = "" if column == "path" else " (nor labels, nor target)"
-    raise UserError(f"{path}: has no column '{column}'{more}{hint}; found {found}")
+    return UserError(f"{path}: has no column '{column}'{more}{hint}; found {found}")
 
 
 def _file_of(table: Path, row: int, text: str) -> Path | FrameFolder:

@@ -59,7 +59,7 @@ def _by_shares(
 ) -> Parts:
     for part, share in shares.items():
         if not 0 <= share < 1:
-            raise UserError(f"{part}-fraction is {share}, allowed is 0 up to 1")
+            raise UserError(f"{part}-fraction is {share}, allowed is 0 and more, below 1")
     if sum(shares.values()) >= 1:
         raise UserError(f"the fractions of {' and '.join(shares)} leave nothing for training")
     held = {part: share for part, share in shares.items() if share}

@@ -73,7 +73,8 @@ def _chosen(run: Path, which: Literal["best", "last"]) -> Path:
     best: Any = read_state(found[-1])["progress"]["best"]
     if not is_finite(best):
         raise UserError(
-            f"{run}: has no validation with finite values, so there is no best; use --which last"
+            f"{run}: no validation with finite values is in {found[-1].name}, so there is no best; "
+            "use --which last"
         )
     return checkpoint_folder(run, best["step"])
 

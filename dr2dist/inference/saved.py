@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -138,6 +139,13 @@ def _facts(
     if task is None and (len(set(names)) != count or len(names) != count):
         raise UserError(f"save: classes are {len(names)} names, {len(set(names))} of them "
                         f"different; the network has {count} outputs")  # fmt: skip
+    for name, least in (("mean", -math.inf), ("std", 0.0)):
+        value = prepared.get(name)
+        if value is not None and not _are_numbers(value, least):
+            more = " over 0" if name == "std" else ""
+            raise UserError(
+                f"save: {name} is {value!r}, allowed are finite numbers{more}, in a list"
+            )
     said = {
         name: value if isinstance(value, str) else list(value)
         for name, value in prepared.items()
@@ -147,6 +155,14 @@ def _facts(
     found = arguments_of(net, assemble(facts.blueprint(), "meta").model)
     lists = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
     return facts.model_copy(update={"options": {**found, **lists}})
+
+
+def _are_numbers(values: Any, least: float) -> bool:
+    """Whether it is a list of finite numbers over the least."""
+    try:
+        return all(math.isfinite(value) and value > least for value in values)
+    except TypeError:
+        return False
 
 
 def _tensors(net: nn.Module, path: Path, facts: ExportMetadata) -> dict[str, Source]:

@@ -9,7 +9,7 @@ from types import FrameType
 
 from dr2dist.errors import UserError
 from dr2dist.launching.launcher import Launcher
-from dr2dist.status import APART, STOP_SIGNALS, Status, handled, say
+from dr2dist.status import APART, GOES_ON, STOP_SIGNALS, Status, handled, say
 
 PERIOD = 0.1
 """Seconds between two looks."""
@@ -23,7 +23,7 @@ STEADY = 60.0
 """Seconds after which a start has not failed as such."""
 MARGIN = 10.0
 """Seconds beyond `train.grace` after which a rank that was asked to stop is ended."""
-CUT = "stopped before a checkpoint could be written; the same command goes on from the last one"
+CUT = f"stopped before a checkpoint could be written; {GOES_ON}"
 
 
 class Signals:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from dr2dist.errors import UserError
 from dr2dist.parallel.processes import ranks_of_node
-from dr2dist.status import Status, lives, say
+from dr2dist.status import GOES_ON, Status, lives, say
 
 SILENCE = 20.0
 """Seconds without a sign of life after which a rank is lost."""
@@ -158,7 +158,7 @@ class Heartbeat:
 
     def _lost(self, rank: int, how: str) -> tuple[Status, str]:
         said = f"{self._name(rank)} was lost ({how})"
-        return Status.LOST, f"{said}; the same command goes on from the last checkpoint"
+        return Status.LOST, f"{said}; {GOES_ON}"
 
     def tell(self, found: str, status: Status = Status.LOST) -> tuple[Status, str]:
         """Leaves word for all others, if none has; they end with that status. The word that is

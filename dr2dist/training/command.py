@@ -18,7 +18,7 @@ from dr2dist.launching.launcher import LocalLauncher, ranks_here, watched
 from dr2dist.launching.place import several
 from dr2dist.launching.supervise import Signals, supervise, with_restarts
 from dr2dist.lazily import left_out
-from dr2dist.status import Status
+from dr2dist.status import Status, say
 from dr2dist.training.main import MODULE
 
 if TYPE_CHECKING:
@@ -94,17 +94,17 @@ def _run(given: argparse.Namespace, signals: Signals, ranks: int) -> int:
     hosts = _hosts(given)
     ranks = sum(host.slots for host in hosts) if hosts else given.ranks or ranks
     plan = make_plan(config, ranks)
-    print(describe(plan))
+    say(describe(plan), sys.stdout)
     start = find_start(config, plan.global_batch, plan.steps, plan.train.digest())
     if start.finished is not None:
-        print(f"output        {config.output} is finished: nothing is left to do")
+        say(f"output        {config.output} is finished: nothing is left to do", sys.stdout)
         return 0
     if not hosts and plan.order is not None:
         check_cache(config.data, plan.train, plan.order, nodes=1)
     plan.try_out(config, fetch=not (given.dry_run or start.checkpoints))
-    print(f"starts from   {start.describe(config.model.weights)}")
+    say(f"starts from   {start.describe(config.model.weights)}", sys.stdout)
     if start.longer is not None:
-        print(f"longer        {describe_longer(plan, config, start.longer)}")
+        say(f"longer        {describe_longer(plan, config, start.longer)}", sys.stdout)
     if hosts and given.node_rank is None:
         status = on_hosts(given, config, plan, hosts, signals)
     else:
@@ -127,9 +127,8 @@ def _here(
     from dr2dist.training.hosts import places_of_node
 
     own = hosts[given.node_rank].slots if hosts else ranks
-    print(
-        f"launch        {f'{own} of ' if hosts else ''}{ranks} rank(s) on this machine", flush=True
-    )
+    own_part = f"{own} of " if hosts else ""
+    say(f"launch        {own_part}{ranks} rank(s) on this machine", sys.stdout)
     if given.dry_run:
         return 0
     command = [sys.executable, "-m", MODULE, "--config", given.config, *given.overrides]

@@ -20,6 +20,8 @@ def describe(plan: Plan) -> str:
     given = ", each gives the mean of its last two" if plan.setting.hand_on == "mean" else ""
     first, last = plan.schedule.at(0), plan.schedule.at(plan.steps)
     held_out = "none" if plan.val is None else str(plan.val.num_samples)
+    if plan.val is not None and plan.val.digest() == plan.train.digest():
+        held_out = "the same ones"
     return "\n".join(
         [
             f"parameters    {plan.parameters:,}, {plan.trained:,} of them trained in "

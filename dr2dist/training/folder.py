@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from dr2dist.config.text import flat, shown_value
 from dr2dist.errors import UserError, one_line
 from dr2dist.files import check_can_be_made
 from dr2dist.training.lock import LOCK, check_free
-from dr2dist.training.run_files import CONFIG, LOGS, METRICS, STARTS, SUMMARY, read_lines
+from dr2dist.training.run_files import CONFIG, LOGS, METRICS, STARTS, read_lines, read_summary
 
 _FREE = (
     "output",
@@ -98,13 +97,15 @@ def find_start(config: Config, global_batch: int, steps: int, index: str) -> Sta
         return Start(found, damaged, finished=ended)
     if not found:
         _check_cut(folder)
+    elif ended is not None:
+        _check_patience(config.train.patience, found[damaged], folder)
     return Start(found, damaged, cut=not found, longer=None if ended is None else ended["steps"])
 
 
 def _check_cut(folder: Path) -> None:
     """Raises UserError where a run without checkpoints has had some: one that was stopped by a step
     that could not be proven may have had none."""
-    summary = _read_summary(folder)
+    summary = read_summary(folder) or {}
     saved = summary.get("steps") if summary.get("status") != "stopped" else 0
     starts = [line["step"] for line in read_lines(folder / STARTS)]
     done = max([saved if isinstance(saved, int) else 0, *starts])
@@ -151,17 +152,18 @@ def _count_damaged(newest_first: Sequence[Path], folder: Path) -> int:
 
 def _summary(folder: Path) -> dict[str, Any] | None:
     """Of a run that has finished."""
-    summary = _read_summary(folder)
-    return summary if summary.get("status") == "finished" else None
+    summary = read_summary(folder)
+    return summary if summary is not None and summary["status"] == "finished" else None
 
 
-def _read_summary(folder: Path) -> dict[str, Any]:
-    """Empty for a run that has not ended, or by a signal."""
-    try:
-        summary = json.loads((folder / SUMMARY).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
+def _check_patience(patience: int | None, checkpoint: Path, folder: Path) -> None:
+    """Raises UserError where a run that has ended early would do so again at once."""
+    stale = Checkpoint(checkpoint).state["progress"].get("stale", 0)
+    if patience is not None and stale >= patience:
+        raise UserError(
+            f"train.patience: is {patience}, and the last {stale} validation(s) of {folder} have "
+            "brought nothing better, so that it would end at once: a larger one goes on"
+        )
 
 
 def _occupied(folder: Path) -> bool:

@@ -31,7 +31,7 @@ from dr2dist.parallel.pipeline.partition import partition
 from dr2dist.reversible import Setting
 from dr2dist.reversible.trees import tree_leaves
 from dr2dist.tasks.task import Task
-from dr2dist.training.datasets import datasets, indexes, order_of
+from dr2dist.training.datasets import datasets, fetching, indexes, order_of
 from dr2dist.training.footprint import Footprint, elements_of, footprint
 from dr2dist.training.groups import parameter_groups
 
@@ -82,11 +82,13 @@ class Plan:
         """Raises UserError if shards are not those of their index, a file's weights are another
         model's (it is mapped, not read), or the first samples cannot become inputs.
 
-        fetch: timm's own weights are fetched now, before all ranks would at once.
+        fetch: timm's own weights, and the first shards that are not here, are fetched now, before
+        all ranks would at once.
         """
         self.compare_shards(config)
         for dataset in filter(None, datasets(config, self.task, self.train, self.val)):
-            dataset[0, 0]
+            if fetch or fetching(config.data, dataset.index) is None:
+                dataset[0, 0]
         if self.blueprint.weights == "hub":
             if fetch:
                 assemble(self.blueprint)
@@ -110,6 +112,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
     grid = Grid.of(ranks, config.parallel.stages)
     order = None if config.data.order == "dealt" else order_of(config, train)
     steps, per_epoch = _length(config, train, order, grid.replicas)
+    _check_effects(config, steps, train, val)
     schedule = config.coefficients.schedule(steps)
     blueprint = Blueprint.of(config, train.classes)
     _check_weights(config.model.given_weights)
@@ -151,6 +154,18 @@ def make_plan(config: Config, ranks: int) -> Plan:
         setting=smallest,
         footprint=footprint(config, grid.replicas, counts, alone, smallest) if alone else None,
     )
+
+
+def _check_effects(config: Config, steps: int, train: Index, val: Index | None) -> None:
+    """Raises UserError for settings that do nothing in a run of so many steps on these data."""
+    window = config.train.profile
+    if window is not None and window[0] >= steps:
+        raise UserError(f"train.profile is {list(window)}, and the run has {steps} step(s)")
+    sources = filter(None, (train, val))
+    if config.data.cache is not None and not any(fetching(config.data, each) for each in sources):
+        raise UserError(
+            "data.cache has no effect: all shards are here; with of: all they are copied too"
+        )
 
 
 def _length(config: Config, train: Index, order: AnyOrder | None, replicas: int) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from dr2dist.arguments import path
 from dr2dist.errors import UserError
 from dr2dist.files import check_file_output
 from dr2dist.pictures import ENDINGS, plain, save_picture
-from dr2dist.training.run_files import METRICS, SUMMARY, read_lines
+from dr2dist.training.run_files import METRICS, SUMMARY, read_lines, read_summary
 
 Cell = Callable[[Mapping[str, Any]], str]
 
@@ -95,12 +94,11 @@ def read_run(folder: Path, name: str) -> Run:
     lines = read_lines(folder / METRICS)
     if not lines:
         raise UserError(f"{folder}: holds no {METRICS} with a step in it: no run has logged there")
-    try:
-        summary = json.loads((folder / SUMMARY).read_text("utf-8"))
-    except FileNotFoundError:
+    summary = read_summary(folder)
+    if summary is None and (folder / SUMMARY).exists():
+        raise UserError(f"{folder / SUMMARY}: is damaged")
+    if summary is None:
         summary = {"status": "not ended", "stopped_early": False, "steps": lines[-1]["step"]}
-    except (OSError, ValueError):
-        raise UserError(f"{folder / SUMMARY}: is damaged") from None
     return Run(name, summary, lines)
 
 

@@ -17,6 +17,16 @@ STARTS = "starts.jsonl"
 samples of a step, host and time."""
 
 
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """How a run has ended, None where no file says so that is whole: it has status and steps."""
+    try:
+        found = json.loads((folder / SUMMARY).read_text("utf-8"))
+        whole = isinstance(found["status"], str) and isinstance(found["steps"], int)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if whole else None
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines with a step each, none of a file that is not there; the
     last, which may be cut off, is left out if it does not end.
@@ -36,6 +46,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             found[-1]["step"] + 0
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"{path}: line {number} is damaged: found '{line[:40]}'; delete it to go on"
+                f"{path}: line {number} is damaged: found '{line[:40]}'; delete that line to go on"
             ) from None
     return found

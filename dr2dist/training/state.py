@@ -13,8 +13,9 @@ from typing import Any
 from dr2dist.arguments import path
 from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.errors import UserError
+from dr2dist.status import say
 from dr2dist.training.lock import holder
-from dr2dist.training.run_files import CONFIG, METRICS, STARTS, SUMMARY, read_lines
+from dr2dist.training.run_files import CONFIG, METRICS, STARTS, read_lines, read_summary
 
 PERIOD = 5.0
 """Seconds between two looks of --watch."""
@@ -38,7 +39,7 @@ def run(given: argparse.Namespace) -> int:
     while True:
         found = state_of(given.run)
         text = json.dumps(found) if given.json else describe(found)
-        print(text, flush=True)
+        say(text, sys.stdout)
         if not given.watch or found["state"] != "running":
             return 0
         time.sleep(PERIOD)
@@ -59,7 +60,7 @@ def state_of(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder}: is no run's folder: it has no {CONFIG}")
     lines = [line for line in read_lines(folder / METRICS) if "loss" in line]
-    starts, summary = read_lines(folder / STARTS), _object(folder / SUMMARY)
+    starts, summary = read_lines(folder / STARTS), read_summary(folder)
     lock = holder(folder)
     last: dict[str, Any] = lines[-1] if lines else {}
     ended = "cut" if summary is None else summary["status"]
@@ -116,15 +117,6 @@ def _age(where: Path) -> float | None:
 def _newest(folder: Path) -> str | None:
     found = checkpoints(folder)
     return str(found[-1]) if found else None
-
-
-def _object(where: Path) -> dict[str, Any] | None:
-    """A JSON file's object; None without one, or while it is being written."""
-    try:
-        found = json.loads(where.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _who(found: dict[str, Any]) -> str:

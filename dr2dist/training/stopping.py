@@ -10,7 +10,7 @@ import threading
 import time
 
 from dr2dist.launching.launcher import own_launcher
-from dr2dist.status import APART, Status, handled, say, take_signals
+from dr2dist.status import APART, GOES_ON, Status, handled, say, take_signals
 
 PERIOD = 1.0
 """Seconds between two looks at the process that has started this one."""
@@ -66,8 +66,5 @@ class StopRequest:
 
     def _end(self, why: str) -> None:
         if self.speaks:
-            say(
-                f"dr2dist: stopped at once ({why}); the same command goes on from the last "
-                "checkpoint"
-            )
+            say(f"dr2dist: stopped at once ({why}); {GOES_ON}")
         os._exit(Status.STOPPED)

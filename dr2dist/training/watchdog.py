@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dr2dist.status import Status, say
+from dr2dist.status import GOES_ON, Status, say
 
 TIMES, LEAST = 10.0, 300.0
 """The limit of a step: so many times the median one, and so many seconds at least."""
@@ -100,7 +100,7 @@ class Watchdog:
             where = _place(stack)
         line = f"{self._rank}: {now[0]}: it waits for {where}"
         self._tell(line)
-        say(f"dr2dist: {line}; the same command goes on from the last checkpoint")
+        say(f"dr2dist: {line}; {GOES_ON}")
         os._exit(Status.LOST)
 
 

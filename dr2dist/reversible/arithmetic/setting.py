@@ -115,7 +115,9 @@ class Setting:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, allowed is {allowed}")
         if isinstance(self.chunk_size, str) and self.chunk_size != "auto":
             raise ValueError(f"chunk_size is {self.chunk_size!r}, allowed is a number or 'auto'")
-        if isinstance(self.chunk_size, int) and self.chunk_size < 1:
+        if isinstance(self.chunk_size, float) or (
+            isinstance(self.chunk_size, int) and self.chunk_size < 1
+        ):
             raise ValueError(f"chunk_size is {self.chunk_size}, allowed is None or 1 and more")
         if self.remainders == "host" and not self.keeps_remainders:
             raise ValueError(
