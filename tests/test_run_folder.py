@@ -369,6 +369,4 @@ def test_storage_that_hangs_is_named_and_ends_all_ranks(tmp_path: Path, capfd: A
     assert "did not end within 30 s: it waits for 'file = self.index.path(shard).open(" in told
     assert "data/opened.py" in told and "the same command goes on from the last" in told
     assert "stack of the main thread" in (run / "logs" / "rank-0.log").read_text()
-    assert (run / LOCK).exists() and '"state": "cut"' in call(capfd, "status", str(run), "--json")[
-        1
-    ]
+    assert '"state": "cut"' in call(capfd, "status", str(run), "--json")[1]  # nobody has the lock

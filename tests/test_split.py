@@ -86,7 +86,7 @@ def test_a_column_says_the_parts(table: Path) -> None:
         (["--val-fraction", "0.1", "--group-by", "png"], "finds 1 group(s) for 2 parts"),
         (["--val-fraction", "0.001"], "val: no samples are left for this part, of 120"),
         (["--val-fraction", "0.6", "--test-fraction", "0.4"], "leave nothing for training"),
-        (["--test-fraction", "1.5"], "test-fraction is 1.5, allowed is 0 up to 1"),
+        (["--test-fraction", "1.5"], "test-fraction is 1.5, allowed is 0 and more, below 1"),
     ],
 )
 def test_splits_that_cannot_be_are_refused(
