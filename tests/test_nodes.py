@@ -82,7 +82,7 @@ def test_a_link_that_is_cut_ends_both_nodes_and_a_blip_does_not(
     output = nodes.folder / "runs" / name
     try:
         wait_for(lambda: bool(checkpoints(output)), "a checkpoint")
-        ranks = ranks_of(path.stem, output)
+        ranks = ranks_of(nodes)
         assert len(ranks) == 2
         nodes.link("down")
         if ends:
@@ -104,7 +104,8 @@ def test_a_link_that_is_cut_ends_both_nodes_and_a_blip_does_not(
         command.wait()
 
 
-def ranks_of(name: str, output: Path) -> list[psutil.Process]:
-    """All ranks that run on this machine now."""
+def ranks_of(nodes: Nodes) -> list[psutil.Process]:
+    """All ranks that run on them now."""
     found = psutil.process_iter(["cmdline"])
-    return [each for each in found if "dr2dist.training.main" in (each.info["cmdline"] or [])]
+    ranks = [each for each in found if "dr2dist.training.main" in (each.info["cmdline"] or [])]
+    return [each for each in ranks if nodes.holds(each.pid)]
