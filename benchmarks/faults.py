@@ -13,6 +13,7 @@ benchmarks/results/faults.jsonl and is not run again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import platform
@@ -21,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,18 +137,13 @@ def _ended(command: subprocess.Popen[str], seconds: float) -> int | None:
 
 def ranks_of(nodes: Nodes) -> list[psutil.Process]:
     """The ranks of the run that there is on these nodes, by number."""
-    found = [each for each in _processes() if str(each.environ().get("RANK", "")).isdecimal()]
-    leaders = [each for each in found if _is_leader(each) and nodes.holds(each.pid)]
-    return sorted(leaders, key=lambda each: int(each.environ()["RANK"]))
-
-
-def _processes() -> Iterator[psutil.Process]:
+    found = []
     for process in psutil.process_iter():
-        try:
-            if RANK in process.cmdline() and "RANK" in process.environ():
-                yield process
-        except psutil.Error:
-            continue
+        # It has ended since, or is no rank.
+        with contextlib.suppress(psutil.Error, OSError, KeyError, ValueError):
+            if RANK in process.cmdline() and _is_leader(process) and nodes.holds(process.pid):
+                found.append((int(process.environ()["RANK"]), process))
+    return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
 
 def _is_leader(process: psutil.Process) -> bool:

@@ -36,16 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = _parser()
     given, more = parser.parse_known_args(arguments)
+    runs = hasattr(given, "overrides")  # it does more than to say something
     # argparse takes no second run of positional arguments after an option.
-    if more and (not hasattr(given, "overrides") or any(text.startswith("-") for text in more)):
-        odd = [text for text in more if text.startswith("-") or not hasattr(given, "overrides")]
+    odd = [text for text in more if text.startswith("-") or not runs]
+    if odd:
         hint = "; a setting is written key=value" if any("=" in text for text in odd) else ""
         parser.error(f"unrecognized arguments: {' '.join(odd)}{hint}")
     if more:
         given.overrides += more
     given.arguments = list(sys.argv[1:] if arguments is None else arguments)
     command: Callable[[argparse.Namespace], int] = given.command
-    runs = hasattr(given, "overrides")  # it does more than to say something
     try:
         status = command(given)
         if not runs:

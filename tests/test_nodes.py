@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.faults import ranks_of
 from benchmarks.nodes import NAMES, Nodes, lacking, two_nodes
 from dr2dist.checkpoints.checkpoint import Checkpoint
 from dr2dist.checkpoints.folders import checkpoints
@@ -102,10 +103,3 @@ def test_a_link_that_is_cut_ends_both_nodes_and_a_blip_does_not(
         nodes.link("up")
         command.kill()
         command.wait()
-
-
-def ranks_of(nodes: Nodes) -> list[psutil.Process]:
-    """All ranks that run on them now."""
-    found = psutil.process_iter(["cmdline"])
-    ranks = [each for each in found if "dr2dist.training.main" in (each.info["cmdline"] or [])]
-    return [each for each in ranks if nodes.holds(each.pid)]

@@ -85,11 +85,12 @@ def _rank(config: Path, line: list[str], **places: str) -> subprocess.CompletedP
 
 def test_what_is_printed_to_a_full_disk_is_missed_and_to_nobody_is_not(config: Path) -> None:
     line = [sys.executable, "-m", "dr2dist.cli"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([*line, "configs"], cwd=ROOT, stdout=full, stderr=-1, timeout=240)
-    assert done.returncode == 2
-    assert done.stderr == b"dr2dist: stdout cannot be written: No space left on device\n"
-    for more in (["configs"], ["train", str(config), "--dry-run"]):
+    for more in (["configs"], ["status", str(config.parent)]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([*line, *more], cwd=ROOT, stdout=full, stderr=-1, timeout=240)
+        assert done.returncode == 2
+        assert done.stderr == b"dr2dist: stdout cannot be written: No space left on device\n"
+    for more in (["configs"], ["status", str(config.parent)], ["train", str(config), "--dry-run"]):
         read, write = os.pipe()
         os.close(read)
         done = subprocess.run([*line, *more], cwd=ROOT, stdout=write, stderr=-1, timeout=240)

@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-import pydantic
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
 from dr2dist.config.task import TaskOptions
 from dr2dist.data.batch import Batch
-from dr2dist.data.fields import Field
+from dr2dist.data.fields import Fields
 from dr2dist.data.index import Index
 from dr2dist.data.stream import Values
 from dr2dist.errors import UserError
@@ -34,14 +33,14 @@ OTHERS = ("path", "error")
 class RegressionOptions(TaskOptions):
     """Numbers for each image."""
 
-    targets: tuple[str, ...] = pydantic.Field(
+    targets: tuple[str, ...] = Field(
         ("target",), min_length=1, description="names of the numbers, in their order"
     )
-    loss: Literal["l2", "l1", "huber"] = pydantic.Field("l2", description="of the scaled numbers")
-    mean: tuple[float, ...] | None = pydantic.Field(
+    loss: Literal["l2", "l1", "huber"] = Field("l2", description="of the scaled numbers")
+    mean: tuple[float, ...] | None = Field(
         None, description="what is taken from each number before it is learnt; null: 0"
     )
-    std: tuple[float, ...] | None = pydantic.Field(
+    std: tuple[float, ...] | None = Field(
         None, description="what each is divided by then, over 0; null: 1"
     )
 
@@ -92,8 +91,7 @@ class Regression(ImageTask):
     def check_index(self, index: Index, source: str) -> None:
         """See Task. The number of a named class is no quantity."""
         first = index.members(index.shards[0])[0]
-        chosen = Field("target", self.fields["target"]).choose(first.extensions)
-        if index.classes and chosen is not None and chosen.extension == "cls":
+        if index.classes and "cls" in Fields(self.fields).wanted(first.extensions):
             more = ", ..." if len(index.classes) > 3 else ""
             raise UserError(
                 f"task: regression learns numbers, and {source} says of its samples nothing but "

@@ -20,7 +20,7 @@ def describe(plan: Plan) -> str:
     given = ", each gives the mean of its last two" if plan.setting.hand_on == "mean" else ""
     first, last = plan.schedule.at(0), plan.schedule.at(plan.steps)
     held_out = "none" if plan.val is None else str(plan.val.num_samples)
-    if plan.val is not None and plan.val.digest() == plan.train.digest():
+    if plan.val is not None and plan.val.fingerprint() == plan.train.fingerprint():
         held_out = "the same ones"
     return "\n".join(
         [

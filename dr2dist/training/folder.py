@@ -105,10 +105,10 @@ def find_start(config: Config, global_batch: int, steps: int, index: str) -> Sta
 def _check_cut(folder: Path) -> None:
     """Raises UserError where a run without checkpoints has had some: one that was stopped by a step
     that could not be proven may have had none."""
-    summary = read_summary(folder) or {}
-    saved = summary.get("steps") if summary.get("status") != "stopped" else 0
+    summary = read_summary(folder)
+    saved = 0 if summary is None or summary["status"] == "stopped" else summary["steps"]
     starts = [line["step"] for line in read_lines(folder / STARTS)]
-    done = max([saved if isinstance(saved, int) else 0, *starts])
+    done = max([saved, *starts])
     if done or (folder / "checkpoints").is_symlink():
         raise UserError(
             f"output: {folder} holds a run that has done {done} steps, but no checkpoint of it: "

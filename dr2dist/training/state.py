@@ -13,7 +13,6 @@ from typing import Any
 from dr2dist.arguments import path
 from dr2dist.checkpoints.folders import checkpoints
 from dr2dist.errors import UserError
-from dr2dist.status import say
 from dr2dist.training.lock import holder
 from dr2dist.training.run_files import CONFIG, METRICS, STARTS, read_lines, read_summary
 
@@ -39,7 +38,7 @@ def run(given: argparse.Namespace) -> int:
     while True:
         found = state_of(given.run)
         text = json.dumps(found) if given.json else describe(found)
-        say(text, sys.stdout)
+        print(text, flush=True)
         if not given.watch or found["state"] != "running":
             return 0
         time.sleep(PERIOD)
