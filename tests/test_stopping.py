@@ -25,12 +25,10 @@ ROOT = Path(__file__).parent.parent
 DEFAULT = [
     Case("TERM", "command", "step", "ZeRO-2"),
     Case("KILL", "rank 1", "validation", "ZeRO-2"),
-]
-MORE = [
     Case("INT", "rank 1", "validation", "2 stages"),
-    Case("KILL", "command", "checkpoint", "ZeRO-2"),
     Case("USR1", "everyone", "step", "2 stages"),
 ]
+MORE = [Case("KILL", "command", "checkpoint", "ZeRO-2")]
 
 
 @pytest.fixture(scope="module")
